@@ -1,0 +1,158 @@
+"""The chain: the module that stands where a layer stood, and the way back to that layer."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from passes.factorization import Factorization
+from passes.geometry import Geometry, Piece
+from passes.kinds import kind_of
+
+__all__ = ["Chain", "ChainInfo", "build_layers", "merged_piece", "original_layer", "pieces_of", "weightless"]
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChainInfo:
+    """What a chain is and what it replaced: its factorization, and its layer without the weights."""
+
+    factorization: Factorization
+    original: nn.Module
+
+
+class Chain(nn.Sequential):
+    """Layers that together stand for one: for Tucker ``reduce``, ``core``, ``expand``.
+
+    Carries the attributes of the layer it replaced (``in_channels``, ``stride``, ``weight``, ...), derived and read-only, because parents
+    read them. The layer itself, without its weights, is kept outside the module tree, so that its class, attributes and hooks come back.
+    """
+
+    __jit_unused_properties__: ClassVar[list[str]] = ["weight", "bias"]
+
+    def __init__(self, layers: dict[str, nn.Module], info: ChainInfo) -> None:
+        super().__init__(OrderedDict(layers))
+        self.__dict__["_surgery"] = info
+        self.training = info.original.training
+        for name in HOOKS:
+            self.__dict__[name] = getattr(info.original, name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the one layer that computes what this chain computes; gradients flow to the factors."""
+        return merged_piece(self).weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, held by the chain's last layer."""
+        last = list(self._modules.values())[-1]
+        return None if last is None else last._parameters["bias"]
+
+    def __getattr__(self, name: str) -> Any:
+        info = self.__dict__.get("_surgery")
+        if info is not None and not name.startswith("_") and name in vars(info.original):
+            return getattr(info.original, name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        info = self.__dict__.get("_surgery")
+        if info is not None and name not in MODULE_ATTRIBUTES and name in vars(info.original):
+            raise AttributeError(f"{name!r} of a chain is derived from the layer it replaced and cannot be set")
+        super().__setattr__(name, value)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):  # a part of a chain is no chain
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))  # type: ignore[arg-type]
+        return super().__getitem__(index)
+
+
+def pieces_of(layers: dict[str, nn.Module]) -> tuple[Piece, ...]:
+    """The layers of a chain as plain data; weights are the parameters themselves."""
+    return tuple(Piece(name, Geometry.of(layer), layer.weight, layer.bias) for name, layer in layers.items())  # type: ignore[arg-type]
+
+
+def merged_piece(chain: Chain) -> Piece:
+    """The one layer that computes what the chain computes; multiplied in float64, in the chain's dtype, differentiable."""
+    info: ChainInfo = chain.__dict__["_surgery"]
+    return merge(pieces_of(dict(chain.named_children())), info)
+
+
+def merge(pieces: Sequence[Piece], info: ChainInfo) -> Piece:
+    """As ``merged_piece``, from the pieces."""
+    wide = [Piece(p.name, p.geometry, p.weight.double(), None) for p in pieces]
+    weight = kind_of(info.factorization).merge(wide).to(pieces[0].weight.dtype)
+    geometry = Geometry.of(info.original)
+    return Piece("", geometry, weight.reshape(geometry.weight_shape), pieces[-1].bias)
+
+
+def weightless(layer: nn.Module) -> nn.Module:
+    """A copy of the layer without its parameters: class, attributes and hooks (the same hook tables) stay."""
+    husk = copy.copy(layer)
+    husk.__dict__["_parameters"] = dict.fromkeys(layer._parameters)
+    return husk
+
+
+def build_layers(pieces: Sequence[Piece], layer: nn.Module, *, weight: Tensor) -> dict[str, nn.Module]:
+    """Modules for the pieces, in dtype, device, memory format, training mode and ``requires_grad`` as of the layer they replace.
+
+    The bias is the layer's own parameter, so that whoever holds or shares it still does; where the layer has none there is none.
+    """
+    return {piece.name: _build_layer(piece, layer, weight) for piece in pieces}
+
+
+def original_layer(info: ChainInfo, piece: Piece, layers: dict[str, nn.Module], hooks_from: nn.Module | None = None) -> nn.Module:
+    """The layer that a chain replaced, with the weight of ``piece``; its class, attributes and hooks as they were."""
+    layer = copy.copy(info.original)
+    core = max(layers.values(), key=lambda m: m.weight.numel())  # type: ignore[operator,union-attr]
+    trainable = any(m.weight.requires_grad for m in layers.values())  # type: ignore[union-attr]
+    weight = _in_format_of(piece.weight.detach(), core.weight)  # type: ignore[arg-type]
+    own = dict(info.original._parameters)
+    own["weight"] = nn.Parameter(weight, requires_grad=trainable)
+    own["bias"] = list(layers.values())[-1]._parameters["bias"]
+    layer.__dict__["_parameters"] = own
+    layer.training = core.training
+    if hooks_from is not None:
+        for name in HOOKS:
+            layer.__dict__[name] = getattr(hooks_from, name)
+    return layer
+
+
+def _build_layer(piece: Piece, layer: nn.Module, weight: Tensor) -> nn.Module:
+    g = piece.geometry
+    has_bias = piece.bias is not None
+    built: nn.Module
+    if g.is_linear:
+        built = nn.Linear(g.in_channels, g.out_channels, has_bias, device="meta")
+    else:
+        built = CONVOLUTIONS[g.dims](
+            g.in_channels, g.out_channels, g.kernel, g.stride, g.padding, g.dilation, g.groups, has_bias, g.padding_mode, device="meta"
+        )
+    numbers = _in_format_of(piece.weight.detach().to(device=weight.device, dtype=weight.dtype), weight)
+    built._parameters["weight"] = nn.Parameter(numbers, requires_grad=weight.requires_grad)
+    built._parameters["bias"] = layer._parameters["bias"] if has_bias else None
+    return built.train(layer.training)
+
+
+def _in_format_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` in storage of its own, in the memory format of ``like`` (contiguous, or channels last in two or three dimensions)."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = like.ndim in formats and like.shape[1] > 1 and like.stride(-1) == like.shape[1]
+    return tensor.clone(memory_format=formats[tensor.ndim] if last else torch.contiguous_format)

@@ -1,0 +1,64 @@
+"""What can be decided for a site: a factorization (kind and ranks), or to keep the layer and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
+
+from passes.errors import SurgeryTypeError, SurgeryValueError
+
+__all__ = ["Decision", "Factorization", "Keep"]
+
+
+@dataclass(frozen=True, slots=True)
+class Factorization:
+    """Base of all factorizations: a kind's name and one rank a mode, in the order of the kind's unfoldings."""
+
+    kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            rank = getattr(self, field.name)
+            optional = "None" in str(field.type)
+            if rank is None and optional:
+                continue
+            if not isinstance(rank, int) or isinstance(rank, bool):
+                expected = "an int or None" if optional else "an int"
+                raise SurgeryTypeError(f"{type(self).__name__}: {field.name} must be {expected}, got {rank!r}")
+            if rank < 1:
+                raise SurgeryValueError(f"{type(self).__name__}: {field.name} must be at least 1, got {rank}")
+        if all(rank is None for rank in self.ranks):
+            raise SurgeryValueError(f"{type(self).__name__}: at least one rank must be given; to leave a layer whole use Keep")
+
+    @property
+    def ranks(self) -> tuple[int | None, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind} | {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        known = {field.name for field in fields(cls)}
+        given = set(data) - {"kind"}
+        if given != known:
+            raise SurgeryValueError(f"{cls.kind!r} needs exactly the fields {sorted(known)}, got {sorted(given)}")
+        return cls(**{name: data[name] for name in known})
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Leave the layer as it is, for a stated reason."""
+
+    reason: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reason, str) or not self.reason:
+            raise SurgeryTypeError(f"Keep needs a reason (a non-empty string), got {self.reason!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "keep", "reason": self.reason}
+
+
+Decision = Factorization | Keep

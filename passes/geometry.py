@@ -1,0 +1,160 @@
+"""What a layer is without its numbers: geometry of convolutions and linear layers, and pieces of a chain as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from passes.errors import SurgeryValueError
+
+__all__ = ["Geometry", "Piece", "PieceShape"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """A convolution of ``len(kernel)`` dimensions, or a linear layer (``kernel == ()``).
+
+    ``padding`` is one number a dimension, or the word ``"same"`` or ``"valid"`` as torch has it.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Geometry:
+        """The geometry of an ``nn.Linear`` or of any ``nn.Conv*`` layer."""
+        if isinstance(layer, nn.Linear):
+            return cls(in_channels=layer.in_features, out_channels=layer.out_features)
+        if not isinstance(layer, nn.modules.conv._ConvNd):
+            raise SurgeryValueError(f"{type(layer).__name__} is neither a convolution nor a linear layer")
+        return cls(
+            in_channels=layer.in_channels,
+            out_channels=layer.out_channels,
+            kernel=tuple(layer.kernel_size),
+            stride=tuple(layer.stride),
+            padding=layer.padding if isinstance(layer.padding, str) else tuple(layer.padding),
+            dilation=tuple(layer.dilation),
+            groups=layer.groups,
+            padding_mode=layer.padding_mode,
+            transposed=layer.transposed,
+            output_padding=tuple(layer.output_padding),
+        )
+
+    @property
+    def dims(self) -> int:
+        """Spatial dimensions: 0 for a linear layer."""
+        return len(self.kernel)
+
+    @property
+    def is_linear(self) -> bool:
+        return not self.kernel
+
+    @property
+    def is_pointwise(self) -> bool:
+        """A linear layer, or a convolution whose kernel is a single pixel."""
+        return all(k == 1 for k in self.kernel)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape in which torch stores the weight."""
+        first, second = self.out_channels, self.in_channels
+        if self.transposed:
+            first, second = second, first
+        return (first, second // self.groups, *self.kernel)
+
+    def pointwise(self, in_channels: int, out_channels: int) -> Geometry:
+        """A layer without any spatial extent of its own between the given channels: a 1x1 convolution, or linear."""
+        ones, zeros = (1,) * self.dims, (0,) * self.dims
+        return Geometry(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel=ones,
+            stride=ones,
+            padding=zeros,
+            dilation=ones,
+            output_padding=zeros,
+        )
+
+    def between(self, in_channels: int, out_channels: int) -> Geometry:
+        """The same kernel, stride and padding between other numbers of channels."""
+        return replace(self, in_channels=in_channels, out_channels=out_channels)
+
+    def output_size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
+        """Spatial size of the output for a spatial size of the input."""
+        if self.padding == "same":
+            return input_size
+        padding = (0,) * self.dims if isinstance(self.padding, str) else self.padding
+        if self.transposed:
+            return tuple(
+                (n - 1) * s - 2 * p + d * (k - 1) + o + 1
+                for n, k, s, p, d, o in zip(input_size, self.kernel, self.stride, padding, self.dilation, self.output_padding, strict=True)
+            )
+        return tuple(
+            (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(input_size, self.kernel, self.stride, padding, self.dilation, strict=True)
+        )
+
+    def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the output for the shape of an input: (..., C, *spatial), or (..., C) for a linear layer."""
+        if self.is_linear:
+            return (*input_shape[:-1], self.out_channels)
+        lead, size = input_shape[: -self.dims - 1], input_shape[-self.dims :]
+        return (*lead, self.out_channels, *self.output_size(size))
+
+    def macs(self, input_shape: tuple[int, ...]) -> int:
+        """Multiply-accumulates of one call (the bias is not counted): each weight times the pixels it is applied at."""
+        shape = input_shape if self.transposed else self.output_shape(input_shape)
+        pixels = prod(shape[:-1]) if self.is_linear else prod(shape[: -self.dims - 1]) * prod(shape[-self.dims :])
+        return prod(self.weight_shape) * pixels
+
+    def __str__(self) -> str:
+        if self.is_linear:
+            return f"Linear {self.in_channels}->{self.out_channels}"
+        size = "x".join(map(str, self.kernel))
+        text = f"Conv{'Transpose' if self.transposed else ''}{self.dims}d {self.in_channels}->{self.out_channels} {size}"
+        if any(s != 1 for s in self.stride):
+            text += "/" + "x".join(map(str, self.stride if len(set(self.stride)) > 1 else self.stride[:1]))
+        return text + (f" groups={self.groups}" if self.groups > 1 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class PieceShape:
+    """One layer of a chain without its weights: its name in the chain, its geometry, and whether it has a bias."""
+
+    name: str
+    geometry: Geometry
+    bias: bool
+
+    @property
+    def params(self) -> int:
+        return prod(self.geometry.weight_shape) + (self.geometry.out_channels if self.bias else 0)
+
+    def empty(self, like: Tensor) -> Piece:
+        """The piece with weights not yet filled in, of the dtype and on the device of ``like``."""
+        weight = torch.empty(self.geometry.weight_shape, dtype=like.dtype, device=like.device)
+        bias = torch.empty(self.geometry.out_channels, dtype=like.dtype, device=like.device) if self.bias else None
+        return Piece(self.name, self.geometry, weight, bias)
+
+    def filled(self, weight: Tensor, bias: Tensor | None) -> Piece:
+        """The piece with these numbers; ``bias`` is taken only where the shape has one."""
+        return Piece(self.name, self.geometry, weight.reshape(self.geometry.weight_shape), bias if self.bias else None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """One layer of a chain as plain data."""
+
+    name: str
+    geometry: Geometry
+    weight: Tensor
+    bias: Tensor | None

@@ -1,0 +1,210 @@
+"""Surgery on a flat ``fx.GraphModule``, node for node: one call of a layer becomes one call for each layer of its chain, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from passes.capture import propagate_shapes
+from passes.chain import Chain, ChainInfo, build_layers, merge, original_layer, pieces_of, weightless
+from passes.factorization import Factorization
+from passes.geometry import Geometry, Piece
+from passes.graph_meta import CHAINS
+from passes.host import Host
+from passes.kinds import kind_of
+from passes.module_host import site_of
+from passes.site import Call, Found, Site, find_layers
+
+__all__ = ["GraphHost"]
+
+
+class GraphHost(Host):
+    """Host for a ``GraphModule`` such as ``trace`` returns; works in place on the module it is given.
+
+    Shapes are read from and written to ``node.meta["tensor_meta"]``; what is known of chains lives in ``gm.meta``. The graph is edited on a
+    copy which ``commit`` puts in place.
+
+    Args:
+        model: the graph module.
+        example_inputs: with them, shapes are measured anew first.
+    """
+
+    def __init__(self, model: fx.GraphModule, example_inputs: Any = None) -> None:
+        self.model = model
+        if example_inputs is not None:
+            propagate_shapes(model, example_inputs)
+        self._read()
+
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(self._chain_site(name) if name in self._chains else self._layer_site(found) for name, found in self._order)
+
+    def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> None:
+        if site.chain is None:
+            layer = self.model.get_submodule(site.name)
+            donor, weight, original = layer, layer._parameters["weight"], weightless(layer)
+            runs = [[node] for node in self._graph.nodes if node.op == "call_module" and node.target in site.aliases]
+        else:
+            layers = self._layers(site.name)
+            donor, original = list(layers.values())[-1], self._chains[site.name].original
+            weight = donor._parameters["weight"]
+            runs = self._runs(site.name)[0]
+        container = nn.Module()
+        for name, layer in build_layers(pieces, donor, weight=weight).items():  # type: ignore[arg-type]
+            container.add_module(name, layer)
+        steps = [(f"{site.name}.{piece.name}", piece.geometry) for piece in pieces]
+        self._rewrite(runs, steps)
+        self._prepared[site.name] = (container.train(donor.training), ChainInfo(factorization, original))
+
+    def restore(self, site: Site, piece: Piece) -> None:
+        layer = original_layer(self._chains[site.name], piece, self._layers(site.name))
+        self._rewrite(self._runs(site.name)[0], [(site.name, site.geometry)])
+        self._prepared[site.name] = (layer, None)
+
+    def commit(self) -> nn.Module:
+        if not self._prepared:
+            return self.model
+        model, undo = self.model, _Undo(self.model)
+        try:
+            chains = dict(self._chains)
+            for name, (module, info) in self._prepared.items():
+                for alias in self._aliases.get(name, (name,)):
+                    path, _, child = alias.rpartition(".")
+                    undo.assign(model.get_submodule(path)._modules, child, module)
+                chains.pop(name, None)
+                if info is not None:
+                    chains[name] = info
+            self._graph.lint()
+            model.graph = self._graph
+            model.meta[CHAINS] = chains
+        except BaseException:
+            undo()
+            raise
+        self._read()
+        return model
+
+    def _read(self) -> None:
+        """Everything that is derived from the model, anew."""
+        self._chains: Mapping[str, ChainInfo] = self.model.meta.get(CHAINS, {})
+        self._graph = copy.deepcopy(self.model.graph)
+        self._prepared: dict[str, tuple[nn.Module, ChainInfo | None]] = {}
+        found = find_layers(self.model)
+        self._aliases = {f.names[0]: f.names for f in found}
+        self._order: list[tuple[str, Found]] = []
+        seen: set[str] = set()
+        for item in found:
+            name = next((chain for chain in self._chains if item.names[0].startswith(chain + ".")), item.names[0])
+            if name not in seen:
+                self._order.append((name, item))
+                seen.add(name)
+
+    def _layers(self, name: str) -> dict[str, nn.Module]:
+        return dict(self.model.get_submodule(name).named_children())
+
+    def _layer_site(self, found: Found) -> Site:
+        nodes = [n for n in self.model.graph.nodes if n.op == "call_module" and n.target in found.names]
+        keep = found.keep
+        if not nodes:
+            keep = keep or "no node of the graph calls it: it is unused, or inside a module that the graph calls as a whole"
+        elif any(len(n.all_input_nodes) != 1 for n in nodes):
+            keep = keep or "a node calls it with more than its input"
+        elif isinstance(found.module, Chain):
+            keep = "the graph calls this chain as a whole; trace the model anew to see its layers"
+        return site_of(replace(found, keep=keep), _calls([[n] for n in nodes]))
+
+    def _chain_site(self, name: str) -> Site:
+        info = self._chains[name]
+        layers = self._layers(name)
+        weight = next(iter(layers.values()))._parameters["weight"]
+        bias = list(layers.values())[-1]._parameters["bias"]
+        runs, broken = self._runs(name)
+        return Site(
+            name=name,
+            aliases=(name,),
+            layer=type(info.original).__name__,
+            geometry=Geometry.of(info.original),
+            bias=None if bias is None else bias.detach(),
+            dtype=weight.dtype,  # type: ignore[union-attr]
+            device=weight.device,  # type: ignore[union-attr]
+            calls=_calls(runs),
+            keep=broken,
+            chain=info.factorization,
+            read_weight=lambda: merge(pieces_of(layers), info).weight.detach(),
+            read_pieces=lambda: pieces_of(layers),
+        )
+
+    def _runs(self, name: str) -> tuple[list[list[fx.Node]], str | None]:
+        """The chain's calls, each as its nodes in order (in the graph under edit), and why they are no longer whole, if so."""
+        info = self._chains[name]
+        layers = self._layers(name)
+        has_bias = list(layers.values())[-1]._parameters["bias"] is not None
+        shapes = kind_of(info.factorization).shapes(Geometry.of(info.original), info.factorization, has_bias)
+        targets = [f"{name}.{shape.name}" for shape in shapes]
+        calls = {t: [n for n in self._graph.nodes if n.op == "call_module" and n.target == t] for t in targets}
+        runs: list[list[fx.Node]] = []
+        for first in calls[targets[0]]:
+            run = [first]
+            for target in targets[1:]:
+                users = list(run[-1].users)
+                if len(users) != 1 or users[0].target != target or users[0].op != "call_module":
+                    return runs, "its layers are no longer called one right after the other"
+                run.append(users[0])
+            runs.append(run)
+        if any(len(nodes) != len(runs) for nodes in calls.values()):
+            return runs, "its layers are also called on their own"
+        return runs, None
+
+    def _rewrite(self, runs: Sequence[Sequence[fx.Node]], steps: Sequence[tuple[str, Geometry]]) -> None:
+        """In the graph under edit, replace each run of nodes by calls of the given targets, with shapes in ``meta``."""
+        for run in runs:
+            first, last = run[0], run[-1]
+            value = first.all_input_nodes[0]
+            shape = value.meta.get("tensor_meta")
+            for target, geometry in steps:
+                with self._graph.inserting_before(last):
+                    # created by hand: the target's module comes only with the commit
+                    value = self._graph.create_node("call_module", target, (value,))
+                value.meta = {k: v for k, v in last.meta.items() if k != "tensor_meta"}
+                if shape is not None:
+                    empty = torch.empty(geometry.output_shape(tuple(shape.shape)), device="meta")
+                    shape = shape._replace(shape=empty.shape, stride=empty.stride())
+                    value.meta["tensor_meta"] = shape
+            last.replace_all_uses_with(value)
+            for node in reversed(run):
+                self._graph.erase_node(node)
+
+
+class _Undo:
+    """Puts back what a commit had already changed."""
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        self._model, self._graph, self._meta = model, model.graph, dict(model.meta)
+        self._steps: list[Callable[[], None]] = []
+
+    def assign(self, slots: dict[str, nn.Module | None], key: str, module: nn.Module) -> None:
+        before = slots[key]
+        self._steps.append(lambda: slots.__setitem__(key, before))
+        slots[key] = module
+
+    def __call__(self) -> None:
+        for step in reversed(self._steps):
+            step()
+        self._model.meta = self._meta
+        if self._model.graph is not self._graph:
+            self._model.graph = self._graph
+
+
+def _calls(runs: Sequence[Sequence[fx.Node]]) -> tuple[Call, ...] | None:
+    """Shapes of each run's input and output, or None where a node does not know its shape."""
+    calls = []
+    for run in runs:
+        inputs = [n.meta.get("tensor_meta") for n in run[0].all_input_nodes]
+        output = run[-1].meta.get("tensor_meta")
+        if output is None or not inputs or inputs[0] is None:
+            return None
+        calls.append(Call(tuple(inputs[0].shape), tuple(output.shape)))
+    return tuple(calls)

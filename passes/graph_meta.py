@@ -1,0 +1,18 @@
+"""What a flat ``GraphModule`` remembers of its chains, in ``gm.meta``: it survives deepcopy, where the chain's module does not."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from passes.chain import Chain, ChainInfo
+from passes.site import named_groups
+
+__all__ = ["CHAINS", "chains_of_modules"]
+
+CHAINS = "surgery_chains"
+"""Key in ``gm.meta``: a mapping from a chain's name to its ``ChainInfo``, replaced as a whole and never changed in place."""
+
+
+def chains_of_modules(model: nn.Module) -> dict[str, ChainInfo]:
+    """The chains of a model by first name."""
+    return {names[0]: module.__dict__["_surgery"] for module, names in named_groups(model) if isinstance(module, Chain)}

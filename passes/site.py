@@ -1,0 +1,162 @@
+"""Sites: the layers of a model that could be factorized, found by identity, and why some of them must stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from passes.chain import Chain
+from passes.errors import SurgeryValueError
+from passes.factorization import Factorization
+from passes.geometry import Geometry, Piece
+
+__all__ = ["Call", "Found", "Site", "find_layers", "is_layer", "named_groups", "reason_to_keep"]
+
+PLAIN_LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+COMPUTING_METHODS = ("forward", "_conv_forward")
+
+# Modules of torch that hand parameters of their children to a fused kernel instead of calling the child.
+READERS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a layer in one forward pass of the example inputs."""
+
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Site:
+    """One layer that could be factorized, or the chain that stands where one stood.
+
+    Attributes:
+        name: first qualified name; empty where the model itself is the layer.
+        aliases: every name under which the same module is found, the first included.
+        layer: class name of the (original) layer.
+        geometry: of the (original) layer.
+        bias: what it adds to its output, detached, or None.
+        dtype: of its weight.
+        device: of its weight.
+        calls: its calls in one forward pass of the example inputs; None where none were given.
+        keep: why it must stay as it is, whatever is asked; None where it may be cut.
+        chain: the factorization of the chain that stands here; None for a layer.
+        read_weight: gives the effective weight, detached; for a chain the weight of the layer it stands for.
+        read_pieces: gives a chain's layers as plain data; nothing for a layer.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    layer: str
+    geometry: Geometry
+    bias: Tensor | None
+    dtype: torch.dtype
+    device: torch.device
+    calls: tuple[Call, ...] | None
+    keep: str | None
+    chain: Factorization | None
+    read_weight: Callable[[], Tensor]
+    read_pieces: Callable[[], tuple[Piece, ...]]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.read_weight()
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return self.read_pieces()
+
+    def __str__(self) -> str:
+        return self.name or "(the model itself)"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """A convolution, linear layer or chain in a model: the module, its names, its parents and why it must stay, if so."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+    keep: str | None
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether the module is a convolution or a linear layer, of whatever subclass."""
+    return isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+
+
+def named_groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+    """Every module once, by identity, with all its qualified names in order of appearance."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    for module, found in names.items():
+        yield module, tuple(found)
+
+
+def find_layers(model: nn.Module) -> tuple[Found, ...]:
+    """All convolutions, linear layers and chains of the model, in order, each once.
+
+    Raises:
+        SurgeryValueError: a lazy layer has no shape yet.
+    """
+    groups = list(named_groups(model))
+    inside_chains = {id(child) for module, _ in groups if isinstance(module, Chain) for child in module.children()}
+    owners: dict[int, list[str]] = {}
+    readers: dict[int, str] = {}
+    for module, names in groups:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(names[0])
+        for reader, children in READERS.items():
+            if isinstance(module, reader):
+                readers |= {id(getattr(module, child)): f"{names[0] or 'the model'} ({reader.__name__})" for child in children}
+    found = []
+    for module, names in groups:
+        if isinstance(module, Chain):
+            found.append(Found(module, names, None))
+        elif is_layer(module) and id(module) not in inside_chains:
+            reason = reason_to_keep(module, names[0])
+            weight = module._parameters.get("weight")
+            if reason is None and id(module) in readers:
+                reason = f"its weight is read by {readers[id(module)]}"
+            if reason is None and len(owners[id(weight)]) > 1:
+                other = next(n for n in owners[id(weight)] if n != names[0])
+                reason = f"its weight is shared with {other}"
+            found.append(Found(module, names, reason))
+    return tuple(found)
+
+
+def reason_to_keep(layer: nn.Module, name: str) -> str | None:
+    """Why this layer's weight is not simply a parameter that its forward convolves or multiplies with; None where it is."""
+    parameters = [p for p in layer._parameters.values() if p is not None]
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in parameters):
+        raise SurgeryValueError(f"{name or 'the model'}: {type(layer).__name__} has no shape yet; run the model once, then decompose")
+    if parametrize.is_parametrized(layer):
+        return "its weight is computed by a parametrization"
+    if layer._parameters.get("weight") is None:
+        return "its weight is computed (weight_norm, spectral_norm, pruning or the like)"
+    plain = next(cls for cls in PLAIN_LAYERS if isinstance(layer, cls))
+    changed = any(getattr(type(layer), m, None) is not getattr(plain, m, None) or m in vars(layer) for m in COMPUTING_METHODS)
+    if changed:
+        return f"{type(layer).__name__} computes its output in its own way"
+    if set(layer._parameters) - {"weight", "bias"} or layer._modules or layer._buffers:
+        return f"{type(layer).__name__} holds more than a weight and a bias"
+    if not layer._parameters["weight"].is_floating_point():  # type: ignore[union-attr]
+        return f"its weight is {layer._parameters['weight'].dtype}, not floating point"  # type: ignore[union-attr]
+    return None

@@ -1,0 +1,104 @@
+"""Tucker decomposition of a convolution on its two channel modes (Kim et al. 2016; Elhoushi et al. 2019, equations 7 to 9).
+
+Conv C_in -> C_out, kernel k  ->  reduce: Conv C_in -> rank_in, 1x1; core: Conv rank_in -> rank_out, kernel k; expand: Conv rank_out -> C_out, 1x1.
+Stride, padding, padding mode and dilation are the core's, the bias is the last layer's. A mode whose rank is None stays uncut and its 1x1
+layer is absent (Tucker-1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+from torch import Tensor
+
+from passes.factorization import Factorization
+from passes.geometry import Geometry, Piece, PieceShape
+from passes.kind import Kind, Rank
+from passes.linalg import Spectrum, hooi, mode_product, unfold
+
+__all__ = ["TUCKER", "Tucker"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tucker(Factorization):
+    """Ranks of the output and input channels; either may be None (that mode is uncut), not both."""
+
+    kind: ClassVar[str] = "tucker"
+
+    rank_out: int | None
+    rank_in: int | None
+
+
+class TuckerKind(Kind):
+    """Conv k  ->  1x1, k, 1x1. Assumes one group and a kernel of more than one pixel."""
+
+    factorization = Tucker
+    modes = ("out", "in")
+
+    def refuses(self, geometry: Geometry) -> str | None:
+        if geometry.is_pointwise:
+            return "a layer of one pixel has two modes only: SVD factorizes it"
+        if geometry.transposed:
+            return "transposed convolution"
+        if geometry.groups != 1:
+            return f"grouped convolution (groups={geometry.groups})"
+        return None
+
+    def full_ranks(self, geometry: Geometry) -> tuple[int, ...]:
+        pixels = prod(geometry.kernel)
+        out, into = geometry.out_channels, geometry.in_channels
+        return min(out, into * pixels), min(into, out * pixels)
+
+    def from_ranks(self, geometry: Geometry, ranks: Sequence[Rank]) -> Tucker:
+        rank_out, rank_in = ranks
+        pixels = prod(geometry.kernel)
+        if rank_out is not None:
+            rank_out = min(rank_out, pixels * (geometry.in_channels if rank_in is None else rank_in))
+        if rank_in is not None:
+            rank_in = min(rank_in, pixels * (geometry.out_channels if rank_out is None else rank_out))
+        return Tucker(rank_out, rank_in)
+
+    def unfoldings(self, weight: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
+        return unfold(weight, 0), unfold(weight, 1)
+
+    def shapes(self, geometry: Geometry, factorization: Factorization, bias: bool) -> tuple[PieceShape, ...]:
+        rank_out, rank_in = factorization.ranks
+        into = geometry.in_channels if rank_in is None else rank_in
+        out = geometry.out_channels if rank_out is None else rank_out
+        pieces = [PieceShape("core", geometry.between(into, out), bias and rank_out is None)]
+        if rank_in is not None:
+            pieces.insert(0, PieceShape("reduce", geometry.pointwise(geometry.in_channels, rank_in), False))
+        if rank_out is not None:
+            pieces.append(PieceShape("expand", geometry.pointwise(rank_out, geometry.out_channels), bias))
+        return tuple(pieces)
+
+    def split(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        factorization: Factorization,
+        spectra: Sequence[Spectrum],
+    ) -> tuple[Piece, ...]:
+        core, (basis_out, basis_in) = hooi(weight, factorization.ranks, spectra)
+        weights = {"core": core}
+        if basis_in is not None:
+            weights["reduce"] = basis_in.T
+        if basis_out is not None:
+            weights["expand"] = basis_out
+        return tuple(shape.filled(weights[shape.name], bias) for shape in self.shapes(geometry, factorization, bias is not None))
+
+    def merge(self, pieces: Sequence[Piece]) -> Tensor:
+        weights = {piece.name: piece.weight for piece in pieces}
+        weight = weights["core"]
+        if "reduce" in weights:
+            weight = mode_product(weight, weights["reduce"].flatten(1).T, 1)
+        if "expand" in weights:
+            weight = mode_product(weight, weights["expand"].flatten(1), 0)
+        return weight
+
+
+TUCKER: Kind = TuckerKind()

@@ -1,0 +1,58 @@
+"""Model surgery for PyTorch: decompose convolutions into small chains, fuse them back, export and measure.
+
+net = surgery.decompose(model, ranks="evbmf")
+print(surgery.report(net))
+"""
+
+from __future__ import annotations
+
+from passes.capture import capture, trace
+from passes.chain import Chain
+from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryTypeError, SurgeryValueError
+from passes.factorization import Factorization, Keep
+from passes.svd import SVD
+from passes.tucker import Tucker
+from surgery import ranks
+from surgery.benchmark import Benchmark, benchmark
+from surgery.checkpoint import load, save
+from surgery.decompose import decompose
+from surgery.decompose import plan as _plan
+from surgery.export import ExportReport, export_onnx, export_torchscript
+from surgery.plan import Plan
+from surgery.reconstruct import reconstruct
+from surgery.report import LayerReport, Report, report
+from surgery.version import __version__
+
+plan = _plan  # the function, not the module of the same name
+
+
+__all__ = [
+    "SVD",
+    "Benchmark",
+    "Chain",
+    "ExportReport",
+    "Factorization",
+    "Keep",
+    "LayerReport",
+    "MissingExtra",
+    "ParityError",
+    "Plan",
+    "Report",
+    "SurgeryError",
+    "SurgeryTypeError",
+    "SurgeryValueError",
+    "Tucker",
+    "__version__",
+    "benchmark",
+    "capture",
+    "decompose",
+    "export_onnx",
+    "export_torchscript",
+    "load",
+    "plan",
+    "ranks",
+    "reconstruct",
+    "report",
+    "save",
+    "trace",
+]

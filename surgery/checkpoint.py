@@ -1,0 +1,223 @@
+"""``save`` and ``load``: a folder with ``plan.json`` and ``model.safetensors``. No pickle, and nothing named in a file is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passes import Host, host_for
+from passes.capture import private_copy
+from passes.decompose import refusal_of
+from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
+from passes.factorization import Factorization, Keep
+from passes.kinds import kind_of
+from passes.site import Call, Site
+from surgery.decompose import usable_model
+from surgery.files import temporary_beside
+from surgery.plan import Plan
+from surgery.record import SiteRecord, SurgeryRecord, passes_of, read_record, records_by_name, write_record
+from surgery.report import NOT_DECOMPOSED
+
+__all__ = ["PLAN_FILE", "WEIGHTS_FILE", "load", "read_architecture", "save"]
+
+PLAN_FILE = "plan.json"
+WEIGHTS_FILE = "model.safetensors"
+METADATA = "surgery"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model, decomposed or not, to a folder: ``plan.json`` (readable, a ``Plan``) and ``model.safetensors`` (weights and record).
+
+    The folder is written whole or not at all; an earlier checkpoint at ``path`` is replaced.
+
+    Raises:
+        SurgeryTypeError: a wrapped model, or one whose state dict holds something other than tensors.
+        SurgeryValueError: ``path`` exists and is not a folder that ``save`` wrote.
+        OSError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    usable_model(model)
+    folder = Path(path)
+    _check_replaceable(folder)
+    records = records_by_name(model)
+    plan = Plan()
+    for site in host_for(model).sites():
+        known = records.get(site.name)
+        plan[site.name] = site.chain or Keep((known.reason if known else None) or NOT_DECOMPOSED)
+    tensors = {name: t.detach().contiguous().cpu() for name, t in _distinct(model).items()}
+    metadata = {METADATA: json.dumps(_record_to_data(_whole_record(model, records)))}
+    with temporary_beside(folder) as work:
+        new = work / folder.name
+        new.mkdir()
+        plan.save(new / PLAN_FILE)
+        save_file(tensors, new / WEIGHTS_FILE, metadata)
+        if folder.exists():
+            os.rename(folder, work / "old")
+            try:
+                os.rename(new, folder)
+            except BaseException:
+                os.rename(work / "old", folder)
+                raise
+        else:
+            os.rename(new, folder)
+
+
+def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
+    """The model that ``save`` wrote, from a fresh instance of the original architecture, which is not touched.
+
+    Chains are built empty from the plan, then filled. Numbers take the dtype and device of ``fresh_model``, as ``load_state_dict`` has it.
+
+    Raises:
+        SurgeryValueError: the folder's files are damaged, or do not fit ``fresh_model``; the message names the layer or key.
+        OSError: a file is missing or cannot be read.
+    """
+    usable_model(fresh_model)
+    folder = Path(path)
+    plan = Plan.load(folder / PLAN_FILE)
+    tensors, metadata = _read_weights(folder / WEIGHTS_FILE)
+    record = _record_from_text(metadata.get(METADATA, "{}"), folder / WEIGHTS_FILE)
+    model = _with_empty_chains(private_copy(fresh_model), plan, folder / PLAN_FILE)
+    _fill(model, tensors, folder / WEIGHTS_FILE)
+    write_record(model, record)
+    return model
+
+
+def read_architecture(path: str | os.PathLike[str]) -> str | None:
+    """The registry name that a saved model was made from, or None where it was made otherwise."""
+    file = Path(path) / WEIGHTS_FILE
+    return _record_from_text(_open(file, lambda f: f.metadata() or {}).get(METADATA, "{}"), file).architecture
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.exists():
+        return
+    ours = {PLAN_FILE, WEIGHTS_FILE}
+    if not folder.is_dir() or not {p.name for p in folder.iterdir()} <= ours:
+        raise SurgeryValueError(f"{folder}: exists and is not a folder written by surgery.save; give another path")
+
+
+def _distinct(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with every tensor once, under its first name."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise SurgeryTypeError(f"{name}: the state dict holds a {type(value).__name__} there; only tensors can be saved")
+        if id(value) not in seen:
+            seen.add(id(value))
+            found[name] = value
+    return found
+
+
+def _with_empty_chains(model: nn.Module, plan: Plan, file: Path) -> nn.Module:
+    host = host_for(model)
+    sites = {site.name: site for site in host.sites()}
+    for name, decision in plan.items():
+        if name not in sites:
+            raise SurgeryValueError(f"{file}: it names {name!r}, which is no layer of this {type(model).__name__}: {nearest(name, sites)}")
+        if isinstance(decision, Factorization):
+            _replace_empty(host, sites[name], decision, file)
+    return host.commit()
+
+
+def _replace_empty(host: Host, site: Site, factorization: Factorization, file: Path) -> None:
+    reason = "it is already decomposed; give a fresh model" if site.chain else site.keep or refusal_of(site, factorization)
+    if reason is not None:
+        raise SurgeryValueError(f"{file}: {site.name!r} cannot be {factorization}: {reason}")
+    shapes = kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None)
+    host.replace(site, factorization, [shape.empty(site.weight) for shape in shapes])
+
+
+def _read_weights(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    found: tuple[dict[str, Tensor], Mapping[str, str]] = _open(file, lambda f: ({key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}))  # noqa: SIM118
+    return found
+
+
+def _open(file: Path, read: Any) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return read(opened)
+    except SafetensorError as error:
+        raise SurgeryValueError(f"{file}: damaged or not a safetensors file ({error})") from error
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
+    expected = _distinct(model)
+    missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or unexpected:
+        first = (missing or unexpected)[0]
+        what = f"{len(missing)} keys are missing and {len(unexpected)} unexpected, the first is {first!r}"
+        raise SurgeryValueError(f"{file}: does not fit this {type(model).__name__} with its plan: {what}")
+    with torch.no_grad():
+        for name, target in expected.items():
+            if target.shape != tensors[name].shape:
+                shapes = f"{tuple(tensors[name].shape)}, the model needs {tuple(target.shape)}"
+                raise SurgeryValueError(f"{file}: {name!r} has shape {shapes}")
+            target.copy_(tensors[name])
+
+
+def _whole_record(model: nn.Module, records: dict[str, SiteRecord]) -> SurgeryRecord:
+    own = read_record(model) or SurgeryRecord()
+    return SurgeryRecord(
+        sites=tuple(records.values()),
+        passes=passes_of(model),
+        macs=own.macs,
+        input_shapes=own.input_shapes,
+        architecture=own.architecture,
+    )
+
+
+def _record_to_data(record: SurgeryRecord) -> dict[str, Any]:
+    sites = [
+        {
+            "name": site.name,
+            "reason": site.reason,
+            "error": site.error,
+            "calls": None if site.calls is None else [[c.input_shape, c.output_shape] for c in site.calls],
+        }
+        for site in record.sites
+    ]
+    rest = {name: getattr(record, name) for name in ("passes", "macs", "input_shapes", "architecture")}
+    return {"version": 1, "sites": sites} | rest
+
+
+def _record_from_text(text: str, file: Path) -> SurgeryRecord:
+    """The record in a weights file. Its values are only ever shown, so wrong types are all that must be caught."""
+    try:
+        data = json.loads(text)
+        return SurgeryRecord(
+            sites=tuple(
+                SiteRecord(
+                    name=_of(str, item["name"]),
+                    reason=None if item["reason"] is None else _of(str, item["reason"]),
+                    error=None if item["error"] is None else float(item["error"]),
+                    calls=None if item["calls"] is None else tuple(Call(_shape(a), _shape(b)) for a, b in item["calls"]),
+                )
+                for item in data.get("sites", [])
+            ),
+            passes=tuple(_of(str, name) for name in data.get("passes", [])),
+            macs=None if data.get("macs") is None else _of(int, data["macs"]),
+            input_shapes=None if data.get("input_shapes") is None else tuple(_shape(s) for s in data["input_shapes"]),
+            architecture=None if data.get("architecture") is None else _of(str, data["architecture"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SurgeryValueError(f"{file}: its surgery record is damaged ({type(error).__name__}: {error})") from error
+
+
+def _of(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(_of(int, n) for n in value)

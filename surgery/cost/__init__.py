@@ -1,0 +1,56 @@
+"""What layers, chains and networks cost. A multiply-accumulate is one MAC; FLOPs are twice as many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from passes.geometry import PieceShape
+from passes.site import Call, Site
+
+__all__ = ["MacCounter", "chain_macs", "chain_params", "count_macs", "site_macs", "site_params"]
+
+
+def site_params(site: Site) -> int:
+    """Parameters of the original layer, bias included."""
+    return PieceShape("", site.geometry, site.bias is not None).params
+
+
+def site_macs(site: Site) -> int | None:
+    """MACs of all calls of the original layer in one forward pass; None where the calls are not known."""
+    return None if site.calls is None else sum(site.geometry.macs(call.input_shape) for call in site.calls)
+
+
+def chain_params(shapes: Sequence[PieceShape]) -> int:
+    """Parameters of a chain, bias included."""
+    return sum(shape.params for shape in shapes)
+
+
+def chain_macs(shapes: Sequence[PieceShape], calls: Sequence[Call] | None) -> int | None:
+    """MACs of a chain over all calls, each layer at the resolution that it runs on (Elhoushi et al. 2019, denominator of equation 11)."""
+    if calls is None:
+        return None
+    total = 0
+    for call in calls:
+        size = call.input_shape
+        for shape in shapes:
+            total += shape.geometry.macs(size)
+            size = shape.geometry.output_shape(size)
+    return total
+
+
+class MacCounter:
+    """Holds ``macs`` of a network once ``count_macs`` has ended."""
+
+    macs: int = 0
+
+
+@contextmanager
+def count_macs() -> Iterator[MacCounter]:
+    """Count all MACs that run inside, attention included, by ``torch.utils.flop_counter``."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = MacCounter()
+    with FlopCounterMode(display=False) as mode:
+        yield counter
+    counter.macs = mode.get_total_flops() // 2

@@ -1,0 +1,182 @@
+"""``decompose`` and ``plan``: the main verbs. Policy meets passes here; neither chooses ranks nor cuts by itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes import Decompose, host_for
+from passes.capture import private_copy
+from passes.chain import Chain
+from passes.errors import SurgeryTypeError, SurgeryValueError
+from passes.factorization import Keep
+from passes.host import Host
+from passes.kinds import kind_of
+from passes.parity import tensors_in
+from passes.site import Site, is_layer
+from surgery.cost import chain_macs, count_macs, site_macs
+from surgery.plan import Plan
+from surgery.planning import Drawn, Options, draw
+from surgery.progress import site_progress
+from surgery.ranks.rules import Rule
+from surgery.record import SurgeryRecord, merged_sites, passes_of, read_record, records_by_name, unwrap, write_record
+
+__all__ = ["Ranks", "decompose", "plan", "usable_model"]
+
+Ranks = str | float | Mapping[str, Any] | Plan | Rule | os.PathLike[str]
+DEFAULT = Options()
+
+
+def decompose(
+    model: nn.Module,
+    ranks: Ranks = "evbmf",
+    *,
+    example_inputs: Any = None,
+    method: str = DEFAULT.method,
+    include: Any = DEFAULT.include,
+    exclude: Any = DEFAULT.exclude,
+    guard: str = DEFAULT.guard,
+    round_to: int = DEFAULT.round_to,
+    device: torch.device | str | None = DEFAULT.device,
+    inplace: bool = False,
+    progress: bool = False,
+) -> nn.Module:
+    """Rewrite a model's convolutions into small chains: k x k into 1x1, k x k, 1x1 (Tucker), 1x1 into two factors (SVD).
+
+    The layers stay under their names: ``layer1.0.conv1`` becomes ``layer1.0.conv1.{reduce,core,expand}``. Class, ``forward``, hooks and all other
+    state of the model stay. ``surgery.report`` tells what became of every layer, ``surgery.reconstruct`` goes back.
+
+    Args:
+        model: any module, in any mode, of any float dtype, on any device. A ``GraphModule`` is rewritten node for node.
+        ranks: how many channels each chain keeps. ``"evbmf"`` (the default; Nakajima et al. 2012), ``"evbmf:weaken=W"``, ``"energy:P"``,
+            ``"stable"``, a fraction in (0, 1] of the full rank, a dict from layer names or ``"re:..."`` patterns to ranks, a ``Plan`` or the
+            path of one, or a callable ``(site, spectra) -> ranks``. Pairs are (rank_out, rank_in).
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; with them MACs are known and guarded.
+        method: ``"tucker"``, or ``"svd"`` to cut 1x1 convolutions and linear layers only.
+        include: names or patterns; only these layers are cut, linear ones too.
+        exclude: names or patterns of layers to keep.
+        guard: ``"macs"``: a cut by a rule must lower parameters and, with example inputs, MACs; ``"none"``: anything goes.
+            What is named in a dict or a plan is always done.
+        round_to: a rule's ranks are rounded up to a multiple of this.
+        device: where to compute, for example ``"cuda"``; results go back to each weight's device.
+        inplace: work on ``model`` itself; otherwise it is left untouched and a copy is returned.
+        progress: show progress on stderr where that is a terminal.
+
+    Returns:
+        The decomposed model; where nothing is worth cutting, an unchanged one.
+
+    Raises:
+        SurgeryTypeError: an argument of a type that has no meaning, or a model that is wrapped or cannot be copied.
+        SurgeryValueError: a request that cannot be carried out; the message names the layer or argument. The model is as it was.
+
+    Source: Elhoushi et al. 2019; Kim et al. 2016.
+    """
+    options = Options(method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device)
+    usable_model(model)
+    if inplace and (is_layer(model) or isinstance(model, Chain)):
+        raise SurgeryValueError("inplace=True: the model itself is a layer and has no parent to hold its chain; use the model that is returned")
+    target = model if inplace else private_copy(model)
+    seen = _look(target, example_inputs)
+    before = records_by_name(target)
+    with _progress(progress, len(seen.sites), "planning") as step:
+        drawn = draw(seen.sites, ranks, options, step)
+    with _progress(progress, len(seen.sites), "decomposing") as step:
+        cut = Decompose(assignment=drawn.plan, spectra=drawn.spectra, device=device, progress=step)
+        result = cut(seen.host)
+    old = read_record(target) or SurgeryRecord()
+    record = SurgeryRecord(
+        sites=merged_sites(before, seen.sites, result.outcomes),
+        passes=passes_of(target) + (("Decompose",) if result.modified else ()),
+        macs=seen.macs if seen.macs is not None else old.macs,
+        input_shapes=seen.input_shapes or old.input_shapes,
+        architecture=old.architecture,
+    )
+    write_record(result.model, record)
+    return result.model
+
+
+def plan(
+    model: nn.Module,
+    ranks: Ranks = "evbmf",
+    *,
+    example_inputs: Any = None,
+    method: str = DEFAULT.method,
+    include: Any = DEFAULT.include,
+    exclude: Any = DEFAULT.exclude,
+    guard: str = DEFAULT.guard,
+    round_to: int = DEFAULT.round_to,
+    device: torch.device | str | None = DEFAULT.device,
+    progress: bool = False,
+) -> Plan:
+    """What ``decompose`` would do with the same arguments, as a ``Plan`` to read, edit, save and replay. The model is not touched."""
+    options = Options(method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device)
+    usable_model(model)
+    seen = _look(model, example_inputs)
+    with _progress(progress, len(seen.sites), "planning") as step:
+        drawn = draw(seen.sites, ranks, options, step)
+    return settled(drawn, seen.sites)
+
+
+def settled(drawn: Drawn, sites: tuple[Site, ...]) -> Plan:
+    """The plan whose replay on a fresh instance gives this network: chains that stay are named with what they are."""
+    decisions = {}
+    for site in sites:
+        decision = drawn.plan[site.name]
+        decisions[site.name] = site.chain if site.chain is not None and isinstance(decision, Keep) else decision
+    return Plan(decisions)
+
+
+def usable_model(model: Any) -> None:
+    """Refuse what is no module, or hides one.
+
+    Raises:
+        SurgeryTypeError: not a module, compiled, wrapped for parallel training, or TorchScript.
+    """
+    if not isinstance(model, nn.Module):
+        raise SurgeryTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SurgeryTypeError("model: a TorchScript module cannot be rewritten; give the module that it was made from")
+    if unwrap(model) is not model:
+        kind = "compiled" if "_orig_mod" in model._modules else f"wrapped in {type(model).__name__}"
+        inner = "model._orig_mod" if "_orig_mod" in model._modules else "model.module"
+        raise SurgeryTypeError(f"model: it is {kind}; do the surgery on {inner}, then compile or wrap the result anew")
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A model as surgery sees it: its host, its sites, and the original network's MACs and input shapes where inputs were given."""
+
+    host: Host
+    sites: tuple[Site, ...]
+    macs: int | None
+    input_shapes: tuple[tuple[int, ...], ...] | None
+
+
+def _look(model: nn.Module, example_inputs: Any) -> Seen:
+    if example_inputs is None:
+        host = host_for(model)
+        return Seen(host, host.sites(), None, None)
+    with count_macs() as counter:
+        host = host_for(model, example_inputs)
+    sites = host.sites()
+    shapes = tuple(tuple(t.shape) for t in tensors_in(example_inputs))
+    return Seen(host, sites, counter.macs + sum(saved_macs(site) or 0 for site in sites), shapes)
+
+
+def saved_macs(site: Site) -> int | None:
+    """MACs that the chain at a site saves over the layer it replaced; 0 where there is none, None where the calls are not known."""
+    if site.chain is None:
+        return 0
+    shapes = kind_of(site.chain).shapes(site.geometry, site.chain, site.bias is not None)
+    before, after = site_macs(site), chain_macs(shapes, site.calls)
+    return None if before is None or after is None else before - after
+
+
+def _progress(wanted: bool, total: int, what: str) -> AbstractContextManager[Callable[[Site], None] | None]:
+    return site_progress(total, what) if wanted else nullcontext()

@@ -1,0 +1,137 @@
+"""What a user may write for ``ranks=``, turned into a rule, a table of named layers, or a plan. Wrong values are told apart here."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
+from passes.site import Site
+from surgery.plan import Plan
+from surgery.ranks.rules import Energy, Evbmf, Fraction, Rule, Stable
+
+__all__ = ["Named", "Names", "Request", "parse_ranks"]
+
+HELP = (
+    'ranks: expected "evbmf", "evbmf:weaken=W", "energy:P", "stable", a fraction in (0, 1], a dict of layer names, '
+    "a Plan or the path of one, or a callable (site, spectra) -> ranks"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What was found for a site in a table: the value, whether by its exact name, and the key."""
+
+    value: Any
+    exact: bool
+    key: str
+
+
+class Names:
+    """Layer names as users write them: exact, or ``"re:..."`` which must match a whole name. Exact beats pattern, then the first wins.
+
+    A pattern that matches convolutions means convolutions; only one that matches none reaches linear layers.
+    """
+
+    def __init__(self, argument: str, values: Mapping[str, Any], sites: Sequence[Site]) -> None:
+        self._exact: dict[str, Named] = {}
+        self._patterns: list[tuple[re.Pattern[str], Named, bool]] = []
+        known = [alias for site in sites for alias in site.aliases]
+        for key, value in values.items():
+            if not isinstance(key, str):
+                raise SurgeryTypeError(f"{argument}: layer names are strings, got {key!r}")
+            if not key.startswith("re:"):
+                if key not in known:
+                    raise SurgeryValueError(f"{argument}: {key!r} is no layer of this model: {nearest(key, known)}")
+                self._exact[key] = Named(value, True, key)
+                continue
+            try:
+                pattern = re.compile(key[3:])
+            except re.error as error:
+                raise SurgeryValueError(f"{argument}: {key!r} is no regular expression: {error}") from error
+            matched = [site for site in sites if any(pattern.fullmatch(a) for a in site.aliases)]
+            if not matched:
+                raise SurgeryValueError(f"{argument}: {key!r} matches no layer of this model: {nearest(key[3:], known)}")
+            self._patterns.append((pattern, Named(value, False, key), all(s.geometry.is_linear for s in matched)))
+
+    def find(self, site: Site) -> Named | None:
+        for alias in site.aliases:
+            if alias in self._exact:
+                return self._exact[alias]
+        for pattern, named, linear in self._patterns:
+            if (linear or not site.geometry.is_linear) and any(pattern.fullmatch(a) for a in site.aliases):
+                return named
+        return None
+
+
+Request = Rule | Mapping[str, Any] | Plan
+
+
+def parse_ranks(ranks: Any) -> Request:
+    """The rule, table or plan that ``ranks`` asks for.
+
+    Raises:
+        SurgeryTypeError: of no type that has a meaning.
+        SurgeryValueError: a text that names no rule and no file, or a number out of range.
+    """
+    if isinstance(ranks, Plan | Mapping):
+        return ranks
+    if isinstance(ranks, bool | int):
+        raise SurgeryTypeError(f"ranks={ranks!r} is ambiguous: one rank for all layers makes no sense; {HELP.removeprefix('ranks: ')}")
+    if isinstance(ranks, float):
+        return Fraction(_share(ranks, "ranks"))
+    if isinstance(ranks, str):
+        return _parse_text(ranks)
+    if isinstance(ranks, os.PathLike):
+        return Plan.load(ranks)
+    if callable(ranks):
+        rule: Callable[..., Any] = ranks
+        return rule
+    raise SurgeryTypeError(f"{HELP}; got {type(ranks).__name__}")
+
+
+def as_names(argument: str, names: Any) -> dict[str, None]:
+    """``include`` and ``exclude``: one name or several."""
+    if isinstance(names, str):
+        names = [names]
+    if not isinstance(names, Iterable):
+        raise SurgeryTypeError(f'{argument}: expected layer names or "re:..." patterns, got {type(names).__name__}')
+    return dict.fromkeys(names)
+
+
+def _parse_text(text: str) -> Request:
+    name, _, option = text.partition(":")
+    if text == "evbmf":
+        return Evbmf()
+    if text == "stable":
+        return Stable()
+    if name == "evbmf":
+        key, _, value = option.partition("=")
+        if key != "weaken":
+            raise SurgeryValueError(f'ranks={text!r}: EVBMF has one option, "evbmf:weaken=W" with W in [0, 1)')
+        weaken = _number(value, text)
+        if not 0 <= weaken < 1:
+            raise SurgeryValueError(f"ranks={text!r}: weaken must be in [0, 1), got {value}")
+        return Evbmf(weaken)
+    if name == "energy":
+        return Energy(_share(_number(option, text), f"ranks={text!r}"))
+    if text.endswith(".json") or Path(text).is_file():
+        return Plan.load(text)
+    raise SurgeryValueError(f"{HELP}; got {text!r}, which is no rule and no file")
+
+
+def _number(text: str, whole: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SurgeryValueError(f"ranks={whole!r}: {text!r} is not a number") from None
+
+
+def _share(value: float, what: str) -> float:
+    if not 0 < value <= 1:
+        raise SurgeryValueError(f"{what}: a fraction must be in (0, 1], got {value}")
+    return value

@@ -1,0 +1,80 @@
+"""Rank rules: how many channels to leave in each mode of a layer, from its spectra.
+
+A rule is any callable ``(site, spectra) -> answer``. ``spectra`` has one entry a mode (for Tucker the output channels, then the input channels; for
+a layer of one pixel a single one) with ``values``, ``full``, ``mode`` and ``shape``. The answer is one rank a mode (an int where there is one mode),
+None in the place of a mode that stays uncut, or a ``Keep`` with a reason. Rank 0 says that the rule saw nothing in that mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from passes.factorization import Factorization, Keep
+from passes.linalg import Spectrum
+from passes.site import Site
+from surgery.ranks.evbmf import evbmf_rank
+
+__all__ = ["Energy", "Evbmf", "Fraction", "Rule", "Stable", "fraction_of"]
+
+Answer = int | Sequence[int | None] | Factorization | Keep | None
+Rule = Callable[[Site, tuple[Spectrum, ...]], Answer] | Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Evbmf:
+    """EVBMF's rank r of each mode (see ``evbmf``), weakened: r + weaken (full - r). A mode of rank 0 stays 0.
+
+    ``weaken`` in [0, 1): 0 takes EVBMF as it is (Kim et al. 2016); the idea of weakening is MUSCO's (Gusak et al. 2019).
+    """
+
+    weaken: float = 0.0
+
+    def __call__(self, site: Site, spectra: Sequence[Spectrum]) -> Answer:
+        ranks = [evbmf_rank(s.values, s.shape) for s in spectra]
+        if not any(ranks):
+            return Keep("EVBMF sees nothing but noise in its weight (rank 0)")
+        return [r and ceil(r + self.weaken * (s.full - r) - 1e-9) for r, s in zip(ranks, spectra, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """The smallest rank of each mode whose squared singular values hold ``share`` of their sum, share in (0, 1]."""
+
+    share: float
+
+    def __call__(self, site: Site, spectra: Sequence[Spectrum]) -> Answer:
+        ranks = []
+        for s in spectra:
+            held = s.values.square().cumsum(0)
+            if float(held[-1]) <= 0:
+                return Keep("its weight is zero")
+            ranks.append(1 + int((held < self.share * held[-1] * (1 - 1e-12)).sum()))
+        return ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Fraction:
+    """The same share of the full rank in each mode, max(1, ceil(share * full)), share in (0, 1]."""
+
+    share: float
+
+    def __call__(self, site: Site, spectra: Sequence[Spectrum]) -> Answer:
+        return [fraction_of(s.full, self.share) for s in spectra]
+
+
+@dataclass(frozen=True, slots=True)
+class Stable:
+    """The stable rank of each mode, ceil(|W|_F^2 / s_1^2) (Rudelson and Vershynin 2007)."""
+
+    def __call__(self, site: Site, spectra: Sequence[Spectrum]) -> Answer:
+        if any(float(s.values[0]) <= 0 for s in spectra):
+            return Keep("its weight is zero")
+        return [ceil(float(s.values.square().sum() / s.values[0].square()) - 1e-9) for s in spectra]
+
+
+def fraction_of(full: int, share: float) -> int:
+    """max(1, ceil(share * full)); rounding of the product does not raise the rank."""
+    return max(1, ceil(share * full - 1e-9))

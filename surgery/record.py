@@ -1,0 +1,104 @@
+"""What was done to a model, kept on the model itself: never in its ``state_dict``, and it survives ``deepcopy``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+
+from passes.result import Outcome
+from passes.site import Call, Site, named_groups
+
+__all__ = ["SiteRecord", "SurgeryRecord", "read_record", "records_by_name", "unwrap", "write_record"]
+
+KEY = "surgery_record"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteRecord:
+    """What is known of one site: why it was kept, or the relative error of the cut, and its calls in the original network."""
+
+    name: str
+    reason: str | None
+    error: float | None
+    calls: tuple[Call, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurgeryRecord:
+    """Everything that was done to a model.
+
+    Attributes:
+        sites: one record a site, by name relative to the model.
+        passes: names of the passes that changed something, in order.
+        macs: of one forward pass of the original network; None where no example inputs were given.
+        input_shapes: shapes of all tensors in the example inputs.
+        architecture: the registry name that the model was made from, if it was.
+    """
+
+    sites: tuple[SiteRecord, ...] = ()
+    passes: tuple[str, ...] = ()
+    macs: int | None = None
+    input_shapes: tuple[tuple[int, ...], ...] | None = None
+    architecture: str | None = None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile`` and parallel wrappers."""
+    inner: Any = model
+    while True:
+        if "_orig_mod" in inner._modules:
+            inner = inner._modules["_orig_mod"]
+        elif isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        else:
+            return inner  # type: ignore[no-any-return]
+
+
+def read_record(model: nn.Module) -> SurgeryRecord | None:
+    """The record of exactly this module, if it has one."""
+    found = model.meta.get(KEY) if isinstance(model, fx.GraphModule) else model.__dict__.get(KEY)
+    return found if isinstance(found, SurgeryRecord) else None
+
+
+def write_record(model: nn.Module, record: SurgeryRecord) -> None:
+    if isinstance(model, fx.GraphModule):
+        model.meta = {**model.meta, KEY: record}  # a deepcopy of a graph module shares the old mapping
+    else:
+        model.__dict__[KEY] = record
+
+
+def records_by_name(model: nn.Module) -> dict[str, SiteRecord]:
+    """All site records of the model and its submodules under their full names; an outer record says more than an inner one."""
+    found: dict[str, SiteRecord] = {}
+    for module, names in named_groups(model):
+        record = read_record(module)
+        for site in record.sites if record else ():
+            name = ".".join(part for part in (names[0], site.name) if part)
+            found.setdefault(name, replace(site, name=name))
+    return found
+
+
+def passes_of(model: nn.Module) -> tuple[str, ...]:
+    """Passes that changed the model or a submodule, the model's own last."""
+    own = read_record(model)
+    inner = [r for module, names in named_groups(model) if names[0] and (r := read_record(module)) is not None]
+    return (*(p for r in inner for p in r.passes), *(own.passes if own else ()))
+
+
+def merged_sites(before: dict[str, SiteRecord], sites: tuple[Site, ...], outcomes: tuple[Outcome, ...]) -> tuple[SiteRecord, ...]:
+    """Records after a pass: what it applied or kept, with what was known of chains that it left alone."""
+    by_name = {outcome.site: outcome for outcome in outcomes}
+    records = []
+    for site in sites:
+        known, outcome = before.get(site.name), by_name.get(site.name)
+        calls = site.calls if site.calls is not None else (known.calls if known else None)
+        if outcome is None or (site.chain is not None and outcome.status == "kept"):
+            reason, error = (known.reason, known.error) if known else (None, None)
+        elif outcome.status == "applied":
+            reason, error = outcome.reason, outcome.error
+        else:
+            reason, error = outcome.reason, known.error if known else None
+        records.append(SiteRecord(name=site.name, reason=reason, error=error, calls=calls))
+    return tuple(records)

@@ -1,0 +1,169 @@
+"""The report: what was done to every convolution and linear layer, with numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from math import prod
+from typing import Any, Literal
+
+from torch import nn
+
+from passes import host_for
+from passes.factorization import Factorization
+from passes.kinds import kind_of
+from passes.site import Site
+from surgery.cost import chain_macs, chain_params, site_params
+from surgery.record import SiteRecord, passes_of, read_record, records_by_name, unwrap
+
+__all__ = ["LayerReport", "Report", "report"]
+
+FORMAT = "surgery.report"
+VERSION = 1
+NOT_DECOMPOSED = "not decomposed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """One layer. MACs are those of all its calls in one forward pass of the example inputs, None where none were given.
+
+    Attributes:
+        name: first qualified name.
+        layer: what it is, or was: class, channels, kernel, stride.
+        kind: of the factorization, None for a kept layer.
+        status: ``"decomposed"`` or ``"kept"``.
+        reason: why it was kept.
+        factorization: kind and ranks, None for a kept layer.
+        ranks: one a mode, output channels first; None for a mode that is uncut.
+        error: |W - W'|_F / |W|_F at the moment of the cut.
+        compression: weights before over weights after (Elhoushi et al. 2019, equation 10), 1 for a kept layer.
+        speedup: MACs before over MACs after (equation 11), 1 for a kept layer, None where MACs are not known.
+        calls: calls in one forward pass of the example inputs.
+        output_shape: of the first call.
+    """
+
+    name: str
+    layer: str
+    kind: str | None
+    status: Literal["decomposed", "kept"]
+    reason: str | None
+    factorization: Factorization | None
+    ranks: tuple[int | None, ...] | None
+    error: float | None
+    params_before: int
+    params_after: int
+    macs_before: int | None
+    macs_after: int | None
+    calls: int | None
+    compression: float
+    speedup: float | None
+    output_shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All layers in the model's order, the totals of the network (every parameter once, attention's MACs included), and the passes that ran."""
+
+    layers: tuple[LayerReport, ...]
+    params_before: int
+    params_after: int
+    macs_before: int | None
+    macs_after: int | None
+    passes: tuple[str, ...]
+
+    @property
+    def compression(self) -> float:
+        """Parameters of the network before over after."""
+        return self.params_before / self.params_after if self.params_after else 1.0
+
+    @property
+    def speedup(self) -> float | None:
+        """MACs of the network before over after; arithmetic, not time (see ``surgery.benchmark``)."""
+        return self.macs_before / self.macs_after if self.macs_before and self.macs_after else None
+
+    def __getitem__(self, name: str) -> LayerReport:
+        for row in self.layers:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        layers = []
+        for row in self.layers:
+            item = {f.name: getattr(row, f.name) for f in fields(row)}
+            layers.append(item | {"factorization": row.factorization.to_json() if row.factorization else None})
+        totals = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+        ratios = {"compression": self.compression, "speedup": self.speedup}
+        return {"format": FORMAT, "version": VERSION} | totals | ratios | {"layers": layers}
+
+    def to_json(self) -> str:
+        """Deterministic text with format and version."""
+        return json.dumps(self.to_data(), indent=1, ensure_ascii=False) + "\n"
+
+    def __str__(self) -> str:
+        from surgery.tables import render, report_table
+
+        return render(report_table(self))
+
+
+def report(model: nn.Module) -> Report:
+    """What was done to every convolution and linear layer of a model.
+
+    Looks through ``torch.compile`` and parallel wrappers. Reports of submodules that were decomposed on their own merge under their prefix. A model
+    to which nothing was done says "not decomposed" on every row.
+    """
+    inner = unwrap(model)
+    record, records = read_record(inner), records_by_name(inner)
+    rows = []
+    unknown = False
+    saved_params = saved_macs = 0
+    for site in host_for(inner).sites():
+        row = _row(site, records.get(site.name))
+        rows.append(row)
+        saved_params += row.params_before - row.params_after
+        if row.macs_before is None or row.macs_after is None:
+            unknown = unknown or row.status == "decomposed"
+        else:
+            saved_macs += row.macs_before - row.macs_after
+    params = sum(p.numel() for p in inner.parameters())
+    macs = record.macs if record is not None and not unknown else None
+    return Report(
+        layers=tuple(rows),
+        params_before=params + saved_params,
+        params_after=params,
+        macs_before=macs,
+        macs_after=None if macs is None else macs - saved_macs,
+        passes=passes_of(inner),
+    )
+
+
+def _row(site: Site, known: SiteRecord | None) -> LayerReport:
+    calls = known.calls if known is not None and known.calls is not None else site.calls
+    params = site_params(site)
+    macs = None if calls is None else sum(site.geometry.macs(c.input_shape) for c in calls)
+    params_after, macs_after, compression = params, macs, 1.0
+    reason: str | None = (known.reason if known is not None else None) or NOT_DECOMPOSED
+    if site.chain is not None:
+        shapes = kind_of(site.chain).shapes(site.geometry, site.chain, site.bias is not None)
+        params_after, macs_after = chain_params(shapes), chain_macs(shapes, calls)
+        compression = prod(site.geometry.weight_shape) / sum(prod(s.geometry.weight_shape) for s in shapes)
+        reason = None
+    return LayerReport(
+        name=site.name,
+        layer=str(site.geometry),
+        kind=None if site.chain is None else site.chain.kind,
+        status="kept" if site.chain is None else "decomposed",
+        reason=reason,
+        factorization=site.chain,
+        ranks=None if site.chain is None else site.chain.ranks,
+        error=None if known is None else known.error,
+        params_before=params,
+        params_after=params_after,
+        macs_before=macs,
+        macs_after=macs_after,
+        calls=None if calls is None else len(calls),
+        compression=compression,
+        speedup=macs / macs_after if macs and macs_after else None,
+        output_shape=calls[0].output_shape if calls else None,
+    )

@@ -1,0 +1,153 @@
+"""Tables for people: the only place where numbers become text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from surgery.benchmark import Benchmark
+    from surgery.plan import Plan
+    from surgery.report import Report
+
+__all__ = ["benchmark_table", "count", "plan_table", "print_table", "render", "report_table", "summary_table"]
+
+
+def count(number: int | None) -> str:
+    """A count with a unit a person can read: 853k, 1.33M."""
+    if number is None:
+        return "-"
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def report_table(report: Report) -> RenderableType:
+    """A row a layer, then the totals."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("was", no_wrap=True)
+    for heading in ("ranks", "error", "params", "MACs", "M", "E"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in report.layers:
+        table.add_row(*_report_cells(row))
+    table.add_section()
+    totals = (_change(report.params_before, report.params_after), _change(report.macs_before, report.macs_after))
+    table.add_row("network", "", "", "", *totals, ratio(report.compression), ratio(report.speedup))
+    kept = [r for r in report.layers if r.status == "kept"]
+    cut = len(report.layers) - len(kept)
+    lines = [f"{cut} of {len(report.layers)} layers decomposed" + (f"; passes: {', '.join(report.passes)}" if report.passes else "")]
+    lines += [f"kept {row.name or '(the model)'}: {row.reason}" for row in kept]
+    from rich.console import Group
+
+    return Group(table, "", *lines)
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """A row a layer: its ranks, or why it is kept."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    table.add_column("ranks", justify="right", no_wrap=True)
+    table.add_column("why kept")
+    for name, decision in plan.items():
+        data: dict[str, Any] = decision.to_json()
+        kind = data.pop("kind")
+        reason = data.pop("reason", "")
+        table.add_row(name or "(the model)", kind, _ranks(tuple(data.values()) or None), reason)
+    return table
+
+
+def benchmark_table(benchmark: Benchmark) -> RenderableType:
+    """A row a runtime: median times with their spread, the time ratio beside the FLOPs ratio."""
+    from rich.console import Group
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("runtime", no_wrap=True)
+    for heading in ("before ms", "after ms", "time ratio", "FLOPs ratio", "time / FLOPs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for row in benchmark.rows:
+        spread = f"{row.time_ratio:.2f}x ({row.time_ratio_low:.2f} to {row.time_ratio_high:.2f})"
+        table.add_row(
+            row.runtime,
+            f"{row.before_ms:.2f}",
+            f"{row.after_ms:.2f}",
+            spread,
+            ratio(benchmark.flops_ratio),
+            "-" if benchmark.flops_ratio is None else f"{row.time_ratio / benchmark.flops_ratio:.2f}",
+            row.verdict,
+        )
+    facts = f"{benchmark.repeats} interleaved repeats, {benchmark.threads} threads, inputs {list(map(list, benchmark.input_shapes))}"
+    return Group(table, "", facts)
+
+
+def summary_table(report: Report) -> RenderableType:
+    """A row a layer: what it is, its parameters and MACs."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("is", no_wrap=True)
+    for heading in ("calls", "output", "params", "MACs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in report.layers:
+        output = "x".join(map(str, row.output_shape or ()))
+        table.add_row(row.name or "(the model)", row.layer, str(row.calls), output, count(row.params_after), count(row.macs_after))
+    table.add_row("network", "", "", "", count(report.params_after), count(report.macs_after))
+    return table
+
+
+def print_table(table: RenderableType) -> None:
+    """A table on stdout: in colour and as wide as a terminal where it is one, else plain and wide."""
+    import sys
+
+    from rich.console import Console
+
+    if sys.stdout.isatty():
+        Console(highlight=False, markup=False, emoji=False).print(table)
+    else:
+        print(render(table))
+
+
+def render(table: RenderableType, width: int = 160) -> str:
+    """A table as plain text."""
+    from rich.console import Console
+
+    console = Console(width=width, no_color=True, highlight=False, force_terminal=False, emoji=False, markup=False)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def _report_cells(row: Any) -> tuple[str, ...]:
+    cut = row.status == "decomposed"
+    return (
+        row.name or "(the model)",
+        row.layer,
+        _ranks(row.ranks) if cut else "kept",
+        "-" if row.error is None else f"{row.error:.3f}",
+        _change(row.params_before, row.params_after),
+        _change(row.macs_before, row.macs_after),
+        ratio(row.compression) if cut else "",
+        ratio(row.speedup) if cut else "",
+    )
+
+
+def _ranks(ranks: tuple[int | None, ...] | None) -> str:
+    return "" if ranks is None else ", ".join("full" if r is None else str(r) for r in ranks)
+
+
+def _change(before: int | None, after: int | None) -> str:
+    return count(before) if before == after else f"{count(before)} -> {count(after)}"

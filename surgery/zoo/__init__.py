@@ -1,0 +1,167 @@
+"""Networks by name: ``torchvision:NAME``, ``timm:NAME``, ``surgery:NAME`` (bundled), ``package.module:factory``, or a folder that ``save`` wrote."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes.errors import MissingExtra, SurgeryTypeError, SurgeryValueError, nearest
+from surgery.checkpoint import PLAN_FILE, load, read_architecture
+from surgery.record import SurgeryRecord, write_record
+from surgery.zoo.resnet_cifar import resnet20, resnet56
+from surgery.zoo.torchvision_ops import import_torchvision
+
+__all__ = ["BUNDLED", "load_network", "load_weights", "make"]
+
+WEIGHTS = Path(__file__).parent / "weights"
+BUNDLED: dict[str, tuple[Callable[[], nn.Module], str | None, tuple[int, ...]]] = {
+    "resnet20": (resnet20, "resnet20_cifar10.safetensors", (1, 3, 32, 32)),
+    "resnet56": (resnet56, None, (1, 3, 32, 32)),
+}
+PICTURE = (1, 3, 224, 224)
+
+
+def make(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    """A network by name in eval mode, and the shape of the input it is usually given.
+
+    ``surgery:resnet20`` comes with trained weights; all other networks are made with random ones, see ``load_weights``.
+
+    Raises:
+        SurgeryValueError: no such registry, network or module.
+        SurgeryTypeError: the factory gives something else than a module.
+        MissingExtra: the package of a registry is not installed.
+    """
+    if not isinstance(name, str | os.PathLike):
+        raise SurgeryTypeError(f"MODEL: expected a name, got {type(name).__name__}")
+    text = str(name)
+    if (Path(text) / PLAN_FILE).is_file():
+        return load_network(text)
+    registry, _, rest = text.partition(":")
+    if not rest:
+        raise SurgeryValueError(
+            f"MODEL {text!r}: expected torchvision:NAME, timm:NAME, surgery:NAME, package.module:factory, or a folder written by surgery.save"
+        )
+    makers = {"torchvision": _torchvision, "timm": _timm, "surgery": _bundled}
+    if registry not in makers:
+        return _from_factory(registry, rest), PICTURE
+    model, shape = makers[registry](rest)
+    write_record(model, SurgeryRecord(architecture=text))
+    return model.eval(), shape
+
+
+def load_network(path: str) -> tuple[nn.Module, tuple[int, ...]]:
+    """A network from a folder that ``save`` wrote, where its architecture has a registry name.
+
+    Raises:
+        SurgeryValueError: it has none; then ``surgery.load(path, fresh_model)`` is the way.
+    """
+    architecture = read_architecture(path)
+    if architecture is None or architecture.partition(":")[0] not in ("torchvision", "timm", "surgery"):
+        raise SurgeryValueError(f"{path}: does not say which registered network it is; use surgery.load({path!r}, fresh_model) from Python")
+    fresh, shape = make(architecture)
+    model = load(path, fresh)
+    return model.eval(), shape
+
+
+def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
+    """Fill a network from a state dict in a ``.safetensors`` file, or one that ``torch.save`` wrote (read without executing anything in it).
+
+    A state dict inside ``{"state_dict": ...}`` or ``{"model": ...}`` is found, and a ``module.`` that parallel training put before all keys removed.
+
+    Raises:
+        SurgeryValueError: not such a file, or keys and shapes that do not fit.
+        OSError: it cannot be read.
+    """
+    state: Any = _read_state(Path(file))
+    for key in ("state_dict", "model"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    if state and all(isinstance(k, str) and k.startswith("module.") for k in state):
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+    try:
+        model.load_state_dict(state, strict=True)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise SurgeryValueError(f"{file}: does not fit {type(model).__name__}: {error}") from error
+
+
+def _read_state(file: Path) -> dict[str, object]:
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(file))
+        except SafetensorError as error:
+            raise SurgeryValueError(f"{file}: damaged or not a safetensors file ({error})") from error
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load has no family of errors of its own
+        raise SurgeryValueError(f"{file}: torch.load cannot read it as plain weights ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, dict):
+        raise SurgeryValueError(f"{file}: holds a {type(state).__name__}, not a state dict")
+    return state
+
+
+def _bundled(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    if name not in BUNDLED:
+        raise SurgeryValueError(f"surgery:{name}: no such bundled network; {nearest(name, BUNDLED)}")
+    factory, weights, shape = BUNDLED[name]
+    model = factory()
+    if weights is not None:
+        load_weights(model, WEIGHTS / weights)
+    return model, shape
+
+
+def _torchvision(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    import_torchvision()
+    from torchvision import models
+
+    known = models.list_models()
+    if name not in known:
+        raise SurgeryValueError(f"torchvision:{name}: torchvision has no such network; {nearest(name, known)}")
+    extra = {"weights_backbone": None} if name in models.list_models(module=models.detection) + models.list_models(module=models.segmentation) else {}
+    shape = (1, 3, 16, 112, 112) if name in models.list_models(module=models.video) else PICTURE
+    return models.get_model(name, weights=None, **extra), shape
+
+
+def _timm(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    if importlib.util.find_spec("timm") is None:
+        raise MissingExtra("timm is not installed: pip install 'surgery[zoo]'")
+    import_torchvision()  # timm imports it
+    import timm
+
+    if not timm.is_model(name):
+        raise SurgeryValueError(f"timm:{name}: timm has no such network; {nearest(name, timm.list_models())}")
+    model = timm.create_model(name, pretrained=False)
+    size = getattr(model, "pretrained_cfg", {}).get("input_size", PICTURE[1:])
+    return model, (1, *size)
+
+
+def _from_factory(module_name: str, factory_name: str) -> nn.Module:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as ``python -m`` does: modules beside the user's work are found
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise
+        raise SurgeryValueError(
+            f"{module_name}:{factory_name}: there is no module {module_name!r}, and no registry of that name (torchvision, timm, surgery)"
+        ) from error
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        raise SurgeryValueError(f"{module_name}:{factory_name}: {module_name} has no callable of that name; {nearest(factory_name, dir(module))}")
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise SurgeryTypeError(f"{module_name}:{factory_name}: the factory must give an nn.Module, got {type(model).__name__}")
+    return model.eval()

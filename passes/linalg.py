@@ -41,13 +41,13 @@ class Spectrum:
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
     """The matrix whose rows are the ``mode``-th dimension of ``tensor``: (n_mode, product of the others)."""
-    matrix: Tensor = tensor.movedim(mode, 0).flatten(1)
-    return matrix
+    return tensor.movedim(mode, 0).flatten(1)
 
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """``tensor`` with its ``mode``-th dimension multiplied by ``matrix`` (rows of ``matrix`` become that dimension)."""
-    return torch.tensordot(matrix, tensor, dims=([1], [mode])).movedim(0, mode)
+    product: Tensor = torch.tensordot(matrix, tensor, dims=([1], [mode]))
+    return product.movedim(0, mode)
 
 
 def clean_signs(basis: Tensor) -> Tensor:

@@ -1,0 +1,170 @@
+"""Seeing a model without changing it, and believing a trace only when it is proved."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import surgery
+from passes.capture import observe_calls, private_copy, run
+from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
+from passes.parity import assert_parity, difference
+from tests.networks import Branching, Keyword, Mistraced, Twice
+
+X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(9))
+
+
+def test_a_trace_computes_the_same_and_has_weights_of_its_own(small):
+    traced = surgery.trace(small, X)
+    assert_parity(traced(X), small(X))
+    assert not {p.data_ptr() for p in traced.parameters()} & {p.data_ptr() for p in small.parameters()}
+    assert not traced.training
+
+
+def test_control_flow_on_data_is_refused_with_the_reason():
+    with pytest.raises(SurgeryError, match=r"Branching cannot be traced symbolically \(TraceError"):
+        surgery.trace(Branching(), X)
+
+
+def test_a_wrong_trace_is_not_believed():
+    with pytest.raises(SurgeryError, match="Mistraced was traced, but the trace is wrong: .*differ"):
+        surgery.trace(Mistraced(), X)
+
+
+@pytest.mark.parametrize("model", [Branching(), Mistraced()])
+def test_surgery_needs_no_trace(model):
+    net = surgery.decompose(model, {"re:.*": 1.0}, example_inputs=X)
+    assert_parity(net(X), model(X))
+    assert surgery.report(net).layers[0].speedup is not None
+
+
+class Stateful(nn.Module):
+    """Counts its calls, draws random numbers, works in place on its input, caches what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.bn = nn.BatchNorm2d(8)
+        self.calls = 0
+        self.cache = {}
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.steps += 1
+        self.cache["x"] = x
+        x = functional.dropout(x.mul_(0.5), training=self.training)
+        return self.bn(self.conv(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("act", [surgery.capture, surgery.plan, surgery.trace, surgery.decompose], ids=lambda f: f.__name__)
+def test_looking_changes_nothing(act, training):
+    model, inputs = Stateful().train(training), X.clone()
+    state, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    if act in (surgery.capture, surgery.trace):
+        act(model, inputs)
+    else:
+        act(model, example_inputs=inputs)
+    assert model.calls == 0
+    assert model.cache == {}
+    assert model.training == training
+    assert torch.equal(inputs, X)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
+    assert not model.conv._forward_hooks
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_trace_is_that_of_the_mode_the_model_is_in(training):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5)).train(training)
+    traced = surgery.trace(model, X)
+    assert traced.training == training
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    expected = twin(X)
+    torch.manual_seed(1)
+    assert difference(traced(X), expected) == 0.0
+
+
+def test_inputs_by_keyword_and_outputs_in_a_dict():
+    model = Keyword().eval()
+    inputs = {"gain": torch.ones(1), "sound": torch.randn(2, 4, 20)}
+    traced = surgery.trace(model, inputs)
+    assert difference(traced(**inputs), model(**inputs)) == 0.0
+    net = surgery.decompose(model, {"conv": 1.0}, example_inputs=inputs)
+    assert_parity(net(**inputs), model(**inputs))
+    assert surgery.report(net)["conv"].output_shape == (2, 6, 20)
+    positional = (inputs["sound"], inputs["gain"])
+    assert surgery.report(surgery.decompose(model, {"conv": 1.0}, example_inputs=positional)) == surgery.report(net)
+
+
+def test_a_list_is_one_argument():
+    class Sums(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, pictures):
+            return sum(self.conv(p).mean() for p in pictures)
+
+    report = surgery.report(surgery.decompose(Sums(), 1.0, example_inputs=[X, X[:1]]))
+    assert report["conv"].calls == 2
+
+
+def test_calls_by_first_name():
+    calls = observe_calls(Twice(), torch.randn(1, 8, 8, 8))
+    assert [c.input_shape[-1] for c in calls["conv"]] == [8, 4]
+    assert [c.output_shape for c in calls["other"]] == [(1, 8, 4, 4)]
+
+
+def test_layers_that_are_not_reached_have_no_calls():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.aux = nn.Conv2d(3, 4, 3)
+    model.forward = lambda x: model[0](x)
+    net = surgery.decompose(model, 0.5, example_inputs=X)
+    assert surgery.report(net)["aux"].reason == "the example inputs do not reach it"
+
+
+@pytest.mark.parametrize("inputs", [torch.randn(2, 4, 12, 12), torch.randn(2, 3), (X, X), {"y": X}, "picture"])
+def test_wrong_example_inputs_get_one_clear_error(small, inputs):
+    with pytest.raises(SurgeryValueError, match="example_inputs: Small fails on them") as caught:
+        surgery.decompose(small, example_inputs=inputs)
+    assert caught.value.__cause__ is not None
+
+
+def test_a_copy_may_share_parameters_but_never_buffers(small):
+    twin = private_copy(small, share_parameters=True)
+    assert twin.conv1.weight is small.conv1.weight
+    assert twin.bn1.running_mean is not small.bn1.running_mean
+
+
+def test_models_that_cannot_be_copied():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.lock = __import__("threading").Lock()
+    with pytest.raises(SurgeryTypeError, match="cannot be copied"):
+        surgery.decompose(model)
+
+
+def test_old_weight_norm_can_be_copied_and_run():
+    with pytest.warns(FutureWarning):
+        model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 8, 3)), nn.Conv2d(8, 8, 3))
+    model(X)
+    net = surgery.decompose(model, {"re:.*": 1.0}, example_inputs=X)
+    assert surgery.report(net)["0"].reason.startswith("its weight is computed")
+    assert surgery.report(net)["1"].status == "decomposed"
+    assert_parity(net(X), model(X))
+
+
+def test_run_takes_a_tuple_a_mapping_or_one_argument():
+    class Echo(nn.Module):
+        def forward(self, a, b=2):
+            return a, b
+
+    assert run(Echo(), (1, 3)) == (1, 3)
+    assert run(Echo(), {"b": 5, "a": 4}) == (4, 5)
+    assert run(Echo(), [7]) == ([7], 2)

@@ -1,0 +1,228 @@
+"""A chain in the place of a layer: what parents, hooks, copies and compilers see of it."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import surgery
+from passes.chain import Chain
+from passes.parity import assert_parity, difference
+from tests.networks import ReadsAttributes
+
+X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(8))
+ALL = {"re:.*": 1.0}
+HALF = {"re:.*": 0.5}
+
+
+def test_names_and_order(small):
+    net = surgery.decompose(small, HALF)
+    assert isinstance(net.conv2, Chain)
+    assert [name for name, _ in net.conv2.named_children()] == ["reduce", "core", "expand"]
+    assert [name for name, _ in net.mix.named_children()] == ["reduce", "expand"]
+    assert net.conv2.core.stride == (2, 2)
+    assert net.conv2.reduce.stride == net.conv2.expand.stride == (1, 1)
+    assert net.conv1.expand.bias is None
+    assert net.conv2.reduce.bias is None
+    assert net.conv2.core.bias is None
+    assert torch.equal(net.conv2.expand.bias, small.conv2.bias)
+
+
+def test_parents_can_read_what_they_read_before():
+    model = ReadsAttributes().eval()
+    inputs = torch.randn(2, 4, 9, 9)
+    net = surgery.decompose(model, ALL)
+    assert_parity(net(inputs), model(inputs))
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+        assert getattr(net.conv, name) == getattr(model.conv, name)
+    assert_parity(net.conv.weight, model.conv.weight)
+    assert torch.equal(net.conv.bias, model.conv.bias)
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = net.conv.no_such
+
+
+def test_attributes_are_read_only():
+    net = surgery.decompose(ReadsAttributes(), HALF)
+    for name in ("stride", "weight", "bias", "out_channels"):
+        with pytest.raises((AttributeError, KeyError)):
+            setattr(net.conv, name, None)
+    net.conv.note = "mine"  # anything else may be set
+    assert net.conv.note == "mine"
+
+
+def test_gradients_reach_the_factors_through_the_weight():
+    net = surgery.decompose(ReadsAttributes(), HALF)
+    net.conv.weight.square().sum().backward()
+    assert all(layer.weight.grad is not None for layer in net.conv)
+
+
+def test_no_storage_is_shared_with_the_original(small):
+    net = surgery.decompose(small, ALL)
+    theirs = {p.untyped_storage().data_ptr() for p in small.parameters()}
+    assert not theirs & {p.untyped_storage().data_ptr() for p in net.parameters()}
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert all(p.abs().sum() > 0 for p in small.parameters() if p.ndim > 1)
+
+
+def test_requires_grad_and_mode_follow_the_layer(small):
+    small.train()
+    small.conv2.weight.requires_grad_(False)
+    small.mix.eval()
+    net = surgery.decompose(small, HALF)
+    assert not any(layer.weight.requires_grad for layer in net.conv2)
+    assert net.conv2.expand.bias.requires_grad
+    assert all(layer.weight.requires_grad for layer in net.conv1)
+    assert net.conv1.training
+    assert net.conv1.core.training
+    assert not net.mix.training
+    assert not net.mix.reduce.training
+    back = surgery.reconstruct(net)
+    assert not back.conv2.weight.requires_grad
+    assert back.conv2.bias.requires_grad
+    assert back.conv1.weight.requires_grad
+    assert back.conv1.training
+    assert not back.mix.training
+
+
+def test_hooks_come_along_and_back(small):
+    seen = []
+    handle = small.conv2.register_forward_hook(lambda module, args, output: seen.append((type(module).__name__, tuple(output.shape))))
+    net = surgery.decompose(small, HALF, inplace=True)
+    net(X)
+    assert seen == [("Chain", (2, 24, 6, 6))]
+    back = surgery.reconstruct(net, inplace=True)
+    back(X)
+    assert seen[-1] == ("Conv2d", (2, 24, 6, 6))
+    handle.remove()
+    back(X)
+    assert len(seen) == 2
+
+
+def test_a_hook_added_to_the_chain_stays_at_reconstruction(small):
+    net = surgery.decompose(small, HALF)
+    seen = []
+    net.conv2.register_forward_pre_hook(lambda module, args: seen.append(type(module).__name__))
+    surgery.reconstruct(net)(X)
+    assert seen == ["Conv2d"]
+
+
+class Named(nn.Conv2d):
+    """A subclass that computes as its base does, with an attribute of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.note = "kept"
+
+
+def test_subclasses_come_back():
+    model = nn.Sequential(Named(3, 8, 3))
+    net = surgery.decompose(model, HALF)
+    assert net[0].note == "kept"
+    back = surgery.reconstruct(net)
+    assert type(back[0]) is Named
+    assert back[0].note == "kept"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_dtype_and_memory_format_follow(small, dtype, memory_format):
+    model = small.to(dtype=dtype, memory_format=memory_format)
+    net = surgery.decompose(model, HALF)
+    for name in ("conv2", "mix", "tail.1"):
+        for layer in net.get_submodule(name):
+            assert layer.weight.dtype == dtype
+        assert net.get_submodule(name).core.weight.is_contiguous(memory_format=memory_format) if name != "mix" else True
+    back = surgery.reconstruct(net)
+    for name in ("conv2", "mix", "tail.1"):
+        before, after = model.get_submodule(name).weight, back.get_submodule(name).weight
+        assert after.dtype == dtype
+        assert after.stride() == before.stride()
+
+
+def test_merged_bfloat16_weight_is_the_product_of_its_factors_to_two_units():
+    conv = nn.Conv2d(24, 32, 3).to(torch.bfloat16)
+    net = surgery.decompose(nn.Sequential(conv), {"0": (16, 12)})
+    expand, core, reduce = (net[0].get_submodule(n).weight.double() for n in ("expand", "core", "reduce"))
+    exact = torch.einsum("or,rshw,si->oihw", expand[:, :, 0, 0], core, reduce[:, :, 0, 0])
+    merged = surgery.reconstruct(net)[0].weight
+    unit = torch.finfo(torch.bfloat16).eps * exact.abs()
+    assert bool(((merged.double() - exact).abs() <= 2 * unit).all())
+
+
+def test_deepcopy_pickle_to_and_half(small):
+    net = surgery.decompose(small, HALF)
+    expected = net(X)
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(net), torch.load(buffer, weights_only=False)):
+        assert difference(other(X), expected) == 0.0
+        assert surgery.report(other) == surgery.report(net)
+        assert difference(surgery.reconstruct(other)(X), expected) < 1e-5
+    wide = copy.deepcopy(net).double()
+    assert_parity(wide(X.double()), expected.double(), tolerance=1e-5)
+    assert surgery.reconstruct(wide).conv2.weight.dtype == torch.float64
+    assert surgery.reconstruct(copy.deepcopy(net).half()).conv2.weight.dtype == torch.float16
+
+
+def test_jit_trace_and_script(small):
+    net = surgery.decompose(small, HALF)
+    assert_parity(torch.jit.trace(net, X)(X), net(X))
+    scripted = torch.jit.script(nn.Sequential(net.conv1, net.bn1))
+    assert_parity(scripted(X), net.bn1(net.conv1(X)))
+
+
+def test_compile_traces_through_a_chain(small):
+    net = surgery.decompose(small, HALF)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    assert_parity(compiled(X), net(X))
+    assert surgery.report(compiled) == surgery.report(net)
+
+
+def test_symbolic_trace_sees_the_layers_of_a_chain(small):
+    net = surgery.decompose(small, HALF)
+    targets = [n.target for n in surgery.trace(net, X).graph.nodes if n.op == "call_module"]
+    assert "conv2.core" in targets
+    assert "conv2" not in targets
+
+
+def test_a_traced_decomposed_network_can_be_reconstructed(small):
+    net = surgery.decompose(small, HALF, example_inputs=X)
+    back = surgery.reconstruct(surgery.trace(net, X))
+    assert_parity(back(X), net(X))
+    assert "conv2.weight" in back.state_dict()
+
+
+def test_a_slice_of_a_chain_is_a_plain_sequential(small):
+    net = surgery.decompose(small, HALF)
+    part = net.conv2[:2]
+    assert type(part) is nn.Sequential
+    assert [n for n, _ in part.named_children()] == ["reduce", "core"]
+    assert net.conv2[0] is net.conv2.reduce
+
+
+def test_a_root_that_is_itself_a_layer():
+    conv = nn.Conv2d(8, 8, 3)
+    chain = surgery.decompose(conv, HALF)
+    assert isinstance(chain, Chain)
+    assert surgery.report(chain).layers[0].status == "decomposed"
+    back = surgery.reconstruct(chain)
+    assert type(back) is nn.Conv2d
+    for model, act in ((conv, surgery.decompose), (chain, surgery.reconstruct)):
+        with pytest.raises(surgery.SurgeryValueError, match="inplace=True"):
+            act(model, inplace=True)
+
+
+def test_random_state_is_left_alone(small):
+    state = torch.get_rng_state()
+    net = surgery.decompose(small, HALF, example_inputs=X)
+    surgery.reconstruct(net)
+    surgery.trace(small, X)
+    surgery.plan(small, example_inputs=X)
+    assert torch.equal(state, torch.get_rng_state())

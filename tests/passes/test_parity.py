@@ -1,0 +1,77 @@
+"""The comparison that all other tests rely on must be able to fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from passes.errors import ParityError
+from passes.parity import assert_parity, difference, private_inputs
+
+X = torch.randn(4, 8, 5, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.zeros_like(X),
+        X * 1.01,
+        X[:, [1, 0, *range(2, 8)]],
+        X + 1e-3,
+        X.clone().index_fill_(2, torch.tensor([0]), float("nan")),
+        X.clone().index_fill_(2, torch.tensor([0]), float("inf")),
+        X[:2],
+        -X,
+        [X, X],
+        [],
+    ],
+    ids=["zeros", "x1.01", "swapped channels", "shifted", "nan", "inf", "shorter", "negated", "two for one", "nothing"],
+)
+def test_it_fails(wrong):
+    with pytest.raises(ParityError, match="differ"):
+        assert_parity(wrong, X)
+
+
+def test_it_passes_and_measures():
+    assert assert_parity(X.clone(), X) == 0.0
+    assert difference(X * (1 + 1e-3), X) == pytest.approx(1e-3, rel=1e-3)
+    assert difference(torch.zeros(3), torch.zeros(3)) == 0.0
+    assert difference(torch.full((3,), 1e-9), torch.zeros(3)) == float("inf")
+
+
+def test_tolerance_follows_dtype_and_mode():
+    assert_parity(X.double() * (1 + 1e-11), X.double())
+    with pytest.raises(ParityError):
+        assert_parity(X.double() * (1 + 1e-8), X.double())
+    slightly = X * (1 + 5e-5)
+    assert_parity(slightly, X, training=True)
+    with pytest.raises(ParityError):
+        assert_parity(slightly, X)
+
+
+def test_special_values_must_stand_in_the_same_places():
+    holes = X.clone()
+    holes[0, 0, 0], holes[1, 1, 1] = float("nan"), float("-inf")
+    assert difference(holes, holes.clone()) == 0.0
+    other = holes.clone()
+    other[1, 1, 1] = float("inf")
+    assert difference(other, holes) == float("inf")
+
+
+def test_nested_outputs():
+    assert difference({"a": X, "b": [X, (X,)]}, {"a": X, "b": [X, (X,)]}) == 0.0
+    assert difference({"a": X, "b": [X, (X * 2,)]}, {"a": X, "b": [X, (X,)]}) > 0.1
+
+
+def test_integers_are_compared_too():
+    assert difference(torch.tensor([1, 2]), torch.tensor([1, 2])) == 0.0
+    with pytest.raises(ParityError):
+        assert_parity(torch.tensor([1, 3]), torch.tensor([1, 2]))
+
+
+def test_private_inputs_do_not_share_storage():
+    given = {"x": X.clone(), "n": 3}
+    copied = private_inputs(given)
+    copied["x"].zero_()
+    assert given["x"].abs().sum() > 0
+    assert copied["n"] == 3

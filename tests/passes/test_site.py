@@ -1,0 +1,140 @@
+"""Which layers could be cut, and why the others must stay as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import surgery
+from passes.errors import SurgeryValueError
+from passes.parity import difference
+from passes.site import find_layers
+
+
+def reason(model, name="0"):
+    return next(f.keep for f in find_layers(model) if name in f.names)
+
+
+class OwnForward(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class OwnConvForward(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class WithExtras(nn.Conv2d):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.ones(()))
+
+
+def test_plain_layers_and_subclasses_that_compute_alike():
+    class Same(nn.Conv2d):
+        pass
+
+    model = nn.Sequential(nn.Conv1d(2, 2, 3), nn.Conv3d(2, 2, 3), nn.Linear(2, 2), Same(2, 2, 3), nn.ConvTranspose2d(2, 2, 3))
+    assert [f.keep for f in find_layers(model)] == [None] * 5
+
+
+@pytest.mark.parametrize("layer", [OwnForward(3, 4, 3), OwnConvForward(3, 4, 3)])
+def test_layers_that_compute_in_their_own_way(layer):
+    assert reason(nn.Sequential(layer)) == f"{type(layer).__name__} computes its output in its own way"
+
+
+def test_a_forward_patched_on_the_instance():
+    layer = nn.Conv2d(3, 4, 3)
+    layer.forward = lambda x: x
+    assert "in its own way" in reason(nn.Sequential(layer))
+
+
+def test_extra_parameters_would_be_lost():
+    assert reason(nn.Sequential(WithExtras(3, 4, 3))) == "WithExtras holds more than a weight and a bias"
+
+
+def test_computed_weights():
+    assert reason(nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)))) == "its weight is computed by a parametrization"
+    pruned = nn.Conv2d(3, 4, 3)
+    prune.random_unstructured(pruned, "weight", 0.5)
+    assert "pruning" in reason(nn.Sequential(pruned))
+    with pytest.warns(FutureWarning):
+        normed = nn.utils.weight_norm(nn.Conv2d(3, 4, 3))
+    assert "weight_norm" in reason(nn.Sequential(normed))
+
+
+def test_quantization_aware_layers_are_left_alone():
+    class FakeQuantized(nn.Conv2d):  # as torch's qat modules do
+        def forward(self, x):
+            return self._conv_forward(x, torch.round(self.weight * 16) / 16, self.bias)
+
+    assert "in its own way" in reason(nn.Sequential(FakeQuantized(3, 4, 3)))
+
+
+def test_tied_weights_are_kept_and_stay_tied():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    model[1].weight = model[0].weight
+    assert reason(model, "0") == "its weight is shared with 1"
+    assert reason(model, "1") == "its weight is shared with 0"
+    assert reason(model, "2") is None
+    net = surgery.decompose(model, 0.25)
+    assert net[0].weight is net[1].weight
+
+
+def test_a_shared_bias_stays_shared():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3))
+    model[1].bias = model[0].bias
+    net = surgery.decompose(model, {"re:.*": 0.5})
+    assert net[0].bias is net[1].bias
+    back = surgery.reconstruct(net)
+    assert back[0].bias is back[1].bias
+
+
+def test_layers_whose_weight_a_parent_reads():
+    attention = nn.MultiheadAttention(8, 2)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16)
+    model = nn.ModuleDict({"attention": attention, "encoder": encoder})
+    assert reason(model, "attention.out_proj") == "its weight is read by attention (MultiheadAttention)"
+    assert reason(model, "encoder.linear1") == "its weight is read by encoder (TransformerEncoderLayer)"
+    with pytest.raises(SurgeryValueError, match=r"'encoder\.self_attn\.out_proj' cannot be cut as asked: its weight is read"):
+        surgery.decompose(model, {"encoder.self_attn.out_proj": 0.5})
+    net = surgery.decompose(model.eval(), {"re:.*": 0.5})
+    x = torch.randn(3, 2, 8)
+    assert difference(net.encoder(x), encoder(x)) == 0.0
+
+
+def test_lazy_layers_are_a_clear_error():
+    with pytest.raises(SurgeryValueError, match="0: LazyConv2d has no shape yet; run the model once"):
+        surgery.decompose(nn.Sequential(nn.LazyConv2d(4, 3)))
+
+
+def test_complex_and_integer_weights_are_kept():
+    assert "torch.complex64, not floating point" in reason(nn.Sequential(nn.Conv2d(2, 2, 3, dtype=torch.complex64)))
+
+
+def test_weights_without_numbers():
+    with pytest.raises(SurgeryValueError, match="0: its weight is on the meta device"):
+        surgery.decompose(nn.Sequential(nn.Conv2d(4, 8, 3, device="meta")))
+    broken = nn.Sequential(nn.Conv2d(4, 8, 3))
+    with torch.no_grad():
+        broken[0].weight[0, 0, 0, :2] = float("nan")
+    with pytest.raises(SurgeryValueError, match="0: 2 of 288 weights are not finite"):
+        surgery.decompose(broken)
+    with pytest.raises(SurgeryValueError, match="not finite"):
+        surgery.decompose(broken, {"0": 0.5}, inplace=True)
+    assert type(broken[0]) is nn.Conv2d
+    assert surgery.report(surgery.decompose(broken, exclude="0")).layers[0].reason == "excluded"
+
+
+def test_zero_weights_are_kept_by_rules_and_cut_when_named():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False))
+    nn.init.zeros_(model[0].weight)
+    for rule in ("evbmf", "energy:0.9", "stable"):
+        assert surgery.report(surgery.decompose(model, rule)).layers[0].status == "kept"
+    net = surgery.decompose(model, {"0": (2, 2)})
+    x = torch.randn(1, 8, 5, 5)
+    assert bool((net(x) == 0).all())
+    assert surgery.report(net).layers[0].error == 0.0

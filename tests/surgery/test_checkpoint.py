@@ -1,0 +1,186 @@
+"""``save`` and ``load``: exact, atomic, without pickle, and with one clear error for everything that can be wrong with a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import surgery
+from passes.parity import difference
+from surgery.checkpoint import PLAN_FILE, WEIGHTS_FILE, read_architecture
+from surgery.zoo import make
+from tests.networks import Small, Twice
+
+X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(41))
+
+
+@pytest.fixture
+def net(small):
+    return surgery.decompose(small, {"re:conv.*": 0.5, "mix": 3, "head": 2}, example_inputs=X)
+
+
+def test_round_trip(net, tmp_path):
+    path = tmp_path / "net"
+    surgery.save(net, path)
+    assert {p.name for p in path.iterdir()} == {WEIGHTS_FILE, PLAN_FILE}
+    fresh = Small().eval()
+    state = {k: v.clone() for k, v in fresh.state_dict().items()}
+    loaded = surgery.load(path, fresh)
+    assert list(loaded.state_dict()) == list(net.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values(), strict=True))
+    assert difference(loaded(X), net(X)) == 0.0
+    assert surgery.report(loaded) == surgery.report(net)
+    assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in state.items())
+    assert type(fresh.conv1) is nn.Conv2d
+    back = surgery.reconstruct(loaded)
+    assert difference(back(X), net(X)) < 1e-5
+
+
+def test_the_plan_file_is_a_plan(net, tmp_path):
+    surgery.save(net, tmp_path / "net")
+    plan = surgery.Plan.load(tmp_path / "net" / PLAN_FILE)
+    assert plan["mix"] == surgery.SVD(3)
+    assert plan["tail.1"] == surgery.Keep("not named")
+    assert surgery.plan(surgery.decompose(Small(), tmp_path / "net" / PLAN_FILE))["conv2"] == plan["conv2"]
+
+
+def test_channels_last_half_precision_and_reconstructed(net, tmp_path):
+    for number, model in enumerate((net.to(memory_format=torch.channels_last), surgery.reconstruct(net), Small())):
+        surgery.save(model, tmp_path / str(number))
+        assert difference(surgery.load(tmp_path / str(number), Small()).train(model.training)(X), model(X)) < 1e-6
+    half = net.to(torch.bfloat16)
+    surgery.save(half, tmp_path / "half")
+    loaded = surgery.load(tmp_path / "half", Small().to(torch.bfloat16))
+    assert loaded.conv1.core.weight.dtype == torch.bfloat16
+    assert torch.equal(loaded.conv1.core.weight, half.conv1.core.weight)
+
+
+def test_shared_modules_and_tied_parameters(tmp_path):
+    model = Twice().eval()
+    net = surgery.decompose(model, 0.5)
+    net.other.expand.bias = net.conv.expand.bias
+    surgery.save(net, tmp_path / "net")
+    fresh = Twice().eval()
+    fresh.other.bias = fresh.conv.bias
+    loaded = surgery.load(tmp_path / "net", fresh)
+    x = torch.randn(1, 8, 8, 8)
+    assert loaded.conv is loaded.again
+    assert loaded.other.expand.bias is loaded.conv.expand.bias
+    assert difference(loaded(x), net(x)) == 0.0
+
+
+def test_saving_replaces_an_earlier_checkpoint_whole(net, tmp_path, monkeypatch):
+    path = tmp_path / "net"
+    surgery.save(Small(), path)
+    surgery.save(net, path)
+    assert surgery.Plan.load(path / PLAN_FILE)["mix"] == surgery.SVD(3)
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    real = os.rename
+
+    def failing(source, target):
+        if str(target) == str(path) and "old" not in str(source):
+            raise OSError("disk full")
+        real(source, target)
+
+    monkeypatch.setattr("os.rename", failing)
+    with pytest.raises(OSError, match="disk full"):
+        surgery.save(Small(), path)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["net"]
+
+
+def test_other_folders_and_files_are_not_overwritten(net, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    for name in ("mine", "file"):
+        with pytest.raises(surgery.SurgeryValueError, match="not a folder written by surgery.save"):
+            surgery.save(net, tmp_path / name)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(OSError, match="nowhere"):
+        surgery.save(net, tmp_path / "nowhere" / "net")
+
+
+def edited(path, change):
+    plan = json.loads((path / PLAN_FILE).read_text())
+    change(plan["sites"])
+    (path / PLAN_FILE).write_text(json.dumps(plan))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: (p / PLAN_FILE).write_text("{"), "plan.json: plan: not JSON"),
+        (lambda p: (p / WEIGHTS_FILE).write_bytes((p / WEIGHTS_FILE).read_bytes()[:-40]), "damaged or not a safetensors file"),
+        (lambda p: (p / WEIGHTS_FILE).write_bytes(b"\x80\x04pickle"), "damaged or not a safetensors file"),
+        (lambda p: (p / WEIGHTS_FILE).write_bytes(b""), "damaged or not a safetensors file"),
+        (lambda p: edited(p, lambda s: s.pop("conv2")), "does not fit this Small with its plan: 2 keys are missing and 4 unexpected|1 keys are missing and 3 unexpected"),
+        (lambda p: edited(p, lambda s: s.update(conv9=s["conv1"])), "'conv9', which is no layer of this Small: did you mean"),
+        (lambda p: edited(p, lambda s: s["conv2"].update(rank_out=5)), "'conv2.core.weight' has shape"),
+        (lambda p: edited(p, lambda s: s["conv2"].update(rank_out=500)), "'conv2' cannot be Tucker.*above its full rank"),
+        (lambda p: edited(p, lambda s: s.update(wide=s["conv2"])), "'wide' cannot be Tucker.*grouped"),
+    ],
+)
+def test_damaged_folders(net, tmp_path, damage, message):
+    path = tmp_path / "net"
+    surgery.save(net, path)
+    damage(path)
+    with pytest.raises(surgery.SurgeryValueError, match=message):
+        surgery.load(path, Small())
+
+
+def test_a_folder_for_another_architecture(net, tmp_path):
+    surgery.save(net, tmp_path / "net")
+    with pytest.raises(surgery.SurgeryValueError, match="which is no layer of this Twice"):
+        surgery.load(tmp_path / "net", Twice())
+    with pytest.raises(surgery.SurgeryValueError, match="already decomposed; give a fresh model"):
+        surgery.load(tmp_path / "net", net)
+    with pytest.raises(FileNotFoundError):
+        surgery.load(tmp_path / "absent", Small())
+    (tmp_path / "net" / WEIGHTS_FILE).unlink()
+    with pytest.raises(FileNotFoundError):
+        surgery.load(tmp_path / "net", Small())
+
+
+@given(st.data())
+def test_a_tampered_record_is_our_error(tmp_path_factory, data):
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path_factory.mktemp("tampered") / "net"
+    surgery.save(nn.Sequential(nn.Conv2d(3, 4, 3)), path)
+    values = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
+    record = data.draw(st.one_of(values, st.dictionaries(st.sampled_from(["sites", "passes", "macs", "input_shapes", "architecture"]), st.one_of(values, st.lists(values, max_size=2)))))
+    save_file(load_file(path / WEIGHTS_FILE), path / WEIGHTS_FILE, {"surgery": json.dumps(record)})
+    try:
+        surgery.report(surgery.load(path, nn.Sequential(nn.Conv2d(3, 4, 3))))
+    except surgery.SurgeryValueError as error:
+        assert "surgery record is damaged" in str(error)
+    shutil.rmtree(path)
+
+
+def test_state_that_is_no_tensor_is_refused(tmp_path):
+    class Odd(nn.Linear):
+        def get_extra_state(self):
+            return {"anything": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(surgery.SurgeryTypeError, match="_extra_state: the state dict holds a dict"):
+        surgery.save(nn.Sequential(Odd(2, 2)), tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_architecture_is_recorded_for_registry_names_only(net, tmp_path):
+    surgery.save(net, tmp_path / "mine")
+    assert read_architecture(tmp_path / "mine") is None
+    model, _ = make("surgery:resnet56")
+    surgery.save(surgery.decompose(model, 0.25), tmp_path / "named")
+    assert read_architecture(tmp_path / "named") == "surgery:resnet56"

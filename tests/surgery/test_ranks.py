@@ -1,0 +1,250 @@
+"""What users may write for ``ranks=``, ``include``, ``exclude``, ``guard`` and ``round_to``, and what each of it means."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import surgery
+from passes.errors import SurgeryTypeError, SurgeryValueError
+from surgery import SVD, Keep, Plan, Tucker
+from surgery.ranks.rules import fraction_of
+from tests.networks import Small, low_rank_conv
+
+X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(11))
+
+
+def cuts(model, ranks, **options):
+    """What is cut, by name."""
+    return {name: d for name, d in surgery.plan(model, ranks, **options).items() if not isinstance(d, Keep)}
+
+
+def reasons(model, ranks, **options):
+    return {name: d.reason for name, d in surgery.plan(model, ranks, **options).items() if isinstance(d, Keep)}
+
+
+def conv(rank_out=6, rank_in=4, noise=0.02, seed=0):
+    return nn.Sequential(low_rank_conv(torch.Generator().manual_seed(seed), rank_out, rank_in, noise))
+
+
+def test_evbmf_finds_the_rank_that_was_put_in():
+    assert cuts(conv(), "evbmf") == {"0": Tucker(6, 4)}
+    assert surgery.decompose(conv())[0].core.weight.shape == (6, 4, 3, 3)  # it is the default
+
+
+def test_evbmf_weakened():
+    assert cuts(conv(), "evbmf:weaken=0.5", guard="none") == {"0": Tucker(ceil(6 + 0.5 * 26), ceil(4 + 0.5 * 20))}
+    assert cuts(conv(), "evbmf:weaken=0.0") == cuts(conv(), "evbmf")
+
+
+def test_energy_is_the_smallest_rank_that_holds_the_share():
+    weight = torch.zeros(6, 5, 3, 3)
+    for i, value in enumerate([4.0, 3.0, 2.0, 1.0]):
+        weight[i, i, 1, 1] = value  # squares 16, 9, 4, 1 of 30
+    model = nn.Sequential(nn.Conv2d(5, 6, 3))
+    with torch.no_grad():
+        model[0].weight.copy_(weight)
+    for share, rank in ((0.5, 1), (16 / 30, 1), (0.54, 2), (25 / 30, 2), (0.9, 3), (1.0, 4)):
+        assert cuts(model, f"energy:{share}", guard="none") == {"0": Tucker(rank, rank)}
+
+
+def test_stable_rank():
+    weight = torch.zeros(6, 5, 3, 3)
+    for i in range(3):
+        weight[i, i, 1, 1] = 2.0
+    model = nn.Sequential(nn.Conv2d(5, 6, 3))
+    with torch.no_grad():
+        model[0].weight.copy_(weight)
+    assert cuts(model, "stable") == {"0": Tucker(3, 3)}
+
+
+def test_a_fraction_of_the_full_rank_of_each_mode():
+    model = nn.Sequential(nn.Conv2d(30, 40, 3), nn.Conv2d(40, 20, 1))
+    assert cuts(model, 0.1) == {"0": Tucker(4, 3), "1": SVD(2)}  # 0.1 * 30 rounds to 3, not up to 4
+    assert cuts(model, 0.001) == {"0": Tucker(1, 1), "1": SVD(1)}
+
+
+@given(st.integers(1, 4096), st.floats(1e-6, 1.0))
+def test_fraction_of(full, share):
+    rank = fraction_of(full, share)
+    assert 1 <= rank <= full
+    assert rank - 1 < share * full + 1e-9 or rank == 1
+
+
+def test_a_mode_at_full_rank_is_left_uncut_by_rules_and_cut_when_named():
+    model = nn.Sequential(nn.Conv2d(16, 24, 3))
+    assert reasons(model, 1.0) == {"0": "at full rank (24, 16) a chain saves nothing"}
+    assert cuts(model, {"0": 1.0}) == {"0": Tucker(24, 16)}
+    assert cuts(model, lambda site, spectra: (24, 4)) == {"0": Tucker(None, 4)}
+    assert cuts(model, lambda site, spectra: (4, 0)) == {"0": Tucker(4, None)}
+    assert cuts(model, lambda site, spectra: (None, 4)) == {"0": Tucker(None, 4)}
+
+
+def test_named_full_rank_cuts_every_convolution_and_no_linear_layer():
+    assert list(cuts(Small(), {"re:.*": 1.0})) == ["conv1", "conv2", "mix", "tail.1"]
+    assert reasons(Small(), {"re:.*": 1.0}) == {"wide": "grouped convolution (groups=4)", "head": "not named"}
+
+
+def test_a_dict():
+    table = {"conv2": (8, 4), "re:conv.*": 0.5, "re:.*": None, "mix": 7, "head": 2}
+    assert cuts(Small(), table) == {"conv1": Tucker(8, 2), "conv2": Tucker(8, 4), "mix": SVD(7), "head": SVD(2)}
+    assert reasons(Small(), table)["tail.1"] == "asked to keep it"
+    assert cuts(Small(), {"conv2": Tucker(None, 3)}) == {"conv2": Tucker(None, 3)}
+    assert cuts(Small(), {"conv2": (3, None)}) == {"conv2": Tucker(3, None)}
+
+
+def test_the_first_pattern_that_matches_wins_and_must_match_the_whole_name():
+    assert cuts(Small(), {"re:conv1": 0.5, "re:.*1": 0.25}) == {"conv1": Tucker(8, 2), "tail.1": Tucker(8, 8)}
+
+
+def test_a_pattern_reaches_linear_layers_only_where_it_matches_no_convolution():
+    model = nn.ModuleDict({"a": nn.Conv2d(8, 8, 3), "mlp": nn.Linear(8, 8)})
+    assert list(cuts(model, {"re:.*": 0.5})) == ["a"]
+    assert list(cuts(model, {"re:ml.": 0.5})) == ["mlp"]
+
+
+def test_named_cuts_are_done_even_where_they_cost_more():
+    named, ruled = {"conv1": (16, 3)}, lambda site, spectra: (15, 3) if site.name == "conv1" else None
+    assert cuts(Small(), named) == {"conv1": Tucker(16, 3)}
+    assert "would take" in reasons(Small(), ruled)["conv1"]
+    assert "conv1" in cuts(Small(), ruled, guard="none")
+
+
+def test_the_guard_counts_macs_of_all_three_layers_at_their_own_resolution():
+    """At stride 2 the first 1x1 runs on four times the pixels: fewer parameters, more MACs."""
+    model = nn.Sequential(nn.Conv2d(32, 8, 3, stride=2, padding=1, bias=False))
+    rule = lambda site, spectra: (None, 17)  # noqa: E731
+    assert cuts(model, rule) == {"0": Tucker(None, 17)}
+    inputs = torch.randn(1, 32, 8, 8)
+    before, after = 9 * 32 * 8 * 16, 32 * 17 * 64 + 9 * 17 * 8 * 16
+    assert reasons(model, rule, example_inputs=inputs) == {"0": f"no gain: ranks (full, 17) would take {after:,} MACs instead of {before:,}"}
+    assert cuts(model, rule, example_inputs=inputs, guard="none") == {"0": Tucker(None, 17)}
+
+
+def test_round_to():
+    model = nn.Sequential(nn.Conv2d(30, 40, 3))
+    assert cuts(model, 0.25, round_to=8) == {"0": Tucker(16, 8)}
+    assert cuts(model, 0.9, round_to=8, guard="none") == {}  # 36 -> 40 and 27 -> 32: both full
+    assert cuts(model, 0.8, round_to=16, guard="none") == {"0": Tucker(32, None)}  # 24 -> 32, clamped to the full 30
+    assert cuts(model, {"0": (5, 3)}, round_to=8) == {"0": Tucker(5, 3)}  # named ranks are done as asked
+
+
+def test_ranks_are_clipped_to_what_the_other_mode_allows():
+    assert cuts(nn.Sequential(nn.Conv2d(40, 40, 3)), {"0": (40, 2)}) == {"0": Tucker(18, 2)}
+
+
+def test_include_and_exclude():
+    assert list(cuts(Small(), 0.5, include="conv2")) == ["conv2"]
+    assert list(cuts(Small(), 0.5, include=["re:conv.*", "head"])) == ["conv1", "conv2", "head"]
+    assert list(cuts(Small(), 0.25, exclude=["re:conv.*"])) == ["mix", "tail.1"]
+    assert list(cuts(Small(), {"re:.*": 0.5}, exclude="mix")) == ["conv1", "conv2", "tail.1"]
+    assert reasons(Small(), 0.5, include="conv2")["mix"] == "not included"
+    assert reasons(Small(), 0.5, exclude="mix")["mix"] == "excluded"
+    with pytest.raises(SurgeryValueError, match="include: 'out_proj' cannot be cut: its weight is read"):
+        surgery.plan(nn.MultiheadAttention(8, 2), 0.5, include="out_proj")
+
+
+def test_method_svd_cuts_layers_of_one_pixel():
+    assert cuts(Small(), 0.25, method="svd") == {"mix": SVD(6), "head": SVD(2)}
+    assert "SVD factorizes 1x1" in reasons(Small(), 0.25, method="svd")["conv1"]
+
+
+def test_linear_layers_are_kept_by_default():
+    assert reasons(Small(), 0.25)["head"] == "linear layers are cut only where they are named"
+
+
+def test_a_rule_of_your_own():
+    def rule(site, spectra):
+        if site.geometry.stride == (2, 2):
+            return Keep("strided")
+        return [max(1, s.full // 4) for s in spectra]
+
+    plan = surgery.plan(Small(), rule)
+    assert plan["conv2"] == Keep("strided")
+    assert plan["tail.1"] == Tucker(8, 8)
+    assert cuts(Small(), lambda site, spectra: Tucker(3, 3) if site.name == "conv2" else None) == {"conv2": Tucker(3, 3)}
+
+
+def test_a_rule_sees_the_spectra():
+    seen = {}
+    surgery.plan(Small(), lambda site, spectra: seen.setdefault(site.name, spectra) and None)
+    assert [(s.mode, s.full, s.shape) for s in seen["conv2"]] == [("out", 24, (24, 144)), ("in", 16, (16, 216))]
+    assert [s.full for s in seen["mix"]] == [24]
+    assert all(bool((s.values.diff() <= 0).all()) for spectra in seen.values() for s in spectra)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "error", "message"),
+    [
+        (4, SurgeryTypeError, "ranks=4 is ambiguous"),
+        (True, SurgeryTypeError, "ambiguous"),
+        (None, SurgeryTypeError, "got NoneType"),
+        (0.0, SurgeryValueError, r"must be in \(0, 1\], got 0.0"),
+        (1.5, SurgeryValueError, r"must be in \(0, 1\]"),
+        (float("nan"), SurgeryValueError, r"must be in \(0, 1\]"),
+        ("evmbf", SurgeryValueError, "no rule and no file"),
+        ("evbmf:weaken", SurgeryValueError, "not a number"),
+        ("evbmf:weaken=1", SurgeryValueError, r"\[0, 1\)"),
+        ("evbmf:strengthen=1", SurgeryValueError, "one option"),
+        ("energy:2", SurgeryValueError, "fraction"),
+        ("energy:much", SurgeryValueError, "not a number"),
+        ({"conv3": 0.5}, SurgeryValueError, "did you mean 'conv2' or 'conv1'"),
+        ({"re:conv3.*": 0.5}, SurgeryValueError, "matches no layer"),
+        ({"re:(": 0.5}, SurgeryValueError, "no regular expression"),
+        ({3: 0.5}, SurgeryTypeError, "layer names are strings"),
+        ({"conv1": 3}, SurgeryTypeError, "tucker takes 2 ranks"),
+        ({"conv1": (3,)}, SurgeryTypeError, "tucker takes 2 ranks"),
+        ({"conv1": (3, 3, 3)}, SurgeryTypeError, "tucker takes 2 ranks"),
+        ({"conv1": "3, 3"}, SurgeryTypeError, "tucker takes 2 ranks"),
+        ({"conv1": (2.0, 3)}, SurgeryTypeError, "a rank is an int, got 2.0"),
+        ({"conv1": (True, 3)}, SurgeryTypeError, "a rank is an int"),
+        ({"conv1": (0, 3)}, SurgeryValueError, "at least 1, got 0"),
+        ({"conv1": (17, 3)}, SurgeryValueError, "rank 17 of mode 'out' of conv1 .* above its full rank 16"),
+        ({"conv1": (None, None)}, SurgeryValueError, "no mode is cut"),
+        ({"conv1": 1.5}, SurgeryValueError, "'conv1': a fraction"),
+        ({"mix": (3, 3)}, SurgeryTypeError, "svd takes an int"),
+        ({"mix": Tucker(3, 3)}, SurgeryValueError, "'mix' cannot be cut as asked: .*SVD"),
+        ({"conv1": SVD(3)}, SurgeryValueError, "'conv1' cannot be cut as asked"),
+        ({"wide": (3, 3)}, SurgeryValueError, "'wide' cannot be cut as asked: grouped"),
+        (Plan({"nothing": Keep("x")}), SurgeryValueError, "'nothing' is no layer"),
+        (Plan({"conv1": Tucker(99, 2)}), SurgeryValueError, "above its full rank"),
+        (lambda site, spectra: "many", SurgeryTypeError, "the rank rule's answer for conv1"),
+        (lambda site, spectra: (99, 3), SurgeryValueError, "rank 99 is above the full rank 16"),
+        (lambda site, spectra: (-1, 3), SurgeryValueError, "at least 0"),
+        (lambda site, spectra: SVD(2), SurgeryValueError, "the rank rule answered SVD"),
+    ],
+)
+def test_wrong_ranks_get_one_clear_error(ranks, error, message):
+    model = Small()
+    with pytest.raises(error, match=message):
+        surgery.decompose(model, ranks, inplace=True)
+    assert type(model.conv1) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"method": "tuker"}, SurgeryValueError, "did you mean 'tucker'"),
+        ({"guard": "flops"}, SurgeryValueError, "'flops' is none of"),
+        ({"round_to": 0}, SurgeryValueError, "at least 1"),
+        ({"round_to": 2.0}, SurgeryTypeError, "round_to: expected an int"),
+        ({"include": ["conv9"]}, SurgeryValueError, "include: 'conv9' is no layer"),
+        ({"exclude": "re:layer.*"}, SurgeryValueError, "exclude: .* matches no layer"),
+        ({"include": 3}, SurgeryTypeError, "include: expected layer names"),
+    ],
+)
+def test_wrong_options_get_one_clear_error(options, error, message):
+    with pytest.raises(error, match=message):
+        surgery.plan(Small(), 0.5, **options)
+
+
+def test_a_pattern_keeps_what_a_kind_refuses():
+    plan = surgery.plan(Small(), {"re:wide|conv1": Tucker(3, 3), "re:mix|conv2": Tucker(3, 3)})
+    assert plan["wide"] == Keep("grouped convolution (groups=4)")
+    assert plan["conv1"] == Tucker(3, 3)
+    assert "SVD" in plan["mix"].reason

@@ -126,7 +126,12 @@ def benchmark(
 
 def environment(runtimes: Sequence[str] = ()) -> dict[str, str]:
     """What a time depends on: versions, processor, device."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "processor": _processor(), "system": platform.platform()}
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": _processor(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
     if "onnxruntime" in runtimes:
         import onnxruntime
 

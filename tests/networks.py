@@ -85,7 +85,7 @@ class Keyword(nn.Module):
 
     def forward(self, sound: Tensor, gain: Tensor) -> dict[str, Tensor]:
         y = self.conv(sound)
-        return {"sound": y * gain, "peak": y.amax()}
+        return {"sound": y * gain, "total": y.sum()}
 
 
 def low_rank_conv(generator: torch.Generator, rank_out: int, rank_in: int, noise: float = 0.0) -> nn.Conv2d:

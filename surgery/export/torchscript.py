@@ -44,7 +44,7 @@ def export_torchscript(
         try:
             with quiet(), torch.no_grad():
                 script: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
-                    network, args or None, example_kwarg_inputs=kwargs or None, check_trace=False
+                    network, args or None, example_kwarg_inputs=kwargs or None, check_trace=False, strict=False
                 )
                 torch.jit.save(script, str(work))
         except OSError:

@@ -31,7 +31,7 @@ def test_control_flow_on_data_is_refused_with_the_reason():
 
 
 def test_a_wrong_trace_is_not_believed():
-    with pytest.raises(SurgeryError, match="Mistraced was traced, but the trace is wrong: .*differ"):
+    with pytest.raises(SurgeryError, match=r"Mistraced was traced, but the trace is wrong: .*differ"):
         surgery.trace(Mistraced(), X)
 
 

@@ -141,7 +141,9 @@ def test_macs_by_formula_equal_a_counter(drawn):
     assert Geometry.of(layer).macs(tuple(inputs.shape)) == counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("layer", [torch.nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), torch.nn.ConvTranspose1d(4, 6, 5, 3), torch.nn.Conv2d(8, 4, 3, groups=4)])
+@pytest.mark.parametrize(
+    "layer", [torch.nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), torch.nn.ConvTranspose1d(4, 6, 5, 3), torch.nn.Conv2d(8, 4, 3, groups=4)]
+)
 def test_geometry_of_layers_that_no_kind_takes_yet(layer):
     inputs = torch.randn(2, layer.in_channels, *[7] * (layer.weight.ndim - 2))
     geometry = Geometry.of(layer)

@@ -101,7 +101,7 @@ def test_other_folders_and_files_are_not_overwritten(net, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("x")
     for name in ("mine", "file"):
-        with pytest.raises(surgery.SurgeryValueError, match="not a folder written by surgery.save"):
+        with pytest.raises(surgery.SurgeryValueError, match=r"not a folder written by surgery\.save"):
             surgery.save(net, tmp_path / name)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(OSError, match="nowhere"):
@@ -121,7 +121,10 @@ def edited(path, change):
         (lambda p: (p / WEIGHTS_FILE).write_bytes((p / WEIGHTS_FILE).read_bytes()[:-40]), "damaged or not a safetensors file"),
         (lambda p: (p / WEIGHTS_FILE).write_bytes(b"\x80\x04pickle"), "damaged or not a safetensors file"),
         (lambda p: (p / WEIGHTS_FILE).write_bytes(b""), "damaged or not a safetensors file"),
-        (lambda p: edited(p, lambda s: s.pop("conv2")), "does not fit this Small with its plan: 2 keys are missing and 4 unexpected|1 keys are missing and 3 unexpected"),
+        (
+            lambda p: edited(p, lambda s: s.pop("conv2")),
+            "does not fit this Small with its plan: 2 keys are missing and 4 unexpected|1 keys are missing and 3 unexpected",
+        ),
         (lambda p: edited(p, lambda s: s.update(conv9=s["conv1"])), "'conv9', which is no layer of this Small: did you mean"),
         (lambda p: edited(p, lambda s: s["conv2"].update(rank_out=5)), "'conv2.core.weight' has shape"),
         (lambda p: edited(p, lambda s: s["conv2"].update(rank_out=500)), "'conv2' cannot be Tucker.*above its full rank"),
@@ -156,12 +159,21 @@ def test_a_tampered_record_is_our_error(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("tampered") / "net"
     surgery.save(nn.Sequential(nn.Conv2d(3, 4, 3)), path)
     values = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
-    record = data.draw(st.one_of(values, st.dictionaries(st.sampled_from(["sites", "passes", "macs", "input_shapes", "architecture"]), st.one_of(values, st.lists(values, max_size=2)))))
+    record = data.draw(
+        st.one_of(
+            values,
+            st.dictionaries(
+                st.sampled_from(["sites", "passes", "macs", "input_shapes", "architecture"]), st.one_of(values, st.lists(values, max_size=2))
+            ),
+        )
+    )
     save_file(load_file(path / WEIGHTS_FILE), path / WEIGHTS_FILE, {"surgery": json.dumps(record)})
+    error = None
     try:
         surgery.report(surgery.load(path, nn.Sequential(nn.Conv2d(3, 4, 3))))
-    except surgery.SurgeryValueError as error:
-        assert "surgery record is damaged" in str(error)
+    except surgery.SurgeryValueError as caught:
+        error = str(caught)
+    assert error is None or "surgery record is damaged" in error
     shutil.rmtree(path)
 
 

@@ -35,7 +35,11 @@ def test_full_rank_of_any_layer_inside_a_model(drawn):
     assert type(back[0]) is type(layer)
     assert [(k, v.shape) for k, v in back.state_dict().items()] == [(k, v.shape) for k, v in model.state_dict().items()]
     if layer.weight.ndim in LAST:
-        assert all(a.is_contiguous(memory_format=LAST[a.ndim]) for a, b in zip(back.parameters(), model.parameters(), strict=True) if a.ndim in LAST and not b.is_contiguous())
+        assert all(
+            a.is_contiguous(memory_format=LAST[a.ndim])
+            for a, b in zip(back.parameters(), model.parameters(), strict=True)
+            if a.ndim in LAST and not b.is_contiguous()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

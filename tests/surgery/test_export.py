@@ -59,6 +59,7 @@ def test_inputs_by_keyword_and_outputs_in_a_dict(tmp_path):
     inputs = {"sound": torch.randn(2, 4, 20), "gain": torch.ones(1)}
     net = surgery.decompose(Keyword().eval(), {"conv": 0.5})
     assert surgery.export_onnx(net, tmp_path / "net.onnx", inputs).difference < 1e-5
+    assert surgery.export_torchscript(net, tmp_path / "checked.pt", inputs).difference < 1e-5
     assert surgery.export_torchscript(net, tmp_path / "net.pt", inputs, check=False).difference is None
 
 

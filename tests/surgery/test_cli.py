@@ -1,0 +1,119 @@
+"""The command line: tables for people, JSON for machines, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import surgery
+from surgery.cli import main, parse_ranks_text
+from tests.conftest import ROOT
+
+MODEL = "surgery:resnet20"
+
+
+def out(capsys, *arguments):
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def test_summary(capsys):
+    text = out(capsys, "summary", MODEL)
+    assert "layer3.0.conv1  Conv2d 32->64 3x3/2" in text
+    data = json.loads(out(capsys, "summary", MODEL, "--json"))
+    assert data["macs_before"] == 40_551_040  # 9 * (3*16*1024 + 6*16*16*1024 + 2*(16*32*256 + 5*32*32*256)) + 640, counted by hand
+    assert data["params_before"] == 269_722
+
+
+def test_plan_decompose_report_reconstruct(capsys, tmp_path):
+    text = out(capsys, "plan", MODEL, "--ranks", "evbmf", "--out", str(tmp_path / "plan.json"))
+    assert "linear layers are cut only where they are named" in text
+    plan = surgery.Plan.load(tmp_path / "plan.json")
+    assert json.loads(out(capsys, "plan", MODEL, "--json")) == json.loads(plan.to_json())
+    done = json.loads(out(capsys, "decompose", MODEL, "--ranks", str(tmp_path / "plan.json"), "--out", str(tmp_path / "net"), "--json"))
+    assert {row["name"]: row["status"] for row in done["layers"]}["layer3.2.conv2"] == "decomposed"
+    assert json.loads(out(capsys, "report", str(tmp_path / "net"), "--json"))["layers"] == done["layers"]
+    assert "passes: Decompose, Reconstruct" in out(capsys, "reconstruct", str(tmp_path / "net"), "--out", str(tmp_path / "back"))
+    assert "reconstructed" in out(capsys, "report", str(tmp_path / "back"))
+
+
+def test_rank_options(capsys):
+    options = ("--ranks", "0.3", "--round-to", "8", "--include", "re:layer3.*", "--exclude", "layer3.0.conv1", "--guard", "none", "--json")
+    sites = json.loads(out(capsys, "plan", MODEL, *options))["sites"]
+    assert sites["layer3.0.conv2"] == {"kind": "tucker", "rank_out": 24, "rank_in": 24}
+    assert sites["layer3.0.conv1"] == {"kind": "keep", "reason": "excluded"}
+    assert sites["layer1.0.conv1"] == {"kind": "keep", "reason": "not included"}
+    named = json.loads(out(capsys, "plan", MODEL, "--ranks", '{"layer3.0.conv1": [8, 4], "linear": 3}', "--json"))["sites"]
+    assert named["linear"] == {"kind": "svd", "rank": 3}
+
+
+def test_export_and_bench(capsys, tmp_path):
+    assert "torchscript" in out(capsys, "export", MODEL, str(tmp_path / "net.pt"))
+    data = json.loads(out(capsys, "export", MODEL, str(tmp_path / "net.onnx"), "--json", "--dynamic-batch"))
+    assert data["difference"] < 1e-4
+    measured = json.loads(out(capsys, "bench", MODEL, "--ranks", "0.25", "--runtimes", "eager", "--repeats", "4", "--json"))
+    assert measured["flops_ratio"] > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["summary", "surgery:resnet21"], "did you mean 'resnet20'"),
+        (["summary", "resnet20"], "MODEL 'resnet20': expected"),
+        (["summary", "no_such_module:build"], "no module 'no_such_module'"),
+        (["summary", "json:nothing"], "no callable of that name"),
+        (["summary", "builtins:dict"], "must give an nn.Module, got dict"),
+        (["plan", MODEL, "--ranks", "4"], "ambiguous"),
+        (["plan", MODEL, "--ranks", "evmbf"], "no rule and no file"),
+        (["plan", MODEL, "--method", "tuker"], "did you mean 'tucker'"),
+        (["plan", MODEL, "--out", "nowhere/plan.json"], "nowhere"),
+        (["summary", MODEL, "--input-shape", "1,4,32,32"], "example_inputs: CifarResNet fails"),
+        (["summary", MODEL, "--weights", "absent.pt"], "absent.pt"),
+        (["export", MODEL, "net.tflite"], "the ending names the format"),
+        (["export", MODEL, "net.pt", "--opset", "20"], "for ONNX"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_1(capsys, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["plan"], ["summary", MODEL, "--input-shape", "a"], ["plan", MODEL, "--ranks", "{"]])
+def test_wrong_usage_is_exit_code_2(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_ranks_as_text():
+    assert parse_ranks_text("0.5") == 0.5
+    assert parse_ranks_text("1.0") == 1.0
+    assert isinstance(parse_ranks_text("1.0"), float)
+    assert parse_ranks_text("energy:0.9") == "energy:0.9"
+    assert parse_ranks_text('{"a": [1, null]}') == {"a": [1, None]}
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_as_programs(tmp_path):
+    assert run("-m", "surgery", "--version").stdout.strip() == f"surgery {surgery.__version__}"
+    done = run("tools/export_onnx.py", MODEL, str(tmp_path / "net.onnx"), "--ranks", "evbmf")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "batch 3 and 1" in done.stdout
+    failed = run("tools/export_onnx.py", MODEL, str(tmp_path / "other.onnx"), "--input-shape", "1,1,8,8")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: example_inputs")
+    assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]

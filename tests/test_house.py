@@ -1,0 +1,75 @@
+"""The house rules: imports go one way, importing is cheap, the documents are true."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+SOURCES = sorted([*ROOT.glob("passes/**/*.py"), *ROOT.glob("surgery/**/*.py")])
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    names = imported(path)
+    package = path.relative_to(ROOT).parts[0]
+    assert not names & ({"surgery", "benchmarks", "tools", "tests"} if package == "passes" else {"benchmarks", "tools", "tests"})
+    if path.parent.name != "zoo":
+        assert not names & {"torchvision", "timm"}
+
+
+def fresh_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_loads_nothing_heavy_beyond_torch():
+    code = "import torch, sys; before = set(sys.modules); import surgery; print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    loaded = set(fresh_python(code).split())
+    assert not loaded & {"networkx", "tensorly", "onnx", "onnxruntime", "onnxscript", "scipy", "rich", "safetensors", "torchvision", "timm"}
+    assert {"surgery", "passes"} <= loaded
+
+
+def test_importing_prints_nothing_and_changes_no_state():
+    code = "import torch; s = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(); import surgery; "
+    code += "assert torch.equal(s[0], torch.get_rng_state()) and s[1:] == (torch.get_default_dtype(), torch.get_num_threads())"
+    assert fresh_python(code) == ""
+
+
+def test_everything_public_is_documented():
+    import surgery
+
+    for name in surgery.__all__:
+        item = getattr(surgery, name)
+        assert name.startswith("__") or (item.__doc__ or "").strip(), name
+
+
+def test_python_code_in_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    scope: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+
+
+def test_files_that_the_readme_names_exist():
+    for name in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / name).exists(), name
+    for command in re.findall(r"^(?:tools|\.ci)/\S+", (ROOT / "README.md").read_text(), re.MULTILINE):
+        assert (ROOT / command).exists(), command

@@ -15,7 +15,7 @@ from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
 from passes.kinds import kind_of
 
-__all__ = ["Chain", "ChainInfo", "build_layers", "merged_piece", "original_layer", "pieces_of", "weightless"]
+__all__ = ["Chain", "ChainInfo", "build_layers", "has_hooks", "merged_piece", "original_layer", "pieces_of", "weightless", "without_hooks"]
 
 HOOKS = (
     "_forward_hooks",
@@ -108,6 +108,20 @@ def weightless(layer: nn.Module) -> nn.Module:
     husk = copy.copy(layer)
     husk.__dict__["_parameters"] = dict.fromkeys(layer._parameters)
     return husk
+
+
+def without_hooks(layer: nn.Module) -> nn.Module:
+    """A shallow copy of the layer around which nothing else runs."""
+    bare = copy.copy(layer)
+    plain = nn.Module()
+    for name in HOOKS:
+        bare.__dict__[name] = getattr(plain, name)
+    return bare
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is registered to run around the module's forward or backward."""
+    return any(vars(module).get(name) for name in HOOKS)
 
 
 def build_layers(pieces: Sequence[Piece], layer: nn.Module, *, weight: Tensor) -> dict[str, nn.Module]:

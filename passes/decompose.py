@@ -85,6 +85,8 @@ class Decompose:
             spectra = site_spectra(site, kind, self.device)
         pieces = kind.split(weight, site.bias, site.geometry, factorization, spectra)
         rounded = [Piece(p.name, p.geometry, p.weight.to(site.dtype).double(), None) for p in pieces]
+        if not all(bool(torch.isfinite(p.weight).all()) for p in rounded):
+            raise SurgeryValueError(f"{site}: the factors of its weight overflow {site.dtype}; decompose in a wider dtype or exclude this layer")
         norm = float(weight.norm())
         error = float((kind.merge(rounded) - weight).norm()) / norm if norm > 0 else 0.0
         return pieces, error

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from passes.capture import propagate_shapes
-from passes.chain import Chain, ChainInfo, build_layers, merge, original_layer, pieces_of, weightless
+from passes.chain import Chain, ChainInfo, build_layers, has_hooks, merge, original_layer, pieces_of, weightless
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
 from passes.graph_meta import CHAINS
@@ -110,6 +110,8 @@ class GraphHost(Host):
         keep = found.keep
         if not nodes:
             keep = keep or "no node of the graph calls it: it is unused, or inside a module that the graph calls as a whole"
+        elif has_hooks(found.module):
+            keep = keep or "it has hooks, which nodes for its parts would not run"
         elif any(len(n.all_input_nodes) != 1 for n in nodes):
             keep = keep or "a node calls it with more than its input"
         elif isinstance(found.module, Chain):

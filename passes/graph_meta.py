@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from passes.chain import Chain, ChainInfo
+from passes.chain import Chain, ChainInfo, without_hooks
 from passes.site import named_groups
 
 __all__ = ["CHAINS", "chains_of_modules"]
@@ -15,4 +15,9 @@ CHAINS = "surgery_chains"
 
 def chains_of_modules(model: nn.Module) -> dict[str, ChainInfo]:
     """The chains of a model by first name."""
-    return {names[0]: module.__dict__["_surgery"] for module, names in named_groups(model) if isinstance(module, Chain)}
+    chains = {}
+    for module, names in named_groups(model):
+        if isinstance(module, Chain):
+            info: ChainInfo = module.__dict__["_surgery"]
+            chains[names[0]] = ChainInfo(info.factorization, without_hooks(info.original))  # the trace has recorded what its hooks did
+    return chains

@@ -151,10 +151,12 @@ def reason_to_keep(layer: nn.Module, name: str) -> str | None:
         return "its weight is computed by a parametrization"
     if layer._parameters.get("weight") is None:
         return "its weight is computed (weight_norm, spectral_norm, pruning or the like)"
-    plain = next(cls for cls in PLAIN_LAYERS if isinstance(layer, cls))
-    changed = any(getattr(type(layer), m, None) is not getattr(plain, m, None) or m in vars(layer) for m in COMPUTING_METHODS)
+    plain = next((cls for cls in PLAIN_LAYERS if isinstance(layer, cls)), None)
+    changed = plain is None or any(getattr(type(layer), m, None) is not getattr(plain, m, None) or m in vars(layer) for m in COMPUTING_METHODS)
     if changed:
         return f"{type(layer).__name__} computes its output in its own way"
+    if layer._parameters["weight"].numel() == 0:  # type: ignore[union-attr]
+        return "its weight is empty"
     if set(layer._parameters) - {"weight", "bias"} or layer._modules or layer._buffers:
         return f"{type(layer).__name__} holds more than a weight and a bias"
     if not layer._parameters["weight"].is_floating_point():  # type: ignore[union-attr]

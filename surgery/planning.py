@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from passes.decompose import ALREADY, refusal_of, site_spectra
-from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
+from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Decision, Factorization, Keep
 from passes.kind import Kind
 from passes.kinds import KINDS, kind_named, kind_of, usual_kind
@@ -99,7 +99,12 @@ class _Draft:
             return Keep("asked to keep it")
         if isinstance(named.value, Keep):
             return named.value
-        decision, refusal = self._requested(site, named), site.keep
+        try:
+            decision, refusal = self._requested(site, named), site.keep
+        except SurgeryError as error:
+            if named.exact or isinstance(named.value, float | str) or not isinstance(named.value, Sequence | int):
+                raise
+            return Keep(str(error).removeprefix("ranks: "))
         refusal = refusal or (refusal_of(site, decision) if isinstance(decision, Factorization) else decision.reason)
         if refusal is None:
             return decision
@@ -193,14 +198,16 @@ def draw(sites: Sequence[Site], ranks: Any, options: Options, progress: Callable
     if isinstance(request, Plan):
         table = Names("ranks (the plan)", dict(request.items()), sites)
     elif isinstance(request, Mapping):
-        table = Names("ranks", request, sites)
+        table = Names("ranks", request, sites, linear_too=options.method == "svd")
     draft = _Draft(
         options=options,
         rule=request if table is None else None,  # type: ignore[arg-type]
         table=table,
         replay=isinstance(request, Plan),
-        include=None if options.include is None else Names("include", as_names("include", options.include), sites),
-        exclude=None if options.exclude is None else Names("exclude", as_names("exclude", options.exclude), sites),
+        include=None
+        if options.include is None
+        else Names("include", as_names("include", options.include), sites, linear_too=options.method == "svd"),
+        exclude=None if options.exclude is None else Names("exclude", as_names("exclude", options.exclude), sites, linear_too=True),
     )
     plan = Plan()
     for site in sites:

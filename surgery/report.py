@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from passes import host_for
+from passes.errors import SurgeryTypeError
 from passes.factorization import Factorization
 from passes.kinds import kind_of
 from passes.site import Site
@@ -113,6 +114,8 @@ def report(model: nn.Module) -> Report:
     Looks through ``torch.compile`` and parallel wrappers. Reports of submodules that were decomposed on their own merge under their prefix. A model
     to which nothing was done says "not decomposed" on every row.
     """
+    if not isinstance(model, nn.Module):
+        raise SurgeryTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     inner = unwrap(model)
     record, records = read_record(inner), records_by_name(inner)
     rows = []

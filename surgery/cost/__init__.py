@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from passes.geometry import PieceShape
 from passes.site import Call, Site
 
@@ -51,6 +53,11 @@ def count_macs() -> Iterator[MacCounter]:
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = MacCounter()
-    with FlopCounterMode(display=False) as mode:
-        yield counter
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused kernels are invisible to the counter
+    try:
+        with FlopCounterMode(display=False) as mode:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     counter.macs = mode.get_total_flops() // 2

@@ -85,6 +85,9 @@ def export_onnx(
             raise
         except Exception as error:  # the exporter runs the model and wraps all kinds of errors
             raise SurgeryError(f"torch cannot export {type(model).__name__} to ONNX: {type(error).__name__}: {_first_line(error)}") from error
+        written = _opset(work)
+        if opset is not None and written != opset:
+            raise SurgeryValueError(f"opset: torch wrote operator set {written} instead of {opset}; ask for {written} or a later one")
         difference: float | None = None
         sizes: tuple[int, ...] = ()
         if check:
@@ -99,7 +102,7 @@ def export_onnx(
             size_bytes=total_size(work),
             difference=difference,
             batch_sizes=sizes,
-            opset=_opset(work),
+            opset=written,
         )
 
 

@@ -34,10 +34,11 @@ class Named:
 class Names:
     """Layer names as users write them: exact, or ``"re:..."`` which must match a whole name. Exact beats pattern, then the first wins.
 
-    A pattern that matches convolutions means convolutions; only one that matches none reaches linear layers.
+    A pattern that matches convolutions means convolutions; only one that matches none reaches linear layers. With
+    ``linear_too`` a pattern means every layer that it matches.
     """
 
-    def __init__(self, argument: str, values: Mapping[str, Any], sites: Sequence[Site]) -> None:
+    def __init__(self, argument: str, values: Mapping[str, Any], sites: Sequence[Site], *, linear_too: bool = False) -> None:
         self._exact: dict[str, Named] = {}
         self._patterns: list[tuple[re.Pattern[str], Named, bool]] = []
         known = [alias for site in sites for alias in site.aliases]
@@ -56,7 +57,7 @@ class Names:
             matched = [site for site in sites if any(pattern.fullmatch(a) for a in site.aliases)]
             if not matched:
                 raise SurgeryValueError(f"{argument}: {key!r} matches no layer of this model: {nearest(key[3:], known)}")
-            self._patterns.append((pattern, Named(value, False, key), all(s.geometry.is_linear for s in matched)))
+            self._patterns.append((pattern, Named(value, False, key), linear_too or all(s.geometry.is_linear for s in matched)))
 
     def find(self, site: Site) -> Named | None:
         for alias in site.aliases:

@@ -334,3 +334,15 @@ def test_train_mode_is_kept_on_both_hosts():
         assert all(m.training for m in model.modules())
         model.eval()
         assert not any(m.training for m in model.modules())
+
+
+def test_hooks_are_never_lost_on_a_graph(small):
+    small.conv1.register_forward_hook(lambda module, args, output: output * 2)
+    traced = trace(small, X)
+    result = cut(traced)
+    assert "has hooks" in host_for(traced).sites()[0].keep
+    assert_parity(result.model(X), small(X))
+    module = copy.deepcopy(small)
+    cut(module)
+    back = Reconstruct()(host_for(trace(module, X))).model
+    assert_parity(back(X), small(X))

@@ -248,3 +248,16 @@ def test_a_pattern_keeps_what_a_kind_refuses():
     assert plan["wide"] == Keep("grouped convolution (groups=4)")
     assert plan["conv1"] == Tucker(3, 3)
     assert "SVD" in plan["mix"].reason
+
+
+def test_exclude_reaches_linear_layers_too():
+    model = nn.ModuleDict({"h": nn.Sequential(nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(16, 16))})
+    assert cuts(model, 0.3, method="svd", exclude=r"re:h\..*") == {}
+    assert list(cuts(model, 0.3, method="svd", include=r"re:h\..*")) == ["h.0", "h.2"]
+
+
+def test_ranks_under_a_pattern_keep_what_they_do_not_fit():
+    plan = surgery.plan(Small(), {"re:.*": (16, 4)})
+    assert plan["conv2"] == Tucker(16, 4)
+    assert "above its full rank 3" in plan["conv1"].reason
+    assert "svd takes an int" in plan["mix"].reason

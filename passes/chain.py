@@ -15,7 +15,18 @@ from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
 from passes.kinds import kind_of
 
-__all__ = ["Chain", "ChainInfo", "build_layers", "has_hooks", "merged_piece", "original_layer", "pieces_of", "weightless", "without_hooks"]
+__all__ = [
+    "Chain",
+    "ChainInfo",
+    "build_layers",
+    "changed_since_cut",
+    "has_hooks",
+    "merged_piece",
+    "original_layer",
+    "pieces_of",
+    "weightless",
+    "without_hooks",
+]
 
 HOOKS = (
     "_forward_hooks",
@@ -64,7 +75,7 @@ class Chain(nn.Sequential):
     def bias(self) -> Tensor | None:
         """The bias, held by the chain's last layer."""
         last = list(self._modules.values())[-1]
-        return None if last is None else last._parameters["bias"]
+        return None if last is None else last._parameters.get("bias")
 
     def __getattr__(self, name: str) -> Any:
         info = self.__dict__.get("_surgery")
@@ -117,6 +128,20 @@ def without_hooks(layer: nn.Module) -> nn.Module:
     for name in HOOKS:
         bare.__dict__[name] = getattr(plain, name)
     return bare
+
+
+def changed_since_cut(layers: dict[str, nn.Module], info: ChainInfo) -> str | None:
+    """Why the layers of a chain no longer are what its factorization says, or None where they are."""
+    plain = all(
+        type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) and layer._parameters.get("weight") is not None for layer in layers.values()
+    )
+    if plain and layers and not any(has_hooks(layer) for layer in layers.values()):
+        bias = list(layers.values())[-1]._parameters.get("bias") is not None
+        shapes = kind_of(info.factorization).shapes(Geometry.of(info.original), info.factorization, bias)
+        found = [(name, Geometry.of(layer), layer._parameters["bias"] is not None) for name, layer in layers.items()]
+        if found == [(shape.name, shape.geometry, shape.bias) for shape in shapes]:
+            return None
+    return "its layers were changed after the cut"
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from passes.capture import propagate_shapes
-from passes.chain import Chain, ChainInfo, build_layers, has_hooks, merge, original_layer, pieces_of, weightless
+from passes.chain import Chain, ChainInfo, build_layers, changed_since_cut, has_hooks, merge, original_layer, pieces_of, weightless
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
 from passes.graph_meta import CHAINS
@@ -133,7 +133,7 @@ class GraphHost(Host):
             dtype=weight.dtype,  # type: ignore[union-attr]
             device=weight.device,  # type: ignore[union-attr]
             calls=_calls(runs),
-            keep=broken,
+            keep=broken or changed_since_cut(layers, info),
             chain=info.factorization,
             read_weight=lambda: merge(pieces_of(layers), info).weight.detach(),
             read_pieces=lambda: pieces_of(layers),

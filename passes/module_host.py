@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from passes.capture import observe_calls
-from passes.chain import Chain, ChainInfo, build_layers, merged_piece, original_layer, pieces_of, weightless
+from passes.chain import Chain, ChainInfo, build_layers, changed_since_cut, merged_piece, original_layer, pieces_of, weightless
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
 from passes.host import Host
@@ -81,7 +81,7 @@ def site_of(found: Found, calls: tuple[Call, ...] | None) -> Site:
     if not isinstance(module, Chain):
         return site_of_layer(module, found.names, calls, found.keep)
     info: ChainInfo = module.__dict__["_surgery"]
-    first: Tensor = next(module.children())._parameters["weight"]  # type: ignore[assignment]
+    first = next(module.parameters())
     return Site(
         name=found.names[0],
         aliases=found.names,
@@ -91,7 +91,7 @@ def site_of(found: Found, calls: tuple[Call, ...] | None) -> Site:
         dtype=first.dtype,
         device=first.device,
         calls=calls,
-        keep=found.keep,
+        keep=found.keep or changed_since_cut(dict(module.named_children()), info),
         chain=info.factorization,
         read_weight=lambda: merged_piece(module).weight.detach(),
         read_pieces=lambda: pieces_of(dict(module.named_children())),

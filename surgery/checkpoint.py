@@ -152,6 +152,7 @@ def _open(file: Path, read: Any) -> Any:
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
     expected = _distinct(model)
+    held = {id(t) for t in (*model.parameters(), *model.buffers())}
     missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or unexpected:
         first = (missing or unexpected)[0]
@@ -162,6 +163,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
             if target.shape != tensors[name].shape:
                 shapes = f"{tuple(tensors[name].shape)}, the model needs {tuple(target.shape)}"
                 raise SurgeryValueError(f"{file}: {name!r} has shape {shapes}")
+            if id(target) not in held:
+                raise SurgeryValueError(f"{file}: {type(model).__name__}.state_dict() gives a copy of {name!r}, so it cannot be filled")
             target.copy_(tensors[name])
 
 

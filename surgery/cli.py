@@ -78,9 +78,7 @@ def parse_ranks_text(text: str) -> Any:
         value = float(text)
     except ValueError:
         return text
-    if value == int(value) and "." not in text:
-        return int(value)
-    return value
+    return int(text) if text.strip().lstrip("+-").isdigit() else value
 
 
 def _summary(options: argparse.Namespace) -> None:

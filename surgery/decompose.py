@@ -25,7 +25,7 @@ from surgery.plan import Plan
 from surgery.planning import Drawn, Options, draw
 from surgery.progress import site_progress
 from surgery.ranks.rules import Rule
-from surgery.record import SurgeryRecord, merged_sites, passes_of, read_record, records_by_name, unwrap, write_record
+from surgery.record import SurgeryRecord, merged_sites, read_record, records_by_name, unwrap, write_record
 
 __all__ = ["Ranks", "decompose", "plan", "usable_model"]
 
@@ -92,7 +92,7 @@ def decompose(
     old = read_record(target) or SurgeryRecord()
     record = SurgeryRecord(
         sites=merged_sites(before, seen.sites, result.outcomes),
-        passes=passes_of(target) + (("Decompose",) if result.modified else ()),
+        passes=old.passes + (("Decompose",) if result.modified else ()),
         macs=seen.macs if seen.macs is not None else old.macs,
         input_shapes=seen.input_shapes or old.input_shapes,
         architecture=old.architecture,

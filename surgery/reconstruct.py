@@ -12,7 +12,7 @@ from passes.chain import Chain
 from passes.errors import SurgeryValueError
 from passes.result import Outcome
 from surgery.decompose import usable_model
-from surgery.record import SurgeryRecord, merged_sites, passes_of, read_record, records_by_name, write_record
+from surgery.record import SurgeryRecord, merged_sites, read_record, records_by_name, write_record
 
 __all__ = ["reconstruct"]
 
@@ -40,7 +40,6 @@ def reconstruct(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     target = model if inplace else private_copy(model)
     host = host_for(target)
     sites, before, old = host.sites(), records_by_name(target), read_record(target) or SurgeryRecord()
-    passes = passes_of(target)
     result = Reconstruct()(host)
     if not result.modified:
         return result.model
@@ -48,6 +47,6 @@ def reconstruct(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         Outcome(o.site, o.status, REASON if o.status == "applied" else o.reason, before[o.site].error if o.site in before else None)
         for o in result.outcomes
     )
-    record = replace(old, sites=merged_sites(before, sites, outcomes), passes=(*passes, "Reconstruct"))
+    record = replace(old, sites=merged_sites(before, sites, outcomes), passes=(*old.passes, "Reconstruct"))
     write_record(result.model, record)
     return result.model

@@ -150,6 +150,8 @@ def _timm(name: str) -> tuple[nn.Module, tuple[int, ...]]:
 def _from_factory(module_name: str, factory_name: str) -> nn.Module:
     if "" not in sys.path:
         sys.path.insert(0, "")  # as ``python -m`` does: modules beside the user's work are found
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise SurgeryValueError(f"MODEL: {module_name!r} is no name of a module or registry")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -161,7 +163,10 @@ def _from_factory(module_name: str, factory_name: str) -> nn.Module:
     factory = getattr(module, factory_name, None)
     if not callable(factory):
         raise SurgeryValueError(f"{module_name}:{factory_name}: {module_name} has no callable of that name; {nearest(factory_name, dir(module))}")
-    model = factory()
+    try:
+        model = factory()
+    except Exception as error:  # the user's own code runs here: it may raise anything
+        raise SurgeryValueError(f"{module_name}:{factory_name}: the factory failed without arguments: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise SurgeryTypeError(f"{module_name}:{factory_name}: the factory must give an nn.Module, got {type(model).__name__}")
     return model.eval()

@@ -226,3 +226,17 @@ def test_random_state_is_left_alone(small):
     surgery.trace(small, X)
     surgery.plan(small, example_inputs=X)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_chain_that_was_changed_after_the_cut_is_kept(small):
+    net = surgery.decompose(small, HALF, example_inputs=X)
+    net.conv1.core.register_forward_hook(lambda module, args, output: output * 3)
+    net.conv2.core = nn.Conv2d(8, 12, 3, stride=1, padding=1)
+    nn.utils.parametrizations.weight_norm(net.mix.reduce)
+    expected = net(X)
+    assert surgery.report(net)["conv2"].status == "decomposed"
+    back = surgery.reconstruct(net)
+    assert difference(back(X), expected) < 1e-5
+    assert isinstance(back.conv1, Chain)
+    assert isinstance(back.mix, Chain)
+    assert type(back.tail[1]) is nn.Conv2d

@@ -196,3 +196,13 @@ def test_the_architecture_is_recorded_for_registry_names_only(net, tmp_path):
     model, _ = make("surgery:resnet56")
     surgery.save(surgery.decompose(model, 0.25), tmp_path / "named")
     assert read_architecture(tmp_path / "named") == "surgery:resnet56"
+
+
+def test_a_state_dict_of_copies_cannot_be_filled_and_says_so(tmp_path):
+    class Copies(nn.Sequential):
+        def state_dict(self, *args, **kwargs):
+            return {name: value.detach().clone() for name, value in super().state_dict(*args, **kwargs).items()}
+
+    surgery.save(surgery.decompose(Copies(nn.Conv2d(8, 8, 3)), 0.25), tmp_path / "net")
+    with pytest.raises(surgery.SurgeryValueError, match=r"gives a copy of '0\.reduce\.weight'"):
+        surgery.load(tmp_path / "net", Copies(nn.Conv2d(8, 8, 3)))

@@ -21,7 +21,7 @@ from passes.graph_meta import CHAINS, chains_of_modules
 from passes.parity import assert_parity, private_inputs, tensors_in
 from passes.site import Call, is_layer, named_groups
 
-__all__ = ["capture", "observe_calls", "private_copy", "run", "trace"]
+__all__ = ["arguments", "capture", "observe_calls", "private_copy", "run", "trace"]
 
 
 def private_copy(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
@@ -51,7 +51,7 @@ def run(model: nn.Module, example_inputs: Any) -> Any:
     Raises:
         SurgeryValueError: the model does not accept these inputs; the model's own error is the cause.
     """
-    args, kwargs = _arguments(private_inputs(example_inputs))
+    args, kwargs = arguments(private_inputs(example_inputs))
     try:
         return model(*args, **kwargs)
     except SurgeryError:
@@ -129,7 +129,7 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
 def propagate_shapes(traced: fx.GraphModule, example_inputs: Any) -> None:
     """Write every node's shape into ``meta["tensor_meta"]`` by running the graph once in eval mode; buffers and random state stay."""
     twin: Any = private_copy(traced, share_parameters=True)
-    args, kwargs = _arguments(private_inputs(example_inputs))
+    args, kwargs = arguments(private_inputs(example_inputs))
     bound = inspect.signature(traced.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     with _quiet_run():
@@ -161,7 +161,8 @@ def _prove(traced: fx.GraphModule, model: nn.Module, example_inputs: Any) -> Non
     propagate_shapes(traced, example_inputs)
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments, by the convention that ``run`` states."""
     if isinstance(example_inputs, tuple):
         return example_inputs, {}
     if isinstance(example_inputs, Mapping):

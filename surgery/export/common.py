@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from passes.parity import assert_parity, private_inputs, tensors_in
 from surgery.decompose import usable_model
 from surgery.files import temporary_beside
 
-__all__ = ["ExportReport", "check_network", "fresh_inputs", "installed", "network_to_export", "positional", "quiet"]
+__all__ = ["ExportReport", "check_network", "fresh_inputs", "installed", "network_to_export", "quiet"]
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
@@ -110,15 +110,6 @@ def check_network(
         first = next((t for t in tensors_in(inputs) if t.ndim), None)
         sizes.append(1 if first is None else first.shape[0])
     return worst, tuple(sizes)
-
-
-def positional(network: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as arguments and keyword arguments."""
-    if isinstance(example_inputs, tuple):
-        return example_inputs, {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return (example_inputs,), {}
 
 
 @contextmanager

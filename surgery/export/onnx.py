@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from passes.capture import arguments
 from passes.errors import MissingExtra, SurgeryError, SurgeryValueError
 from passes.parity import tensors_in
 from surgery.export.common import (
@@ -21,7 +22,6 @@ from surgery.export.common import (
     check_network,
     installed,
     network_to_export,
-    positional,
     quiet,
     tensors_or_error,
     total_size,
@@ -65,7 +65,7 @@ def export_onnx(
     if dynamic_batch and any(t.ndim == 0 for t in tensors):
         raise SurgeryValueError("dynamic_batch: an example input has no dimension that could be open")
     exported_inputs = _batch_of_two(example_inputs) if dynamic_batch else example_inputs
-    args, kwargs = positional(network, exported_inputs)
+    args, kwargs = arguments(exported_inputs)
     with installed(target) as work:
         try:
             with quiet(), _silent_exporter(), torch.no_grad():

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from passes.capture import arguments
 from passes.errors import SurgeryError
 from passes.parity import private_inputs
-from surgery.export.common import ExportReport, check_network, installed, network_to_export, positional, quiet, tensors_or_error, total_size
+from surgery.export.common import ExportReport, check_network, installed, network_to_export, quiet, tensors_or_error, total_size
 
 __all__ = ["export_torchscript"]
 
@@ -39,7 +40,7 @@ def export_torchscript(
     """
     network, target = network_to_export(model, path, example_inputs)
     tensors_or_error(example_inputs)
-    args, kwargs = positional(network, private_inputs(example_inputs))
+    args, kwargs = arguments(private_inputs(example_inputs))
     with installed(target) as work:
         try:
             with quiet(), torch.no_grad():
@@ -58,7 +59,7 @@ def export_torchscript(
                 loaded = torch.jit.load(str(work))  # type: ignore[no-untyped-call]
 
             def call(inputs: Any) -> Any:
-                loaded_args, loaded_kwargs = positional(network, inputs)
+                loaded_args, loaded_kwargs = arguments(inputs)
                 with torch.no_grad():
                     return loaded(*loaded_args, **loaded_kwargs)
 

@@ -5,9 +5,12 @@ This package computes what it is told; it never chooses a rank, never loops over
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import fx, nn
 
-from passes.capture import capture, trace
+from passes.capture import capture, observe_calls, observe_shapes, trace
 from passes.decompose import Decompose
 from passes.graph_host import GraphHost
 from passes.host import Host
@@ -15,11 +18,16 @@ from passes.module_host import ModuleHost
 from passes.reconstruct import Reconstruct
 from passes.result import Outcome, PassResult
 
-__all__ = ["Decompose", "GraphHost", "Host", "ModuleHost", "Outcome", "PassResult", "Reconstruct", "capture", "host_for", "trace"]
+__all__ = ["Decompose", "GraphHost", "Host", "ModuleHost", "Outcome", "PassResult", "Reconstruct", "capture", "host_for", "observe", "trace"]
 
 
-def host_for(model: nn.Module, example_inputs: object = None) -> Host:
+def observe(model: nn.Module, example_inputs: Any) -> Mapping[str, Any]:
+    """What the host of this model would learn from these inputs, for it or for the host of a copy; run on a copy that is then dropped."""
+    return observe_shapes(model, example_inputs) if isinstance(model, fx.GraphModule) else observe_calls(model, example_inputs)
+
+
+def host_for(model: nn.Module, example_inputs: Any = None, *, observed: Mapping[str, Any] | None = None, private: bool = False) -> Host:
     """The host for a model: node for node where it is a flat ``GraphModule``, in place on the modules of any other."""
     if isinstance(model, fx.GraphModule):
-        return GraphHost(model, example_inputs)
-    return ModuleHost(model, example_inputs)
+        return GraphHost(model, example_inputs, observed=observed, private=private)
+    return ModuleHost(model, example_inputs, observed=observed, private=private)

@@ -9,19 +9,20 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from passes.chain import Chain
 from passes.errors import ParityError, SurgeryError, SurgeryTypeError, SurgeryValueError
+from passes.geometry import Geometry
 from passes.graph_meta import CHAINS, chains_of_modules
 from passes.parity import assert_parity, private_inputs, tensors_in
 from passes.site import Call, is_layer, named_groups
 
-__all__ = ["arguments", "capture", "observe_calls", "private_copy", "run", "trace"]
+__all__ = ["arguments", "capture", "observe_calls", "observe_shapes", "private_copy", "run", "trace"]
 
 
 def private_copy(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
@@ -52,37 +53,81 @@ def run(model: nn.Module, example_inputs: Any) -> Any:
         SurgeryValueError: the model does not accept these inputs; the model's own error is the cause.
     """
     args, kwargs = arguments(private_inputs(example_inputs))
-    try:
+    with _model_errors(model, example_inputs):
         return model(*args, **kwargs)
+
+
+@contextmanager
+def _model_errors(model: nn.Module, example_inputs: Any) -> Iterator[None]:
+    """Whatever the model's own code raises on these inputs becomes one error that says so."""
+    try:
+        yield
     except SurgeryError:
         raise
     except Exception as error:  # the model's own code runs here: it may raise anything
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors_in(example_inputs))
         raise SurgeryValueError(
-            f"example_inputs: {type(model).__name__} fails on them ({shapes or example_inputs!r}): {type(error).__name__}: {error}"
+            f"example_inputs: {type(model).__name__} fails on them ({shapes or repr(example_inputs)}): {type(error).__name__}: {error}"
         ) from error
 
 
 def observe_calls(model: nn.Module, example_inputs: Any) -> dict[str, tuple[Call, ...]]:
     """Calls of every convolution, linear layer and chain in one forward pass (eval mode), by the layer's first name.
 
-    A layer that this pass does not reach has no calls.
+    A layer that this pass does not reach has no calls. A call that a layer of this geometry cannot have (a subclass of its own kind may take
+    anything) is not counted.
     """
-    twin = private_copy(model, share_parameters=True).eval()
+    twin = private_copy(model).eval()
     calls: dict[str, list[Call]] = {}
-    handles = []
     for module, names in named_groups(twin):
         if is_layer(module) or isinstance(module, Chain):
             seen = calls.setdefault(names[0], [])
-
-            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, seen: list[Call] = seen) -> None:
-                given = next(tensors_in((args, kwargs)))
-                seen.append(Call(tuple(given.shape), tuple(output.shape)))
-
-            handles.append(module.register_forward_hook(note, with_kwargs=True, always_call=False))
+            geometry = Geometry.of(module.__dict__["_surgery"].original if isinstance(module, Chain) else module)
+            module.register_forward_hook(partial(_note, seen, geometry), with_kwargs=True)
     with _quiet_run():
         run(twin, example_inputs)
     return {name: tuple(seen) for name, seen in calls.items()}
+
+
+def _note(seen: list[Call], geometry: Geometry, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    given, got = next(tensors_in((args, kwargs)), None), next(tensors_in(output), None)
+    if given is not None and got is not None and geometry.fits(tuple(given.shape)):
+        seen.append(Call(tuple(given.shape), tuple(got.shape)))
+
+
+def observe_shapes(traced: fx.GraphModule, example_inputs: Any) -> dict[str, Any]:
+    """``tensor_meta`` of every node that gives a tensor, by the node's name, from running the graph once (eval mode).
+
+    Raises:
+        SurgeryValueError: the graph does not accept these inputs.
+    """
+    from torch.fx.node import map_aggregate
+    from torch.fx.passes.shape_prop import TensorMetadata
+
+    shapes: dict[str, Any] = {}
+
+    class Watching(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            result = super().run_node(node)
+            if next(tensors_in(result), None) is not None:
+                shapes[node.name] = map_aggregate(result, metadata)
+            return result
+
+    def metadata(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return TensorMetadata(value.shape, value.dtype, value.requires_grad, value.stride(), None, False, {})
+
+    twin: Any = private_copy(traced)
+    args, kwargs = arguments(private_inputs(example_inputs))
+    with _quiet_run(), _model_errors(traced, example_inputs):
+        bound = inspect.signature(traced.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        flat: list[Any] = []
+        for name, value in bound.arguments.items():
+            flat.extend(value if bound.signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL else [value])
+        Watching(twin.eval()).run(*flat)
+    return shapes
 
 
 def capture(model: nn.Module, example_inputs: Any) -> fx.Graph:
@@ -106,7 +151,10 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
 
     Raises:
         SurgeryError: as for ``capture``.
+        SurgeryTypeError: the model is itself a layer or a chain, and so would be nameless in a graph.
     """
+    if is_layer(model) or isinstance(model, Chain):
+        raise SurgeryTypeError(f"model: it is itself a {type(model).__name__}, without a name in a graph; wrap it: nn.Sequential(model)")
     twin = private_copy(model)
     tracer = _LayerTracer()
     try:
@@ -124,19 +172,6 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     if chains:
         traced.meta[CHAINS] = chains
     return traced
-
-
-def propagate_shapes(traced: fx.GraphModule, example_inputs: Any) -> None:
-    """Write every node's shape into ``meta["tensor_meta"]`` by running the graph once in eval mode; buffers and random state stay."""
-    twin: Any = private_copy(traced, share_parameters=True)
-    args, kwargs = arguments(private_inputs(example_inputs))
-    bound = inspect.signature(traced.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    with _quiet_run():
-        ShapeProp(twin.eval()).propagate(*bound.arguments.values())  # type: ignore[no-untyped-call]
-    for node, seen in zip(traced.graph.nodes, twin.graph.nodes, strict=True):
-        if "tensor_meta" in seen.meta:
-            node.meta["tensor_meta"] = seen.meta["tensor_meta"]
 
 
 class _LayerTracer(fx.Tracer):
@@ -158,7 +193,10 @@ def _prove(traced: fx.GraphModule, model: nn.Module, example_inputs: Any) -> Non
             raise SurgeryError(
                 f"{type(model).__name__} was traced, but the trace is wrong: {error}; surgery on the module itself (surgery.decompose) needs no trace"
             ) from error
-    propagate_shapes(traced, example_inputs)
+    shapes = observe_shapes(traced, example_inputs)
+    for node in traced.graph.nodes:
+        if node.name in shapes:
+            node.meta["tensor_meta"] = shapes[node.name]
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -18,8 +18,9 @@ from passes.kinds import kind_of
 __all__ = [
     "Chain",
     "ChainInfo",
-    "build_layers",
     "changed_since_cut",
+    "cut_chain",
+    "cut_layer",
     "has_hooks",
     "merged_piece",
     "original_layer",
@@ -79,8 +80,13 @@ class Chain(nn.Sequential):
 
     def __getattr__(self, name: str) -> Any:
         info = self.__dict__.get("_surgery")
-        if info is not None and not name.startswith("_") and name in vars(info.original):
-            return getattr(info.original, name)
+        if info is not None and not name.startswith("_") and name not in self._modules:
+            if name in vars(info.original):
+                return getattr(info.original, name)
+            if hasattr(type(info.original), name):  # of the layer's own class: it may look at the weight
+                whole = copy.copy(info.original)
+                whole.__dict__["_parameters"] = {"weight": self.weight, "bias": self.bias}
+                return getattr(whole, name)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -149,12 +155,23 @@ def has_hooks(module: nn.Module) -> bool:
     return any(vars(module).get(name) for name in HOOKS)
 
 
-def build_layers(pieces: Sequence[Piece], layer: nn.Module, *, weight: Tensor) -> dict[str, nn.Module]:
-    """Modules for the pieces, in dtype, device, memory format, training mode and ``requires_grad`` as of the layer they replace.
+def cut_layer(layer: nn.Module, factorization: Factorization, pieces: Sequence[Piece]) -> tuple[dict[str, nn.Module], ChainInfo]:
+    """The layers of the chain that stands for a layer, and what is to be known of it.
 
-    The bias is the layer's own parameter, so that whoever holds or shares it still does; where the layer has none there is none.
+    Dtype, device, memory format, training mode and ``requires_grad`` are those of the layer. The bias is the layer's own parameter, so that
+    whoever holds or shares it still does; where the layer has none there is none.
     """
-    return {piece.name: _build_layer(piece, layer, weight) for piece in pieces}
+    layers = {piece.name: _build_layer(piece, layer, layer._parameters["weight"]) for piece in pieces}  # type: ignore[arg-type]
+    return layers, ChainInfo(factorization, weightless(layer))
+
+
+def cut_chain(
+    layers: dict[str, nn.Module], info: ChainInfo, factorization: Factorization, pieces: Sequence[Piece]
+) -> tuple[dict[str, nn.Module], ChainInfo]:
+    """As ``cut_layer``, for a chain that is cut again."""
+    first, last = next(iter(layers.values())), list(layers.values())[-1]
+    weight = first._parameters["weight"]
+    return {piece.name: _build_layer(piece, last, weight) for piece in pieces}, ChainInfo(factorization, info.original)  # type: ignore[arg-type]
 
 
 def original_layer(info: ChainInfo, piece: Piece, layers: dict[str, nn.Module], hooks_from: nn.Module | None = None) -> nn.Module:

@@ -3,115 +3,126 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from passes.errors import SurgeryError, SurgeryValueError, nearest
+from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Decision, Factorization, Keep
 from passes.geometry import Piece
 from passes.host import Host
+from passes.kind import Kind
 from passes.kinds import kind_of
-from passes.linalg import Spectrum, spectrum
 from passes.result import Outcome, PassResult
 from passes.site import Site
+from passes.spectra import Spectra, usable_weight
 
-__all__ = ["ALREADY", "Decompose", "site_spectra"]
+__all__ = ["ALREADY", "Decompose", "most_ranks", "refusal_of", "settled"]
 
 ALREADY = "already decomposed"
-
-
-def site_spectra(site: Site, kind: Any, device: torch.device | str | None = None) -> tuple[Spectrum, ...]:
-    """Spectra of the site's weight, one for each unfolding of the kind, computed in float64 on ``device`` (the weight's by default).
-
-    Raises:
-        SurgeryValueError: the weight has values that are not finite, or has none (meta device).
-    """
-    weight = _usable(site).to(device=device, dtype=torch.float64)
-    matrices = kind.unfoldings(weight, site.geometry)
-    return tuple(spectrum(matrix, mode) for matrix, mode in zip(matrices, kind.modes, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decompose:
     """Layer -> chain, for every site that ``assignment`` names.
 
-    Assumes nothing of the model; what it cannot cut it keeps, with a reason. A chain that is named is merged and cut again at the new ranks.
-    A second run changes nothing. Everything is computed before anything is put in place.
+    Assumes nothing of the model; what it cannot cut it keeps, with a reason. A chain that is named is merged and cut again, at ranks up to its
+    own; a mode given as None keeps the chain's rank. A second run changes nothing. Everything is computed before anything is put in place,
+    except on a private host.
 
     Args:
-        assignment: a factorization or ``Keep`` for each site name; sites not named are kept.
-        spectra: those of sites where they are known already; the others are computed.
+        assignment: a factorization or ``Keep`` for each site name; sites not named are kept. Each is looked up when its site's turn comes.
+        spectra: the store that spectra are taken from, one's own by default; a site's are let go when it has been treated.
         device: where to compute; results go back to the weight's own device.
         progress: called with each site before it is cut.
     """
 
     assignment: Mapping[str, Decision]
-    spectra: Mapping[str, Sequence[Spectrum]] = field(default_factory=dict)
+    spectra: Spectra | None = None
     device: torch.device | str | None = None
     progress: Callable[[Site], None] | None = None
 
     def __call__(self, host: Host) -> PassResult:
         sites = host.sites()
         _check_names(self.assignment, sites)
-        outcomes = tuple(self._treat(host, site) for site in sites)
+        spectra = self._own_spectra(sites) if self.spectra is None else self.spectra
+        outcomes = tuple(self._treat(host, site, spectra) for site in sites)
         model = host.commit()
         return PassResult(model, any(o.status == "applied" for o in outcomes), outcomes)
 
-    def _treat(self, host: Host, site: Site) -> Outcome:
+    def _own_spectra(self, sites: Sequence[Site]) -> Spectra:
+        decisions = [(site, self.assignment.get(site.name)) for site in sites if site.keep is None]
+        return Spectra([(site, kind_of(d)) for site, d in decisions if isinstance(d, Factorization)], self.device)
+
+    def _treat(self, host: Host, site: Site, spectra: Spectra) -> Outcome:
         if self.progress is not None:
             self.progress(site)
         decision = self.assignment.get(site.name, Keep(ALREADY if site.chain else "not assigned"))
-        if isinstance(decision, Keep):
-            return Outcome(site.name, "kept", decision.reason)
-        if site.keep is not None:
-            return Outcome(site.name, "kept", site.keep)
-        if site.chain == decision:
-            return Outcome(site.name, "kept", ALREADY)
-        refusal = refusal_of(site, decision)
-        if refusal is not None:
-            return Outcome(site.name, "kept", refusal)
-        pieces, error = self._split(site, decision)
-        host.replace(site, decision, pieces)
-        return Outcome(site.name, "applied", None, error)
+        reason = _reason_to_keep(site, decision)
+        if reason is None:
+            factorization = settled(site, decision)  # type: ignore[arg-type]
+            pieces, error = self._split(site, factorization, spectra)
+            host.replace(site, factorization, pieces)
+        spectra.let_go(site)
+        return Outcome(site.name, "applied", None, error) if reason is None else Outcome(site.name, "kept", reason)
 
-    def _split(self, site: Site, factorization: Factorization) -> tuple[tuple[Piece, ...], float]:
+    def _split(self, site: Site, factorization: Factorization, spectra: Spectra) -> tuple[tuple[Piece, ...], float]:
         kind = kind_of(factorization)
-        weight = _usable(site).to(device=self.device, dtype=torch.float64)
-        spectra = self.spectra.get(site.name)
-        if spectra is None or site.chain is not None:
-            spectra = site_spectra(site, kind, self.device)
-        pieces = kind.split(weight, site.bias, site.geometry, factorization, spectra)
-        rounded = [Piece(p.name, p.geometry, p.weight.to(site.dtype).double(), None) for p in pieces]
-        if not all(bool(torch.isfinite(p.weight).all()) for p in rounded):
+        weight = usable_weight(site, self.device)
+        pieces = kind.split(weight, site.bias, site.geometry, factorization, spectra.of(site, kind))
+        rounded = [Piece(p.name, p.geometry, p.weight.to(site.dtype), None) for p in pieces]
+        if not all(bool(torch.isfinite(p.weight.abs().amax())) for p in rounded):
             raise SurgeryValueError(f"{site}: the factors of its weight overflow {site.dtype}; decompose in a wider dtype or exclude this layer")
-        norm = float(weight.norm())
-        error = float((kind.merge(rounded) - weight).norm()) / norm if norm > 0 else 0.0
-        return pieces, error
+        rounded = [Piece(p.name, p.geometry, p.weight.double(), None) for p in rounded]
+        norm, gap = float(weight.norm()), float((kind.merge(rounded) - weight).norm())
+        return pieces, gap / norm if norm > 0 else 0.0
+
+
+def _reason_to_keep(site: Site, decision: Decision) -> str | None:
+    if isinstance(decision, Keep):
+        return decision.reason
+    if not isinstance(decision, Factorization):
+        raise SurgeryTypeError(f"the assignment of {site.name!r} must be a factorization or Keep, got {decision!r}")
+    if site.keep is not None:
+        return site.keep
+    refusal = refusal_of(site, decision)
+    if refusal is None and site.chain == settled(site, decision):
+        return ALREADY
+    return refusal
 
 
 def refusal_of(site: Site, factorization: Factorization) -> str | None:
-    """Why this factorization cannot be applied to the site's layer, or None where it can."""
+    """Why this factorization cannot be applied to the site's layer or chain, or None where it can."""
     kind = kind_of(factorization)
     reason = kind.refuses(site.geometry)
     if reason is not None:
         return reason
-    for mode, rank, full in zip(kind.modes, factorization.ranks, kind.full_ranks(site.geometry), strict=True):
-        if rank is not None and rank > full:
-            return f"rank {rank} of mode {mode!r} is above its full rank {full}"
+    whose = "the chain's own rank" if _cut_again(site, kind) else "its full rank"
+    for mode, rank, most in zip(kind.modes, factorization.ranks, most_ranks(site, kind), strict=True):
+        if rank is not None and rank > most:
+            return f"rank {rank} of mode {mode!r} is above {whose} {most}"
     return None
 
 
-def _usable(site: Site) -> Tensor:
-    weight = site.weight
-    if weight.is_meta:
-        raise SurgeryValueError(f"{site}: its weight is on the meta device and has no numbers; load weights first")
-    if not bool(torch.isfinite(weight).all()):
-        count = int((~torch.isfinite(weight)).sum())
-        raise SurgeryValueError(f"{site}: {count} of {weight.numel()} weights are not finite; repair or exclude this layer")
-    return weight
+def most_ranks(site: Site, kind: Kind) -> tuple[int, ...]:
+    """For each mode the largest rank that a cut can have: the full rank; for a chain of the same kind its own, since nothing more is there."""
+    full = kind.full_ranks(site.geometry)
+    if not _cut_again(site, kind):
+        return full
+    return tuple(f if rank is None else min(f, rank) for f, rank in zip(full, site.chain.ranks, strict=True))  # type: ignore[union-attr]
+
+
+def settled(site: Site, factorization: Factorization) -> Factorization:
+    """What a factorization that is not refused comes to at this site: clipped to what its chain can use; on a chain, None keeps its rank."""
+    kind = kind_of(factorization)
+    ranks = factorization.ranks
+    if _cut_again(site, kind):
+        ranks = tuple(had if rank is None else rank for rank, had in zip(ranks, site.chain.ranks, strict=True))  # type: ignore[union-attr]
+    return kind.from_ranks(site.geometry, ranks)
+
+
+def _cut_again(site: Site, kind: Kind) -> bool:
+    return site.chain is not None and kind_of(site.chain) is kind
 
 
 def _check_names(assignment: Mapping[str, Decision], sites: Sequence[Site]) -> None:
@@ -119,6 +130,3 @@ def _check_names(assignment: Mapping[str, Decision], sites: Sequence[Site]) -> N
     for name in assignment:
         if name not in known:
             raise SurgeryValueError(f"the assignment names {name!r}, which is no layer of this model: {nearest(name, known)}")
-    for name, decision in assignment.items():
-        if not isinstance(decision, Factorization | Keep):
-            raise SurgeryError(f"the assignment of {name!r} must be a factorization or Keep, got {decision!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, ClassVar, Self
 
 from passes.errors import SurgeryTypeError, SurgeryValueError
@@ -23,11 +24,12 @@ class Factorization:
             optional = "None" in str(field.type)
             if rank is None and optional:
                 continue
-            if not isinstance(rank, int) or isinstance(rank, bool):
+            if not isinstance(rank, Integral) or isinstance(rank, bool):
                 expected = "an int or None" if optional else "an int"
                 raise SurgeryTypeError(f"{type(self).__name__}: {field.name} must be {expected}, got {rank!r}")
             if rank < 1:
                 raise SurgeryValueError(f"{type(self).__name__}: {field.name} must be at least 1, got {rank}")
+            object.__setattr__(self, field.name, int(rank))
         if all(rank is None for rank in self.ranks):
             raise SurgeryValueError(f"{type(self).__name__}: at least one rank must be given; to leave a layer whole use Keep")
 

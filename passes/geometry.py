@@ -73,6 +73,11 @@ class Geometry:
             first, second = second, first
         return (first, second // self.groups, *self.kernel)
 
+    @property
+    def weights(self) -> int:
+        """How many numbers the weight holds."""
+        return prod(self.weight_shape)
+
     def pointwise(self, in_channels: int, out_channels: int) -> Geometry:
         """A layer without any spatial extent of its own between the given channels: a 1x1 convolution, or linear."""
         ones, zeros = (1,) * self.dims, (0,) * self.dims
@@ -111,11 +116,19 @@ class Geometry:
         lead, size = input_shape[: -self.dims - 1], input_shape[-self.dims :]
         return (*lead, self.out_channels, *self.output_size(size))
 
+    def fits(self, input_shape: tuple[int, ...]) -> bool:
+        """Whether a call can have an input of this shape: (..., C, *spatial) with at most one leading dimension, or (..., C) for a linear layer."""
+        if any(n < 0 for n in input_shape):
+            return False
+        if self.is_linear:
+            return len(input_shape) >= 1 and input_shape[-1] == self.in_channels
+        return len(input_shape) - self.dims in (1, 2) and input_shape[-self.dims - 1] == self.in_channels
+
     def macs(self, input_shape: tuple[int, ...]) -> int:
         """Multiply-accumulates of one call (the bias is not counted): each weight times the pixels it is applied at."""
         shape = input_shape if self.transposed else self.output_shape(input_shape)
         pixels = prod(shape[:-1]) if self.is_linear else prod(shape[: -self.dims - 1]) * prod(shape[-self.dims :])
-        return prod(self.weight_shape) * pixels
+        return self.weights * pixels
 
     def __str__(self) -> str:
         if self.is_linear:
@@ -137,7 +150,7 @@ class PieceShape:
 
     @property
     def params(self) -> int:
-        return prod(self.geometry.weight_shape) + (self.geometry.out_channels if self.bias else 0)
+        return self.geometry.weights + (self.geometry.out_channels if self.bias else 0)
 
     def empty(self, like: Tensor) -> Piece:
         """The piece with weights not yet filled in, of the dtype and on the device of ``like``."""

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from passes.capture import propagate_shapes
-from passes.chain import Chain, ChainInfo, build_layers, changed_since_cut, has_hooks, merge, original_layer, pieces_of, weightless
+from passes.capture import observe_shapes
+from passes.chain import Chain, ChainInfo, changed_since_cut, cut_chain, cut_layer, has_hooks, merge, original_layer, pieces_of
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
 from passes.graph_meta import CHAINS
-from passes.host import Host
+from passes.host import Host, Undo, site_of
 from passes.kinds import kind_of
-from passes.module_host import site_of
 from passes.site import Call, Found, Site, find_layers
 
 __all__ = ["GraphHost"]
@@ -27,17 +26,22 @@ class GraphHost(Host):
     """Host for a ``GraphModule`` such as ``trace`` returns; works in place on the module it is given.
 
     Shapes are read from and written to ``node.meta["tensor_meta"]``; what is known of chains lives in ``gm.meta``. The graph is edited on a
-    copy which ``commit`` puts in place.
+    copy which ``commit`` puts in place, if anything was prepared.
 
     Args:
         model: the graph module.
-        example_inputs: with them, shapes are measured anew first.
+        example_inputs: with them, shapes are measured anew.
+        observed: the shapes, where they are known already (see ``observe_shapes``).
+        private: see ``Host``.
     """
 
-    def __init__(self, model: fx.GraphModule, example_inputs: Any = None) -> None:
+    def __init__(
+        self, model: fx.GraphModule, example_inputs: Any = None, *, observed: Mapping[str, Any] | None = None, private: bool = False
+    ) -> None:
         self.model = model
-        if example_inputs is not None:
-            propagate_shapes(model, example_inputs)
+        self._private = private
+        self._observed = observe_shapes(model, example_inputs) if observed is None and example_inputs is not None else observed or {}
+        self._undo = Undo()
         self._read()
 
     def sites(self) -> tuple[Site, ...]:
@@ -46,39 +50,38 @@ class GraphHost(Host):
     def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> None:
         if site.chain is None:
             layer = self.model.get_submodule(site.name)
-            donor, weight, original = layer, layer._parameters["weight"], weightless(layer)
-            runs = [[node] for node in self._graph.nodes if node.op == "call_module" and node.target in site.aliases]
+            layers, info = cut_layer(layer, factorization, pieces)
+            runs = [[node] for alias in site.aliases for node in self._nodes.get(alias, ())]
         else:
-            layers = self._layers(site.name)
-            donor, original = list(layers.values())[-1], self._chains[site.name].original
-            weight = donor._parameters["weight"]
+            layers, info = cut_chain(self._layers(site.name), self._chains[site.name], factorization, pieces)
             runs = self._runs(site.name)[0]
         container = nn.Module()
-        for name, layer in build_layers(pieces, donor, weight=weight).items():  # type: ignore[arg-type]
+        for name, layer in layers.items():
             container.add_module(name, layer)
-        steps = [(f"{site.name}.{piece.name}", piece.geometry) for piece in pieces]
-        self._rewrite(runs, steps)
-        self._prepared[site.name] = (container.train(donor.training), ChainInfo(factorization, original))
+        self._rewrite(runs, [(f"{site.name}.{piece.name}", piece.geometry) for piece in pieces])
+        self._prepare(site.name, container.train(next(iter(layers.values())).training), info)
 
     def restore(self, site: Site, piece: Piece) -> None:
         layer = original_layer(self._chains[site.name], piece, self._layers(site.name))
         self._rewrite(self._runs(site.name)[0], [(site.name, site.geometry)])
-        self._prepared[site.name] = (layer, None)
+        self._prepare(site.name, layer, None)
 
     def commit(self) -> nn.Module:
+        self._undo = undo = Undo()
         if not self._prepared:
             return self.model
-        model, undo = self.model, _Undo(self.model)
+        model = self.model
         try:
             chains = dict(self._chains)
             for name, (module, info) in self._prepared.items():
-                for alias in self._aliases.get(name, (name,)):
-                    path, _, child = alias.rpartition(".")
-                    undo.assign(model.get_submodule(path)._modules, child, module)
+                self._place(name, module, undo)
                 chains.pop(name, None)
                 if info is not None:
                     chains[name] = info
             self._graph.lint()
+            meta, graph = dict(model.meta), model.graph
+            undo.later(lambda: setattr(model, "meta", meta))
+            undo.later(lambda: setattr(model, "graph", graph))
             model.graph = self._graph
             model.meta[CHAINS] = chains
         except BaseException:
@@ -87,17 +90,38 @@ class GraphHost(Host):
         self._read()
         return model
 
+    def rollback(self) -> None:
+        self._undo()
+        self._read()
+
+    def _prepare(self, name: str, module: nn.Module, info: ChainInfo | None) -> None:
+        self._prepared[name] = (module, info)
+        if self._private:
+            self._place(name, module, Undo())
+
+    def _place(self, name: str, module: nn.Module, undo: Undo) -> None:
+        for alias in self._aliases.get(name, (name,)):
+            path, _, child = alias.rpartition(".")
+            undo.assign(self.model.get_submodule(path)._modules, child, module)
+
     def _read(self) -> None:
         """Everything that is derived from the model, anew."""
         self._chains: Mapping[str, ChainInfo] = self.model.meta.get(CHAINS, {})
         self._graph = copy.deepcopy(self.model.graph)
+        self._nodes: dict[str, list[fx.Node]] = {}
+        for node in self._graph.nodes:
+            if node.name in self._observed:
+                node.meta["tensor_meta"] = self._observed[node.name]
+            if node.op == "call_module":
+                self._nodes.setdefault(node.target, []).append(node)
         self._prepared: dict[str, tuple[nn.Module, ChainInfo | None]] = {}
         found = find_layers(self.model)
         self._aliases = {f.names[0]: f.names for f in found}
         self._order: list[tuple[str, Found]] = []
+        owners = {f"{name}.{child}": name for name in self._chains for child, _ in self.model.get_submodule(name).named_children()}
         seen: set[str] = set()
         for item in found:
-            name = next((chain for chain in self._chains if item.names[0].startswith(chain + ".")), item.names[0])
+            name = owners.get(item.names[0], item.names[0])
             if name not in seen:
                 self._order.append((name, item))
                 seen.add(name)
@@ -106,7 +130,7 @@ class GraphHost(Host):
         return dict(self.model.get_submodule(name).named_children())
 
     def _layer_site(self, found: Found) -> Site:
-        nodes = [n for n in self.model.graph.nodes if n.op == "call_module" and n.target in found.names]
+        nodes = [node for name in found.names for node in self._nodes.get(name, ())]
         keep = found.keep
         if not nodes:
             keep = keep or "no node of the graph calls it: it is unused, or inside a module that the graph calls as a whole"
@@ -116,7 +140,7 @@ class GraphHost(Host):
             keep = keep or "a node calls it with more than its input"
         elif isinstance(found.module, Chain):
             keep = "the graph calls this chain as a whole; trace the model anew to see its layers"
-        return site_of(replace(found, keep=keep), _calls([[n] for n in nodes]))
+        return site_of(replace(found, keep=keep), _calls([[n] for n in nodes]), lambda: self.model.get_submodule(found.names[0]))
 
     def _chain_site(self, name: str) -> Site:
         info = self._chains[name]
@@ -135,8 +159,8 @@ class GraphHost(Host):
             calls=_calls(runs),
             keep=broken or changed_since_cut(layers, info),
             chain=info.factorization,
-            read_weight=lambda: merge(pieces_of(layers), info).weight.detach(),
-            read_pieces=lambda: pieces_of(layers),
+            read_weight=lambda: merge(pieces_of(self._layers(name)), info).weight.detach(),
+            read_pieces=lambda: pieces_of(self._layers(name)),
         )
 
     def _runs(self, name: str) -> tuple[list[list[fx.Node]], str | None]:
@@ -146,7 +170,7 @@ class GraphHost(Host):
         has_bias = list(layers.values())[-1]._parameters["bias"] is not None
         shapes = kind_of(info.factorization).shapes(Geometry.of(info.original), info.factorization, has_bias)
         targets = [f"{name}.{shape.name}" for shape in shapes]
-        calls = {t: [n for n in self._graph.nodes if n.op == "call_module" and n.target == t] for t in targets}
+        calls = {target: self._nodes.get(target, []) for target in targets}
         runs: list[list[fx.Node]] = []
         for first in calls[targets[0]]:
             run = [first]
@@ -178,26 +202,6 @@ class GraphHost(Host):
             last.replace_all_uses_with(value)
             for node in reversed(run):
                 self._graph.erase_node(node)
-
-
-class _Undo:
-    """Puts back what a commit had already changed."""
-
-    def __init__(self, model: fx.GraphModule) -> None:
-        self._model, self._graph, self._meta = model, model.graph, dict(model.meta)
-        self._steps: list[Callable[[], None]] = []
-
-    def assign(self, slots: dict[str, nn.Module | None], key: str, module: nn.Module) -> None:
-        before = slots[key]
-        self._steps.append(lambda: slots.__setitem__(key, before))
-        slots[key] = module
-
-    def __call__(self) -> None:
-        for step in reversed(self._steps):
-            step()
-        self._model.meta = self._meta
-        if self._model.graph is not self._graph:
-            self._model.graph = self._graph
 
 
 def _calls(runs: Sequence[Sequence[fx.Node]]) -> tuple[Call, ...] | None:

@@ -1,21 +1,26 @@
-"""The contract of a host: something that holds sites and chains, so that each rewrite exists once."""
+"""The contract of a host, something that holds sites and chains so that each rewrite exists once, and what all hosts share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
+from passes.chain import Chain, ChainInfo, changed_since_cut, merged_piece, pieces_of
 from passes.factorization import Factorization
-from passes.geometry import Piece
-from passes.site import Site
+from passes.geometry import Geometry, Piece
+from passes.site import Call, Found, Site
 
-__all__ = ["Host"]
+__all__ = ["Host", "Undo", "site_of"]
 
 
 class Host(Protocol):
-    """A model under surgery. ``replace`` and ``restore`` only prepare; ``commit`` does everything that was prepared, or nothing."""
+    """A model under surgery. ``replace`` and ``restore`` only prepare; ``commit`` does everything that was prepared, or nothing.
+
+    A *private* host was given a model that nobody else holds: it may put each chain in place at once, so that the memory of the layer is free
+    again; after an error its model is of no use.
+    """
 
     def sites(self) -> tuple[Site, ...]:
         """All layers and chains, in the model's order, each once."""
@@ -28,3 +33,57 @@ class Host(Protocol):
 
     def commit(self) -> nn.Module:
         """Put everything that was prepared in its place and return the model; after an error the model is as before."""
+
+    def rollback(self) -> None:
+        """Undo the last commit, if there was one; not for a private host."""
+
+
+class Undo:
+    """Assignments that can be taken back, the last one first."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], None]] = []
+
+    def assign(self, slots: dict[str, nn.Module | None], key: str, module: nn.Module) -> None:
+        before = slots[key]
+        self.later(lambda: slots.__setitem__(key, before))
+        slots[key] = module
+
+    def later(self, step: Callable[[], None]) -> None:
+        """Have this done when everything is taken back."""
+        self._steps.append(step)
+
+    def __call__(self) -> None:
+        while self._steps:
+            self._steps.pop()()
+
+
+def site_of(found: Found, calls: tuple[Call, ...] | None, module_now: Callable[[], nn.Module]) -> Site:
+    """The site of a layer or a chain; what it reads of the weight it reads from the module that then stands there, and so keeps none alive."""
+    module = found.module
+    info: ChainInfo | None = module.__dict__["_surgery"] if isinstance(module, Chain) else None
+    original = module if info is None else info.original
+    weight = next(module.parameters()) if info is not None else module.weight
+    return Site(
+        name=found.names[0],
+        aliases=found.names,
+        layer=type(original).__name__,
+        geometry=Geometry.of(original),
+        bias=None if module.bias is None else module.bias.detach(),  # type: ignore[operator,union-attr,arg-type]
+        dtype=weight.dtype,  # type: ignore[union-attr,arg-type]
+        device=weight.device,  # type: ignore[union-attr,arg-type]
+        calls=calls,
+        keep=found.keep or (None if info is None else changed_since_cut(dict(module.named_children()), info)),
+        chain=None if info is None else info.factorization,
+        read_weight=lambda: _weight_of(module_now()),
+        read_pieces=lambda: _pieces_of(module_now()),
+    )
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    weight: Any = merged_piece(module).weight if isinstance(module, Chain) else module.weight
+    return weight.detach()  # type: ignore[no-any-return]
+
+
+def _pieces_of(module: nn.Module) -> tuple[Piece, ...]:
+    return pieces_of(dict(module.named_children())) if isinstance(module, Chain) else ()

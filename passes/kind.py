@@ -56,5 +56,12 @@ class Kind(Protocol):
     ) -> tuple[Piece, ...]:
         """The chain that stands for ``weight``; weights of the pieces are float64, the bias is a copy."""
 
+    def error_surface(self, weight: Tensor, geometry: Geometry, spectra: Sequence[Spectrum]) -> Tensor:
+        """|W - W'|_F / |W|_F at every choice of ranks, without factorizing at any of them.
+
+        Returns:
+            float64, one dimension a mode, ``full rank + 1`` entries each: entry [r, ...] is the error at rank r (0: nothing is left).
+        """
+
     def merge(self, pieces: Sequence[Piece]) -> Tensor:
         """The weight of the one layer that computes what the chain computes, in the dtype of the pieces."""

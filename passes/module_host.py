@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from passes.capture import observe_calls
-from passes.chain import Chain, ChainInfo, build_layers, changed_since_cut, merged_piece, original_layer, pieces_of, weightless
+from passes.chain import Chain, ChainInfo, cut_chain, cut_layer, original_layer
 from passes.factorization import Factorization
-from passes.geometry import Geometry, Piece
-from passes.host import Host
-from passes.site import Call, Found, Site, find_layers
+from passes.geometry import Piece
+from passes.graph_host import GraphHost
+from passes.graph_meta import decomposed_graphs
+from passes.host import Host, Undo, site_of
+from passes.site import Call, Site, find_layers
 
-__all__ = ["ModuleHost", "site_of", "site_of_layer"]
+__all__ = ["ModuleHost"]
 
 
 class ModuleHost(Host):
@@ -23,102 +26,112 @@ class ModuleHost(Host):
     Args:
         model: the module; if it is itself a layer or a chain, ``commit`` returns its replacement.
         example_inputs: with them, sites know their calls. A tensor, a tuple of positional or a mapping of keyword arguments.
+        observed: the calls, where they are known already (see ``observe_calls``).
+        private: see ``Host``.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, example_inputs: Any = None, *, observed: Mapping[str, tuple[Call, ...]] | None = None, private: bool = False
+    ) -> None:
         self.model = model
+        self._private = private
+        self._calls = observe_calls(model, example_inputs) if observed is None and example_inputs is not None else observed
         self._found = {found.names[0]: found for found in find_layers(model)}
-        self._calls = None if example_inputs is None else observe_calls(model, example_inputs)
+        self._graphs = {name: GraphHost(graph, private=private) for name, graph in decomposed_graphs(model).items()}
         self._prepared: dict[str, nn.Module] = {}
+        self._undo = Undo()
 
     def sites(self) -> tuple[Site, ...]:
-        calls = self._calls
-        return tuple(site_of(f, None if calls is None else calls.get(f.names[0], ())) for f in self._found.values())
+        sites: list[Site] = []
+        seen: set[str] = set()
+        for name, found in self._found.items():
+            graph = self._graph_around(name)
+            if graph is None:
+                sites.append(site_of(found, self._calls_of(name, name), self._module_at(name)))
+            elif graph not in seen:
+                seen.add(graph)
+                sites += [self._outward(graph, site) for site in self._graphs[graph].sites()]
+        return tuple(sites)
 
     def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> None:
+        graph = self._graph_around(site.name)
+        if graph is not None:
+            self._graphs[graph].replace(_inward(graph, site), factorization, pieces)
+            return
         module = self._found[site.name].module
         if isinstance(module, Chain):
-            old = module.__dict__["_surgery"].original
-            weight = next(module.children())._parameters["weight"]
-            donor = list(module.children())[-1]
+            layers, info = cut_chain(dict(module.named_children()), module.__dict__["_surgery"], factorization, pieces)
         else:
-            old, weight, donor = weightless(module), module._parameters["weight"], module
-        layers = build_layers(pieces, donor, weight=weight)  # type: ignore[arg-type]
-        chain = Chain(layers, ChainInfo(factorization, old))
-        self._prepared[site.name] = chain.train(module.training)
+            layers, info = cut_layer(module, factorization, pieces)
+        self._prepare(site.name, Chain(layers, info).train(module.training))
 
     def restore(self, site: Site, piece: Piece) -> None:
+        graph = self._graph_around(site.name)
+        if graph is not None:
+            self._graphs[graph].restore(_inward(graph, site), piece)
+            return
         chain = self._found[site.name].module
         info: ChainInfo = chain.__dict__["_surgery"]
-        self._prepared[site.name] = original_layer(info, piece, dict(chain.named_children()), hooks_from=chain)
+        self._prepare(site.name, original_layer(info, piece, dict(chain.named_children()), hooks_from=chain))
 
     def commit(self) -> nn.Module:
-        undo: list[Callable[[], None]] = []
-        model = self.model
+        self._undo = undo = Undo()
         try:
+            for graph in self._graphs.values():
+                graph.commit()
+                undo.later(graph.rollback)
             for name, module in self._prepared.items():
-                for alias in self._found[name].names:
-                    if alias == "":
-                        model = module
-                        continue
-                    path, _, child = alias.rpartition(".")
-                    slots = self.model.get_submodule(path)._modules
-                    undo.append(_setter(slots, child, slots[child]))
-                    slots[child] = module  # the key exists, so the order of the state dict holds
+                self._place(name, module, undo)
         except BaseException:
-            for step in reversed(undo):
-                step()
+            undo()
             raise
         self._prepared = {}
-        self.model = model
-        self._found = {found.names[0]: found for found in find_layers(model)}
-        return model
+        return self.model
+
+    def rollback(self) -> None:
+        self._undo()
+        self._found = {found.names[0]: found for found in find_layers(self.model)}
+
+    def _prepare(self, name: str, module: nn.Module) -> None:
+        if self._private:
+            self._place(name, module, None)
+        else:
+            self._prepared[name] = module
+
+    def _place(self, name: str, module: nn.Module, undo: Undo | None) -> None:
+        found = self._found[name]
+        for alias in found.names:
+            path, _, child = alias.rpartition(".")
+            if alias == "":
+                self.model = module
+            elif undo is None:
+                self.model.get_submodule(path)._modules[child] = module
+            else:
+                undo.assign(self.model.get_submodule(path)._modules, child, module)  # the key exists: the order of the state dict holds
+        self._found[name] = replace(found, module=module)
+
+    def _graph_around(self, name: str) -> str | None:
+        """The decomposed graph module in this model that a layer is in, if it is: there chains are nodes, not modules."""
+        return next((graph for graph in self._graphs if name.startswith(graph + ".")), None)
+
+    def _outward(self, graph: str, site: Site) -> Site:
+        """A site of a graph module in this model, under its name in this model and with its calls in the whole."""
+        name = f"{graph}.{site.name}"
+        ends = (site.pieces[0].name, site.pieces[-1].name) if site.chain is not None else None
+        calls = self._calls_of(*((f"{name}.{end}" for end in ends) if ends else (name, name)))
+        return replace(site, name=name, aliases=tuple(f"{graph}.{alias}" for alias in site.aliases), calls=calls)
+
+    def _calls_of(self, first: str, last: str) -> tuple[Call, ...] | None:
+        """Calls with the inputs of one module and the outputs of another, as observed."""
+        if self._calls is None:
+            return None
+        pairs = zip(self._calls.get(first, ()), self._calls.get(last, ()), strict=False)
+        return tuple(Call(a.input_shape, b.output_shape) for a, b in pairs)
+
+    def _module_at(self, name: str) -> Callable[[], nn.Module]:
+        return lambda: self._found[name].module
 
 
-def site_of(found: Found, calls: tuple[Call, ...] | None) -> Site:
-    """The site of a layer or a chain."""
-    module = found.module
-    if not isinstance(module, Chain):
-        return site_of_layer(module, found.names, calls, found.keep)
-    info: ChainInfo = module.__dict__["_surgery"]
-    first = next(module.parameters())
-    return Site(
-        name=found.names[0],
-        aliases=found.names,
-        layer=type(info.original).__name__,
-        geometry=Geometry.of(info.original),
-        bias=None if module.bias is None else module.bias.detach(),
-        dtype=first.dtype,
-        device=first.device,
-        calls=calls,
-        keep=found.keep or changed_since_cut(dict(module.named_children()), info),
-        chain=info.factorization,
-        read_weight=lambda: merged_piece(module).weight.detach(),
-        read_pieces=lambda: pieces_of(dict(module.named_children())),
-    )
-
-
-def site_of_layer(layer: nn.Module, names: tuple[str, ...], calls: tuple[Call, ...] | None, keep: str | None) -> Site:
-    """The site of a layer that has not been cut."""
-    weight: Tensor = layer.weight.detach()  # type: ignore[operator,union-attr,assignment]
-    return Site(
-        name=names[0],
-        aliases=names,
-        layer=type(layer).__name__,
-        geometry=Geometry.of(layer),
-        bias=None if layer.bias is None else layer.bias.detach(),  # type: ignore[operator,union-attr,arg-type]
-        dtype=weight.dtype,
-        device=weight.device,
-        calls=calls,
-        keep=keep,
-        chain=None,
-        read_weight=lambda: layer.weight.detach(),  # type: ignore[operator,union-attr,return-value]
-        read_pieces=tuple,
-    )
-
-
-def _setter(slots: dict[str, nn.Module | None], key: str, value: nn.Module | None) -> Callable[[], None]:
-    def undo() -> None:
-        slots[key] = value
-
-    return undo
+def _inward(graph: str, site: Site) -> Site:
+    names = [alias.removeprefix(graph + ".") for alias in site.aliases]
+    return replace(site, name=names[0], aliases=tuple(names))

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
+import torch
 from torch import Tensor
 
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece, PieceShape
 from passes.kind import Kind, Rank
-from passes.linalg import Spectrum
+from passes.linalg import Spectrum, tail_energy
 
 __all__ = ["SVD", "SVD_KIND"]
 
@@ -78,6 +79,11 @@ class SVDKind(Kind):
         else:
             reduce, expand = basis.T, matrix @ basis
         return first.filled(reduce, None), second.filled(expand, bias)
+
+    def error_surface(self, weight: Tensor, geometry: Geometry, spectra: Sequence[Spectrum]) -> Tensor:
+        """Exact (Eckart and Young 1936): the singular values that are left out."""
+        tails = tail_energy(spectra[0].values.square())
+        return (tails / tails[0].clamp(min=torch.finfo(tails.dtype).tiny)).sqrt()
 
     def merge(self, pieces: Sequence[Piece]) -> Tensor:
         reduce, expand = pieces

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece, PieceShape
 from passes.kind import Kind, Rank
-from passes.linalg import Spectrum, hooi, mode_product, unfold
+from passes.linalg import Spectrum, channels_apart, hooi, mode_product, tail_energy
 
 __all__ = ["TUCKER", "Tucker"]
 
@@ -62,7 +63,8 @@ class TuckerKind(Kind):
         return Tucker(rank_out, rank_in)
 
     def unfoldings(self, weight: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
-        return unfold(weight, 0), unfold(weight, 1)
+        apart = channels_apart(weight)  # the order of an unfolding's columns changes nothing of its spectrum
+        return apart.flatten(1), apart.flatten(0, 1).mT
 
     def shapes(self, geometry: Geometry, factorization: Factorization, bias: bool) -> tuple[PieceShape, ...]:
         rank_out, rank_in = factorization.ranks
@@ -90,6 +92,18 @@ class TuckerKind(Kind):
         if basis_out is not None:
             weights["expand"] = basis_out
         return tuple(shape.filled(weights[shape.name], bias) for shape in self.shapes(geometry, factorization, bias is not None))
+
+    def error_surface(self, weight: Tensor, geometry: Geometry, spectra: Sequence[Spectrum]) -> Tensor:
+        """Of the truncated higher-order SVD, from the energies of the core rotated into both bases.
+
+        Never more than sqrt(2) times the error of the best factorization of these ranks (De Lathauwer et al. 2000, property 10), and so of
+        ``split``'s, which iterates on from there; ``benchmarks/surgery_speed.py`` measures how much more on trained networks.
+        """
+        apart = channels_apart(weight.double())
+        out, into = spectra
+        rotated = (out.basis.mT @ (apart @ into.basis).flatten(1)).view(out.full, apart.shape[1], into.full)
+        tails = tail_energy(rotated.square().sum(1))
+        return (tails / tails[0, 0].clamp(min=torch.finfo(tails.dtype).tiny)).sqrt()
 
     def merge(self, pieces: Sequence[Piece]) -> Tensor:
         weights = {piece.name: piece.weight for piece in pieces}

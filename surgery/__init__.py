@@ -6,7 +6,6 @@ print(surgery.report(net))
 
 from __future__ import annotations
 
-from passes.capture import capture, trace
 from passes.chain import Chain
 from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.factorization import Factorization, Keep
@@ -21,6 +20,7 @@ from surgery.export import ExportReport, export_onnx, export_torchscript
 from surgery.plan import Plan
 from surgery.reconstruct import reconstruct
 from surgery.report import LayerReport, Report, report
+from surgery.tracing import capture, trace
 from surgery.version import __version__
 
 plan = _plan  # the function, not the module of the same name

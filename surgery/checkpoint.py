@@ -21,7 +21,7 @@ from passes.site import Call, Site
 from surgery.decompose import usable_model
 from surgery.files import temporary_beside
 from surgery.plan import Plan
-from surgery.record import SiteRecord, SurgeryRecord, passes_of, read_record, records_by_name, write_record
+from surgery.record import SiteRecord, SurgeryRecord, records_by_name, whole_record, write_record
 from surgery.report import NOT_DECOMPOSED
 
 __all__ = ["PLAN_FILE", "WEIGHTS_FILE", "load", "read_architecture", "save"]
@@ -51,8 +51,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for site in host_for(model).sites():
         known = records.get(site.name)
         plan[site.name] = site.chain or Keep((known.reason if known else None) or NOT_DECOMPOSED)
-    tensors = {name: t.detach().contiguous().cpu() for name, t in _distinct(model).items()}
-    metadata = {METADATA: json.dumps(_record_to_data(_whole_record(model, records)))}
+    tensors = _tensors_to_write(model)
+    metadata = {METADATA: json.dumps(_record_to_data(whole_record(model) or SurgeryRecord()))}
     with temporary_beside(folder) as work:
         new = work / folder.name
         new.mkdir()
@@ -85,6 +85,7 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
     record = _record_from_text(metadata.get(METADATA, "{}"), folder / WEIGHTS_FILE)
     model = _with_empty_chains(private_copy(fresh_model), plan, folder / PLAN_FILE)
     _fill(model, tensors, folder / WEIGHTS_FILE)
+    _check_calls(model, record, folder / WEIGHTS_FILE)
     write_record(model, record)
     return model
 
@@ -113,6 +114,22 @@ def _distinct(model: nn.Module) -> dict[str, Tensor]:
         if id(value) not in seen:
             seen.add(id(value))
             found[name] = value
+    return found
+
+
+def _tensors_to_write(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the state dict on the CPU, contiguous, in storage that it shares with no other."""
+    found: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in _distinct(model).items():
+        if value.is_meta:
+            raise SurgeryValueError(f"{name}: it is on the meta device and has no numbers to save; load weights first")
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        found[name] = tensor
     return found
 
 
@@ -168,15 +185,15 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
             target.copy_(tensors[name])
 
 
-def _whole_record(model: nn.Module, records: dict[str, SiteRecord]) -> SurgeryRecord:
-    own = read_record(model) or SurgeryRecord()
-    return SurgeryRecord(
-        sites=tuple(records.values()),
-        passes=passes_of(model),
-        macs=own.macs,
-        input_shapes=own.input_shapes,
-        architecture=own.architecture,
-    )
+def _check_calls(model: nn.Module, record: SurgeryRecord, file: Path) -> None:
+    """Recorded calls must be such as the layers can have; costs are computed from them."""
+    calls = {site.name: site.calls or () for site in record.sites}
+    for site in host_for(model).sites():
+        for call in calls.get(site.name, ()):
+            if not site.geometry.fits(call.input_shape):
+                raise SurgeryValueError(
+                    f"{file}: its surgery record is damaged: {site.name!r} ({site.geometry}) cannot have been called with {call.input_shape}"
+                )
 
 
 def _record_to_data(record: SurgeryRecord) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def guarded(action: Callable[[], None]) -> int:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and what is needed to run it."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--architecture", metavar="NAME", help="what a saved folder is a checkpoint of, written like MODEL, where it does not say so")
     parser.add_argument("--weights", metavar="FILE", type=Path, help="state dict to fill the model with: .safetensors, or written by torch.save")
     parser.add_argument(
         "--input-shape",
@@ -61,7 +62,7 @@ def open_model(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
 
     from surgery.zoo import load_weights, make
 
-    model, shape = make(options.model)
+    model, shape = make(options.model, options.architecture)
     if options.weights is not None:
         load_weights(model, options.weights)
     return model, torch.randn(options.input_shape or shape, generator=torch.Generator().manual_seed(0))

@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes import Decompose, host_for
+from passes import Decompose, host_for, observe
 from passes.capture import private_copy
 from passes.chain import Chain
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.factorization import Keep
-from passes.host import Host
 from passes.kinds import kind_of
 from passes.parity import tensors_in
 from passes.site import Site, is_layer
 from surgery.cost import chain_macs, count_macs, site_macs
 from surgery.plan import Plan
-from surgery.planning import Drawn, Options, draw
+from surgery.planning import Draft, Options
 from surgery.progress import site_progress
 from surgery.ranks.rules import Rule
 from surgery.record import SurgeryRecord, merged_sites, read_record, records_by_name, unwrap, write_record
@@ -68,6 +67,8 @@ def decompose(
         inplace: work on ``model`` itself; otherwise it is left untouched and a copy is returned.
         progress: show progress on stderr where that is a terminal.
 
+    Needs, beside the model, the memory of one copy of it (for ``inplace``: of the new chains) and of a few copies of its largest layer in float64.
+
     Returns:
         The decomposed model; where nothing is worth cutting, an unchanged one.
 
@@ -81,23 +82,28 @@ def decompose(
     usable_model(model)
     if inplace and (is_layer(model) or isinstance(model, Chain)):
         raise SurgeryValueError("inplace=True: the model itself is a layer and has no parent to hold its chain; use the model that is returned")
-    target = model if inplace else private_copy(model)
-    seen = _look(target, example_inputs)
-    before = records_by_name(target)
-    with _progress(progress, len(seen.sites), "planning") as step:
-        drawn = draw(seen.sites, ranks, options, step)
-    with _progress(progress, len(seen.sites), "decomposing") as step:
-        cut = Decompose(assignment=drawn.plan, spectra=drawn.spectra, device=device, progress=step)
-        result = cut(seen.host)
-    old = read_record(target) or SurgeryRecord()
-    record = SurgeryRecord(
-        sites=merged_sites(before, seen.sites, result.outcomes),
-        passes=old.passes + (("Decompose",) if result.modified else ()),
-        macs=seen.macs if seen.macs is not None else old.macs,
-        input_shapes=seen.input_shapes or old.input_shapes,
-        architecture=old.architecture,
-    )
-    write_record(result.model, record)
+    with torch.inference_mode(False):  # what is made here must be fit for training
+        seen = look(model, example_inputs)
+        target = model if inplace else private_copy(model)
+        host = host_for(target, observed=seen.observed, private=not inplace)
+        sites = host.sites()
+        draft = Draft(sites, ranks, options)
+        before, old = records_by_name(target), read_record(target) or SurgeryRecord()
+        with _progress(progress, len(sites), "decomposing") as step:
+            cut = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)
+            try:
+                result = cut(host)
+                record = SurgeryRecord(
+                    sites=merged_sites(before, sites, result.outcomes),
+                    passes=old.passes + (("Decompose",) if result.modified else ()),
+                    macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites),
+                    input_shapes=seen.input_shapes or old.input_shapes,
+                    architecture=old.architecture,
+                )
+                write_record(result.model, record)
+            except BaseException:
+                host.rollback()
+                raise
     return result.model
 
 
@@ -117,19 +123,19 @@ def plan(
     """What ``decompose`` would do with the same arguments, as a ``Plan`` to read, edit, save and replay. The model is not touched."""
     options = Options(method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device)
     usable_model(model)
-    seen = _look(model, example_inputs)
-    with _progress(progress, len(seen.sites), "planning") as step:
-        drawn = draw(seen.sites, ranks, options, step)
-    return settled(drawn, seen.sites)
-
-
-def settled(drawn: Drawn, sites: tuple[Site, ...]) -> Plan:
-    """The plan whose replay on a fresh instance gives this network: chains that stay are named with what they are."""
-    decisions = {}
-    for site in sites:
-        decision = drawn.plan[site.name]
-        decisions[site.name] = site.chain if site.chain is not None and isinstance(decision, Keep) else decision
-    return Plan(decisions)
+    chosen = Plan()
+    with torch.inference_mode(False):
+        sites = host_for(model, observed=look(model, example_inputs).observed).sites()
+        draft = Draft(sites, ranks, options)
+        with _progress(progress, len(sites), "planning") as step:
+            for site in sites:
+                if step is not None:
+                    step(site)
+                decision = draft[site.name]
+                # a chain that stays is named with what it is: replayed on a fresh instance, the plan gives this network
+                chosen[site.name] = site.chain if site.chain is not None and isinstance(decision, Keep) else decision
+                draft.spectra.let_go(site)
+    return chosen
 
 
 def usable_model(model: Any) -> None:
@@ -150,23 +156,20 @@ def usable_model(model: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A model as surgery sees it: its host, its sites, and the original network's MACs and input shapes where inputs were given."""
+    """One forward pass of the example inputs: what a host learns from it, the MACs that ran, and the shapes of the inputs; None without inputs."""
 
-    host: Host
-    sites: tuple[Site, ...]
-    macs: int | None
-    input_shapes: tuple[tuple[int, ...], ...] | None
+    observed: Mapping[str, Any] | None = None
+    macs: int | None = None
+    input_shapes: tuple[tuple[int, ...], ...] | None = None
 
 
-def _look(model: nn.Module, example_inputs: Any) -> Seen:
+def look(model: nn.Module, example_inputs: Any) -> Seen:
+    """Run the model once on the example inputs, if there are any: on a copy, which is gone before any other is made."""
     if example_inputs is None:
-        host = host_for(model)
-        return Seen(host, host.sites(), None, None)
+        return Seen()
     with count_macs() as counter:
-        host = host_for(model, example_inputs)
-    sites = host.sites()
-    shapes = tuple(tuple(t.shape) for t in tensors_in(example_inputs))
-    return Seen(host, sites, counter.macs + sum(saved_macs(site) or 0 for site in sites), shapes)
+        observed = observe(model, example_inputs)
+    return Seen(observed, counter.macs, tuple(tuple(t.shape) for t in tensors_in(example_inputs)))
 
 
 def saved_macs(site: Site) -> int | None:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
-from passes.decompose import ALREADY, refusal_of, site_spectra
+from passes.decompose import ALREADY, most_ranks, refusal_of, settled
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Decision, Factorization, Keep
 from passes.kind import Kind
-from passes.kinds import KINDS, kind_named, kind_of, usual_kind
-from passes.linalg import Spectrum
+from passes.kinds import KINDS, kind_of, usual_kind
 from passes.site import Site
+from passes.spectra import Spectra
 from surgery.cost import chain_macs, chain_params, site_macs, site_params
 from surgery.plan import Plan
 from surgery.ranks.request import Named, Names, as_names, parse_ranks
 from surgery.ranks.rules import Rule, fraction_of
 
-__all__ = ["Drawn", "Options", "draw"]
+__all__ = ["Draft", "Options"]
 
 GUARDS = ("macs", "none")
 
@@ -56,42 +57,86 @@ class Options:
             raise SurgeryTypeError(f"round_to: expected an int, got {self.round_to!r}")
         if self.round_to < 1:
             raise SurgeryValueError(f"round_to: must be at least 1, got {self.round_to}")
+        if self.device is not None:
+            _check_device(self.device)
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """A plan and the spectra that were computed on the way, by site name, for the factorization to use again."""
+def _check_device(device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # how torch says that a device does not exist depends on the device
+        raise SurgeryValueError(f"device: {device!r} is no device that this torch can compute on ({str(error).splitlines()[0]})") from error
+    if torch.device(device).type == "meta":
+        raise SurgeryValueError("device: 'meta' holds no numbers; nothing can be computed there")
 
-    plan: Plan
-    spectra: Mapping[str, tuple[Spectrum, ...]]
 
+class Draft(Mapping[str, Decision]):
+    """A plan in the making: for every site a factorization or a reason to keep it.
 
-@dataclass(slots=True)
-class _Draft:
-    """One planning run: the parsed request and what has been computed so far."""
+    What needs no look at the weights is decided at once; what a rule decides is decided when it is first asked for, so that a site's spectra
+    need to be held only from then until it is cut.
 
-    options: Options
-    rule: Rule | None
-    table: Names | None
-    replay: bool
-    include: Names | None
-    exclude: Names | None
-    spectra: dict[str, tuple[Spectrum, ...]] = field(default_factory=dict)
+    Args:
+        sites: of the model.
+        ranks: the request, as ``surgery.decompose`` takes it.
+        options: everything else that decides.
 
-    def decide(self, site: Site) -> Decision:
-        named = None if self.table is None else self.table.find(site)
-        included = None if self.include is None else self.include.find(site)
-        if self.exclude is not None and self.exclude.find(site) is not None:
+    Raises:
+        SurgeryValueError, SurgeryTypeError: a request that means nothing, names no layer, or asks for what cannot be done; here, or when a
+            rule's answer is asked for.
+    """
+
+    def __init__(self, sites: Sequence[Site], ranks: Any, options: Options) -> None:
+        request = parse_ranks(ranks)
+        linear_too = options.method == "svd"
+        self._options = options
+        self._sites = {site.name: site for site in sites}
+        self._replay = isinstance(request, Plan)
+        self._table: Names | None = None
+        self._rule: Rule | None = None
+        if isinstance(request, Plan):
+            self._table = Names("ranks (the plan)", dict(request.items()), sites)
+        elif isinstance(request, Mapping):
+            self._table = Names("ranks", request, sites, linear_too=linear_too)
+        else:
+            self._rule = request
+        self._include = None if options.include is None else Names("include", as_names("include", options.include), sites, linear_too=linear_too)
+        self._exclude = None if options.exclude is None else Names("exclude", as_names("exclude", options.exclude), sites, linear_too=True)
+        self._decided = {site.name: decision for site in sites if (decision := self._at_once(site)) is not None}
+        decisions = [(site, self._decided.get(site.name)) for site in sites]
+        self.spectra = Spectra(
+            [(s, self._kind(s) if d is None else kind_of(d)) for s, d in decisions if d is None or isinstance(d, Factorization)], options.device
+        )
+
+    def __getitem__(self, name: str) -> Decision:
+        if name not in self._decided:
+            self._decided[name] = self._by_rule(self._sites[name])
+        return self._decided[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def _kind(self, site: Site) -> Kind:
+        return usual_kind(site.geometry, self._options.method)
+
+    def _at_once(self, site: Site) -> Decision | None:
+        """The decision, or None where a rule has to look at the weight first."""
+        named = None if self._table is None else self._table.find(site)
+        included = None if self._include is None else self._include.find(site)
+        if self._exclude is not None and self._exclude.find(site) is not None:
             return Keep("excluded")
-        if self.include is not None and included is None:
+        if self._include is not None and included is None:
             return Keep("not included")
         if site.chain is not None and named is None:
             return Keep(ALREADY)
-        if self.rule is None:
-            if named is None:
-                return Keep("not in the plan" if self.replay else "not named")
-            return self._explicit(site, named)
-        return self._by_rule(site, self.rule, included)
+        if self._rule is not None:
+            return self._ruled_out(site, included)
+        if named is None:
+            return Keep("not in the plan" if self._replay else "not named")
+        return self._explicit(site, named)
 
     def _explicit(self, site: Site, named: Named) -> Decision:
         """A layer that the caller named: done as asked, without rounding or guard. A pattern may meet layers that cannot be cut."""
@@ -102,7 +147,7 @@ class _Draft:
         try:
             decision, refusal = self._requested(site, named), site.keep
         except SurgeryError as error:
-            if named.exact or isinstance(named.value, float | str) or not isinstance(named.value, Sequence | int):
+            if named.exact or isinstance(named.value, str) or not isinstance(named.value, Sequence | Integral):
                 raise
             return Keep(str(error).removeprefix("ranks: "))
         refusal = refusal or (refusal_of(site, decision) if isinstance(decision, Factorization) else decision.reason)
@@ -116,40 +161,44 @@ class _Draft:
         """The factorization that a table's value stands for."""
         value = named.value
         if isinstance(value, Factorization):
-            return _clip(site, value)
-        kind = usual_kind(site.geometry, self.options.method)
+            return _settled(site, value)
+        kind = self._kind(site)
         reason = kind.refuses(site.geometry)
         if reason is not None:
             return Keep(reason)
-        full = kind.full_ranks(site.geometry)
-        if isinstance(value, float):
-            if not 0 < value <= 1:
+        most = most_ranks(site, kind)
+        if isinstance(value, Real) and not isinstance(value, Integral):
+            share = float(value)
+            if not 0 < share <= 1:
                 raise SurgeryValueError(f"ranks: {named.key!r}: a fraction must be in (0, 1], got {value}")
-            return kind.from_ranks(site.geometry, [fraction_of(f, value) for f in full])
+            return _settled(site, kind.from_ranks(site.geometry, [fraction_of(m, share) for m in most]))
         ranks = _as_ranks(value, kind, f"ranks: {named.key!r} ({site})")
-        _check_range(ranks, kind, site, f"ranks: {named.key!r}")
-        return kind.from_ranks(site.geometry, ranks)
+        for mode, rank, limit in zip(kind.modes, ranks, most, strict=True):
+            if rank is not None and rank > limit:
+                whose = "its full rank" if site.chain is None else "the chain's own rank"
+                raise SurgeryValueError(f"ranks: {named.key!r}: rank {rank} of mode {mode!r} of {site} ({site.geometry}) is above {whose} {limit}")
+        if all(rank is None for rank in ranks):
+            raise SurgeryValueError(f"ranks: {named.key!r}: no mode is cut; to keep the layer give None")
+        return _settled(site, kind.from_ranks(site.geometry, ranks))
 
-    def _by_rule(self, site: Site, rule: Rule, included: Named | None) -> Decision:
+    def _ruled_out(self, site: Site, included: Named | None) -> Keep | None:
+        """Why a rule is not asked about this site, or None where it is."""
         if site.keep is not None:
             if included is not None and included.exact:
                 raise SurgeryValueError(f"include: {included.key!r} cannot be cut: {site.keep}")
             return Keep(site.keep)
-        if site.geometry.is_linear and included is None and self.options.method != "svd":
+        if site.geometry.is_linear and included is None and self._options.method != "svd":
             return Keep("linear layers are cut only where they are named")
-        kind = usual_kind(site.geometry, self.options.method)
-        reason = kind.refuses(site.geometry)
-        if reason is not None:
-            return Keep(reason)
-        if site.calls == ():
-            return Keep("the example inputs do not reach it")
-        spectra = site_spectra(site, kind, self.options.device)
-        decision = self._answer(site, kind, rule(site, spectra))
-        if isinstance(decision, Factorization):
-            decision = self._guard(site, decision)
-        if isinstance(decision, Factorization):
-            self.spectra[site.name] = spectra
-        return decision
+        reason = self._kind(site).refuses(site.geometry)
+        if reason is None and site.calls == ():
+            reason = "the example inputs do not reach it"
+        return None if reason is None else Keep(reason)
+
+    def _by_rule(self, site: Site) -> Decision:
+        kind = self._kind(site)
+        rule: Any = self._rule
+        decision = self._answer(site, kind, rule(site, self.spectra.of(site, kind)))
+        return self._guard(site, decision) if isinstance(decision, Factorization) else decision
 
     def _answer(self, site: Site, kind: Kind, answer: Any) -> Decision:
         """A rule's answer as a factorization: rounded up, and uncut in a mode that is full or in which nothing was seen."""
@@ -161,21 +210,30 @@ class _Draft:
             refusal = refusal_of(site, answer)
             if refusal is not None:
                 raise SurgeryValueError(f"the rank rule answered {answer} for {site}: {refusal}")
-            return _clip(site, answer)
+            return self._rounded_up(site, answer)
         what = f"the rank rule's answer for {site}"
         full = kind.full_ranks(site.geometry)
         ranks: list[int | None] = []
         for rank, most in zip(_as_ranks(answer, kind, what, zero=True), full, strict=True):
             if rank is not None and rank > most:
                 raise SurgeryValueError(f"{what}: rank {rank} is above the full rank {most}")
-            rounded = None if not rank else self.options.round_to * ceil(rank / self.options.round_to)
+            rounded = None if not rank else self._round(rank)
             ranks.append(None if rounded is None or rounded >= most else rounded)
         if all(rank is None for rank in ranks):
             return Keep(f"at full rank ({', '.join(map(str, full))}) a chain saves nothing")
         return kind.from_ranks(site.geometry, ranks)
 
+    def _rounded_up(self, site: Site, factorization: Factorization) -> Factorization:
+        kind = kind_of(factorization)
+        full = kind.full_ranks(site.geometry)
+        ranks = [None if r is None else min(self._round(r), f) for r, f in zip(factorization.ranks, full, strict=True)]
+        return kind.from_ranks(site.geometry, ranks)
+
+    def _round(self, rank: int) -> int:
+        return self._options.round_to * ceil(rank / self._options.round_to)
+
     def _guard(self, site: Site, factorization: Factorization) -> Decision:
-        if self.options.guard == "none":
+        if self._options.guard == "none":
             return factorization
         shapes = kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None)
         before, after = site_params(site), chain_params(shapes)
@@ -187,41 +245,11 @@ class _Draft:
         return factorization
 
 
-def draw(sites: Sequence[Site], ranks: Any, options: Options, progress: Callable[[Site], None] | None = None) -> Drawn:
-    """The plan that ``ranks`` and ``options`` make for these sites.
-
-    Raises:
-        SurgeryValueError, SurgeryTypeError: a request that means nothing, names no layer, or asks for what cannot be done.
-    """
-    request = parse_ranks(ranks)
-    table = None
-    if isinstance(request, Plan):
-        table = Names("ranks (the plan)", dict(request.items()), sites)
-    elif isinstance(request, Mapping):
-        table = Names("ranks", request, sites, linear_too=options.method == "svd")
-    draft = _Draft(
-        options=options,
-        rule=request if table is None else None,  # type: ignore[arg-type]
-        table=table,
-        replay=isinstance(request, Plan),
-        include=None
-        if options.include is None
-        else Names("include", as_names("include", options.include), sites, linear_too=options.method == "svd"),
-        exclude=None if options.exclude is None else Names("exclude", as_names("exclude", options.exclude), sites, linear_too=True),
-    )
-    plan = Plan()
-    for site in sites:
-        if progress is not None:
-            progress(site)
-        plan[site.name] = draft.decide(site)
-    return Drawn(plan, draft.spectra)
-
-
 def _as_ranks(value: Any, kind: Kind, what: str, *, zero: bool = False) -> list[int | None]:
     """One rank a mode: an int where the kind has one mode, else a sequence of ints and None."""
     modes = kind.modes
     name = kind.factorization.kind
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, Integral) and not isinstance(value, bool):
         value = [value]
     if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) != len(modes):
         expected = "an int" if len(modes) == 1 else f"{len(modes)} ranks ({', '.join('rank_' + m for m in modes)})"
@@ -230,26 +258,16 @@ def _as_ranks(value: Any, kind: Kind, what: str, *, zero: bool = False) -> list[
     for rank in value:
         if rank is None and len(modes) > 1:
             continue
-        if not isinstance(rank, int) or isinstance(rank, bool):
+        if not isinstance(rank, Integral) or isinstance(rank, bool):
             raise SurgeryTypeError(f"{what}: a rank is an int, got {rank!r}")
         if rank < least:
             raise SurgeryValueError(f"{what}: a rank is at least {least}, got {rank}")
-    return list(value)
+    return [None if rank is None else int(rank) for rank in value]
 
 
-def _check_range(ranks: Sequence[int | None], kind: Kind, site: Site, what: str) -> None:
-    for mode, rank, full in zip(kind.modes, ranks, kind.full_ranks(site.geometry), strict=True):
-        if rank is not None and rank > full:
-            raise SurgeryValueError(f"{what}: rank {rank} of mode {mode!r} of {site} ({site.geometry}) is above its full rank {full}")
-    if all(rank is None for rank in ranks):
-        raise SurgeryValueError(f"{what}: no mode is cut; to keep the layer give None")
-
-
-def _clip(site: Site, factorization: Factorization) -> Factorization:
-    """The factorization with its ranks clipped to what its chain can use, where the kind and its ranges allow it at all."""
-    if refusal_of(site, factorization) is not None:
-        return factorization
-    return kind_named(factorization.kind).from_ranks(site.geometry, factorization.ranks)
+def _settled(site: Site, factorization: Factorization) -> Factorization:
+    """As ``passes.decompose.settled``; what is refused is left as it is, for the refusal to say why."""
+    return factorization if refusal_of(site, factorization) is not None else settled(site, factorization)
 
 
 def _text(factorization: Factorization) -> str:

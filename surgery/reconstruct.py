@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from passes import Reconstruct, host_for
@@ -37,16 +38,20 @@ def reconstruct(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     usable_model(model)
     if inplace and isinstance(model, Chain):
         raise SurgeryValueError("inplace=True: the model itself is a chain and has no parent to hold its layer; use the layer that is returned")
-    target = model if inplace else private_copy(model)
-    host = host_for(target)
-    sites, before, old = host.sites(), records_by_name(target), read_record(target) or SurgeryRecord()
-    result = Reconstruct()(host)
-    if not result.modified:
-        return result.model
-    outcomes = tuple(
-        Outcome(o.site, o.status, REASON if o.status == "applied" else o.reason, before[o.site].error if o.site in before else None)
-        for o in result.outcomes
-    )
-    record = replace(old, sites=merged_sites(before, sites, outcomes), passes=(*old.passes, "Reconstruct"))
-    write_record(result.model, record)
+    with torch.inference_mode(False):
+        target = model if inplace else private_copy(model)
+        host = host_for(target, private=not inplace)
+        sites, before, old = host.sites(), records_by_name(target), read_record(target) or SurgeryRecord()
+        try:
+            result = Reconstruct()(host)
+            if result.modified:
+                outcomes = tuple(
+                    Outcome(o.site, o.status, REASON if o.status == "applied" else o.reason, before[o.site].error if o.site in before else None)
+                    for o in result.outcomes
+                )
+                record = replace(old, sites=merged_sites(before, sites, outcomes), passes=(*old.passes, "Reconstruct"))
+                write_record(result.model, record)
+        except BaseException:
+            host.rollback()
+            raise
     return result.model

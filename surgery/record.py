@@ -10,7 +10,7 @@ from torch import fx, nn
 from passes.result import Outcome
 from passes.site import Call, Site, named_groups
 
-__all__ = ["SiteRecord", "SurgeryRecord", "read_record", "records_by_name", "unwrap", "write_record"]
+__all__ = ["SiteRecord", "SurgeryRecord", "read_record", "records_by_name", "unwrap", "whole_record", "write_record"]
 
 KEY = "surgery_record"
 
@@ -85,6 +85,14 @@ def passes_of(model: nn.Module) -> tuple[str, ...]:
     own = read_record(model)
     inner = [r for module, names in named_groups(model) if names[0] and (r := read_record(module)) is not None]
     return (*(p for r in inner for p in r.passes), *(own.passes if own else ()))
+
+
+def whole_record(model: nn.Module) -> SurgeryRecord | None:
+    """One record of everything that was done to the model and its submodules; None where nothing is known."""
+    own, sites = read_record(model), tuple(records_by_name(model).values())
+    if own is None and not sites:
+        return None
+    return replace(own or SurgeryRecord(), sites=sites, passes=passes_of(model))
 
 
 def merged_sites(before: dict[str, SiteRecord], sites: tuple[Site, ...], outcomes: tuple[Outcome, ...]) -> tuple[SiteRecord, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from passes.errors import SurgeryTypeError, SurgeryValueError
-from passes.linalg import spectrum, unfold
+from passes.linalg import spectrum
 
 __all__ = ["evbmf", "evbmf_rank"]
 
@@ -41,7 +41,7 @@ def evbmf(weight: Tensor) -> tuple[int, int]:
     if not bool(torch.isfinite(weight).all()):
         raise SurgeryValueError("evbmf: weight has values that are not finite")
     weight = weight.detach().double()
-    spectra = (spectrum(unfold(weight, mode), name) for mode, name in ((0, "out"), (1, "in")))
+    spectra = (spectrum(weight.movedim(mode, 0).flatten(1), name) for mode, name in ((0, "out"), (1, "in")))
     rank_out, rank_in = (evbmf_rank(s.values, s.shape) for s in spectra)
     return rank_out, rank_in
 

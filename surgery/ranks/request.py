@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ class Names:
                 raise SurgeryValueError(f"{argument}: {key!r} matches no layer of this model: {nearest(key[3:], known)}")
             self._patterns.append((pattern, Named(value, False, key), linear_too or all(s.geometry.is_linear for s in matched)))
 
+        for site in sites:
+            self._check_aliases(argument, site)
+
+    def _check_aliases(self, argument: str, site: Site) -> None:
+        named = [self._exact[alias] for alias in site.aliases if alias in self._exact]
+        for other in named[1:]:
+            if other.value != named[0].value:
+                raise SurgeryValueError(
+                    f"{argument}: {named[0].key!r} and {other.key!r} are one layer under two names, but get {named[0].value!r} and {other.value!r}"
+                )
+
     def find(self, site: Site) -> Named | None:
         for alias in site.aliases:
             if alias in self._exact:
@@ -81,10 +93,10 @@ def parse_ranks(ranks: Any) -> Request:
     """
     if isinstance(ranks, Plan | Mapping):
         return ranks
-    if isinstance(ranks, bool | int):
+    if isinstance(ranks, Integral):
         raise SurgeryTypeError(f"ranks={ranks!r} is ambiguous: one rank for all layers makes no sense; {HELP.removeprefix('ranks: ')}")
-    if isinstance(ranks, float):
-        return Fraction(_share(ranks, "ranks"))
+    if isinstance(ranks, Real):
+        return Fraction(_share(float(ranks), "ranks"))
     if isinstance(ranks, str):
         return _parse_text(ranks)
     if isinstance(ranks, os.PathLike):

@@ -27,12 +27,17 @@ BUNDLED: dict[str, tuple[Callable[[], nn.Module], str | None, tuple[int, ...]]] 
     "resnet56": (resnet56, None, (1, 3, 32, 32)),
 }
 PICTURE = (1, 3, 224, 224)
+REGISTRIES = ("torchvision", "timm", "surgery")
 
 
-def make(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+def make(name: str, architecture: str | None = None) -> tuple[nn.Module, tuple[int, ...]]:
     """A network by name in eval mode, and the shape of the input it is usually given.
 
     ``surgery:resnet20`` comes with trained weights; all other networks are made with random ones, see ``load_weights``.
+
+    Args:
+        name: ``torchvision:NAME``, ``timm:NAME``, ``surgery:NAME``, ``package.module:factory``, or a folder that ``surgery.save`` wrote.
+        architecture: for a folder, what it is a checkpoint of, written like ``name``; needed where it does not say so itself.
 
     Raises:
         SurgeryValueError: no such registry, network or module.
@@ -43,7 +48,9 @@ def make(name: str) -> tuple[nn.Module, tuple[int, ...]]:
         raise SurgeryTypeError(f"MODEL: expected a name, got {type(name).__name__}")
     text = str(name)
     if (Path(text) / PLAN_FILE).is_file():
-        return load_network(text)
+        return load_network(text, architecture)
+    if architecture is not None:
+        raise SurgeryValueError(f"architecture: is for a folder that surgery.save wrote, and {text!r} is none")
     registry, _, rest = text.partition(":")
     if not rest:
         raise SurgeryValueError(
@@ -57,15 +64,20 @@ def make(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     return model.eval(), shape
 
 
-def load_network(path: str) -> tuple[nn.Module, tuple[int, ...]]:
-    """A network from a folder that ``save`` wrote, where its architecture has a registry name.
+def load_network(path: str, architecture: str | None = None) -> tuple[nn.Module, tuple[int, ...]]:
+    """A network from a folder that ``save`` wrote, made as ``architecture`` says, or else as the folder says where that is a registry name.
 
     Raises:
-        SurgeryValueError: it has none; then ``surgery.load(path, fresh_model)`` is the way.
+        SurgeryValueError: neither says it. A factory named in the folder is never imported.
     """
-    architecture = read_architecture(path)
-    if architecture is None or architecture.partition(":")[0] not in ("torchvision", "timm", "surgery"):
-        raise SurgeryValueError(f"{path}: does not say which registered network it is; use surgery.load({path!r}, fresh_model) from Python")
+    if architecture is None:
+        recorded = read_architecture(path)
+        architecture = recorded if recorded is not None and recorded.partition(":")[0] in REGISTRIES else None
+    if architecture is None:
+        raise SurgeryValueError(
+            f"{path}: does not say which registered network it is; name it (--architecture package.module:factory on the command line), "
+            f"or use surgery.load({path!r}, fresh_model) from Python"
+        )
     fresh, shape = make(architecture)
     model = load(path, fresh)
     return model.eval(), shape

@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes import Decompose, ModuleHost
-from passes.decompose import site_spectra
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.factorization import Keep
 from passes.geometry import Geometry, Piece
 from passes.kinds import KINDS, decision_from_json, kind_named, kind_of, usual_kind
-from passes.linalg import hooi, spectrum, unfold
-from passes.parity import assert_parity, difference
+from passes.parity import assert_parity
 from passes.site import Call
+from passes.spectra import Spectra
 from surgery.cost import chain_macs, chain_params
 from tests.geometries import layers
 
@@ -27,7 +26,7 @@ def split(layer, kind, ranks):
     geometry = Geometry.of(layer)
     factorization = kind.from_ranks(geometry, ranks)
     (site,) = ModuleHost(layer).sites()
-    spectra = site_spectra(site, kind)
+    spectra = Spectra().of(site, kind)
     return factorization, kind.split(layer.weight.detach(), site.bias, geometry, factorization, spectra)
 
 
@@ -100,6 +99,29 @@ def test_ranks_are_clipped_to_what_the_chain_can_use(kind, drawn, data):
 
 @every_kind
 @given(drawn=layers(), data=st.data())
+def test_the_error_surface_bounds_what_a_split_reaches(kind, drawn, data):
+    """The surface is where the iteration starts from: a split reaches at most that error, and with one mode exactly that."""
+    layer, _ = drawn
+    geometry = Geometry.of(layer)
+    assume(kind.refuses(geometry) is None)
+    (site,) = ModuleHost(layer).sites()
+    spectra = Spectra().of(site, kind)
+    full = kind.full_ranks(geometry)
+    surface = kind.error_surface(layer.weight.detach(), geometry, spectra)
+    assert tuple(surface.shape) == tuple(f + 1 for f in full)
+    factorization, pieces = split(layer, kind, draw_ranks(data, full))
+    reached, told = relative_error(layer, kind, pieces), float(surface[factorization.ranks])
+    assert reached <= told + 1e-9
+    if len(full) == 1:
+        assert told == pytest.approx(reached, rel=1e-9, abs=1e-9)
+    assert float(surface[full]) < 1e-12
+    assert bool((surface[0] == 1).all())
+    for dim in range(surface.ndim):
+        assert bool((surface.diff(dim=dim) <= 1e-15).all())
+
+
+@every_kind
+@given(drawn=layers(), data=st.data())
 def test_json_round_trip(kind, drawn, data):
     geometry = Geometry.of(drawn[0])
     assume(kind.refuses(geometry) is None)
@@ -167,41 +189,6 @@ def test_tucker_one_has_no_layer_for_the_uncut_mode():
         _, pieces = split(layer, tucker, ranks)
         assert [p.name for p in pieces] == names
         assert [p.bias is not None for p in pieces] == [False] * (len(names) - 1) + [True]
-
-
-def test_tucker_agrees_with_tensorly():
-    """An outside oracle: tensorly's partial_tucker (higher-order orthogonal iteration from the same start) reaches no lower error."""
-    import tensorly
-    from tensorly.decomposition import partial_tucker
-
-    tensor = torch.randn(20, 16, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    tensor += 3 * torch.einsum("a,b,hw->abhw", tensor[:, 0, 0, 0], tensor[0, :, 0, 0], tensor[0, 0])
-    spectra = [spectrum(unfold(tensor, 0), "out"), spectrum(unfold(tensor, 1), "in")]
-    core, bases = hooi(tensor, (7, 5), spectra)
-    ours = torch.einsum("ar,bs,rshw->abhw", bases[0], bases[1], core)
-    (their_core, factors), _ = partial_tucker(tensor.numpy(), rank=[7, 5], modes=[0, 1], n_iter_max=200, tol=1e-9)
-    theirs = torch.from_numpy(tensorly.tenalg.multi_mode_dot(their_core, factors, modes=[0, 1]))
-    norm = tensor.norm()
-    assert float((tensor - ours).norm() / norm) <= float((tensor - theirs).norm() / norm) + 1e-6
-    assert difference(ours, theirs) < 1e-2
-
-
-def test_bases_are_orthonormal_with_fixed_signs():
-    tensor = torch.randn(10, 8, 3, 3, generator=torch.Generator().manual_seed(4))
-    spectra = [spectrum(unfold(tensor, 0), "out"), spectrum(unfold(tensor, 1), "in")]
-    _, bases = hooi(tensor, (4, 3), spectra)
-    for basis in bases:
-        assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), atol=1e-12)
-        peak = basis.abs().argmax(0)
-        assert bool((basis[peak, torch.arange(basis.shape[1])] > 0).all())
-
-
-@pytest.mark.parametrize("shape", [(5, 40), (40, 5), (6, 6)])
-def test_singular_values_are_those_of_svd(shape):
-    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    found = spectrum(matrix, "out")
-    assert torch.allclose(found.values, torch.linalg.svdvals(matrix), atol=1e-10)
-    assert found.full == min(shape)
 
 
 def test_wrong_factorizations_are_told_apart():

@@ -1,0 +1,92 @@
+"""Spectra of a model's layers: each computed once, shared by whoever needs it, and let go when its layer is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from passes.errors import SurgeryValueError
+from passes.kind import Kind
+from passes.linalg import Spectrum, spectra
+from passes.site import Site
+
+__all__ = ["Spectra", "usable_weight"]
+
+
+class Spectra:
+    """A store of spectra, one for each unfolding that a kind looks at, in float64.
+
+    Args:
+        wanted: sites whose spectra will be asked for, in that order, and the kinds; others may be asked for as well. On a GPU those of one shape
+            are computed together, as many as hold no more numbers than the largest of them all. (On a CPU one after the other: there a stack of
+            matrices is not decomposed any faster than its matrices, and each alone already keeps all cores busy.)
+        device: where to compute; each weight's own by default.
+        together: compute same-shaped sites together on any device, or on none.
+    """
+
+    def __init__(self, wanted: Iterable[tuple[Site, Kind]] = (), device: torch.device | str | None = None, *, together: bool | None = None) -> None:
+        self._device, self._together = device, together
+        self._found: dict[tuple[str, str], tuple[Spectrum, ...]] = {}
+        self._waiting: dict[tuple[object, ...], dict[str, tuple[Site, Kind]]] = {}
+        self._room = 0
+        for site, kind in wanted:
+            self._waiting.setdefault(_group(site, kind), {})[site.name] = (site, kind)
+            self._room = max(self._room, site.geometry.weights)
+
+    def of(self, site: Site, kind: Kind) -> tuple[Spectrum, ...]:
+        """The spectra of a site's weight, one for each unfolding of the kind.
+
+        Raises:
+            SurgeryValueError: the weight has values that are not finite, or has none (meta device).
+        """
+        key = (site.name, kind.factorization.kind)
+        if key not in self._found:
+            self._compute(self._companions(site, kind), kind)
+        return self._found[key]
+
+    def let_go(self, site: Site) -> None:
+        """Forget what is known of a site."""
+        for key in [key for key in self._found if key[0] == site.name]:
+            del self._found[key]
+
+    def _companions(self, site: Site, kind: Kind) -> list[Site]:
+        """The site, and those waiting sites that are computed together with it."""
+        waiting = self._waiting.get(_group(site, kind), {})
+        waiting.pop(site.name, None)
+        device = torch.device(self._device) if self._device is not None else site.device
+        together = self._together if self._together is not None else device.type != "cpu"
+        more = max(self._room // max(site.geometry.weights, 1) - 1, 0) if together else 0
+        names = list(waiting)[:more]
+        return [site, *(waiting.pop(name)[0] for name in names)]
+
+    def _compute(self, sites: list[Site], kind: Kind) -> None:
+        unfoldings = [kind.unfoldings(usable_weight(site, self._device), site.geometry) for site in sites]
+        found: list[list[Spectrum]] = [[] for _ in sites]
+        for number, mode in enumerate(kind.modes):
+            matrices = [each[number] for each in unfoldings]
+            stack = matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
+            for spectrum, mine in zip(spectra(stack, mode), found, strict=True):
+                mine.append(spectrum)
+        for site, mine in zip(sites, found, strict=True):
+            self._found[site.name, kind.factorization.kind] = tuple(mine)
+
+
+def usable_weight(site: Site, device: torch.device | str | None = None) -> Tensor:
+    """The site's weight in float64 on a device (its own by default).
+
+    Raises:
+        SurgeryValueError: it has values that are not finite, or has none (meta device).
+    """
+    weight = site.weight
+    if weight.is_meta:
+        raise SurgeryValueError(f"{site}: its weight is on the meta device and has no numbers; load weights first")
+    if weight.numel() and not all(map(torch.isfinite, weight.aminmax())):
+        count = int((~torch.isfinite(weight)).sum())
+        raise SurgeryValueError(f"{site}: {count} of {weight.numel()} weights are not finite; repair or exclude this layer")
+    return weight.to(device=device, dtype=torch.float64)
+
+
+def _group(site: Site, kind: Kind) -> tuple[object, ...]:
+    return kind.factorization.kind, site.geometry.weight_shape, site.geometry.transposed, site.device

@@ -1,0 +1,44 @@
+"""``trace`` and ``capture``: a model as a graph, with all that is known of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import passes
+from surgery.decompose import usable_model
+from surgery.record import whole_record, write_record
+
+__all__ = ["capture", "trace"]
+
+
+def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
+    """The model as a flat ``GraphModule`` with weights of its own, in the mode (train or eval) that it is in.
+
+    Every convolution and linear layer is a node, a chain is one node for each of its layers, and every node knows its shape
+    (``meta["tensor_meta"]``). The graph comes from symbolic tracing and is returned only if it computes what the model computes on the example
+    inputs. ``decompose``, ``reconstruct`` and ``report`` take it like any model, and know of the surgery that the model already had.
+
+    Args:
+        model: any module but a single layer.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+
+    Raises:
+        SurgeryError: the model cannot be traced, or its trace computes something else; the message says why.
+        SurgeryTypeError: the model is wrapped, or is itself a layer or a chain.
+        SurgeryValueError: it does not accept the inputs.
+    """
+    usable_model(model)
+    with torch.inference_mode(False):
+        traced = passes.trace(model, example_inputs)
+    record = whole_record(model)
+    if record is not None:
+        write_record(traced, record)
+    return traced
+
+
+def capture(model: nn.Module, example_inputs: Any) -> fx.Graph:
+    """The model as an ``fx.Graph``: that of ``trace``, with the same arguments and errors."""
+    return trace(model, example_inputs).graph

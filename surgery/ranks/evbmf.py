@@ -34,16 +34,21 @@ def evbmf(weight: Tensor) -> tuple[int, int]:
         SurgeryTypeError: not a floating-point tensor.
         SurgeryValueError: fewer than two dimensions, no elements, or values that are not finite.
     """
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise SurgeryTypeError(f"evbmf: weight must be a floating-point tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
-    if weight.ndim < 2 or weight.numel() == 0:
-        raise SurgeryValueError(f"evbmf: weight must be (C_out, C_in, *kernel) and not empty, got shape {tuple(weight.shape)}")
-    if not bool(torch.isfinite(weight).all()):
-        raise SurgeryValueError("evbmf: weight has values that are not finite")
+    usable(weight, "evbmf")
     weight = weight.detach().double()
     spectra = (spectrum(weight.movedim(mode, 0).flatten(1), name) for mode, name in ((0, "out"), (1, "in")))
     rank_out, rank_in = (evbmf_rank(s.values, s.shape) for s in spectra)
     return rank_out, rank_in
+
+
+def usable(weight: Tensor, caller: str) -> None:
+    """Refuse what is no weight of a layer, in the name of the caller."""
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise SurgeryTypeError(f"{caller}: weight must be a floating-point tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
+    if weight.ndim < 2 or weight.numel() == 0:
+        raise SurgeryValueError(f"{caller}: weight must be (C_out, C_in, *kernel) and not empty, got shape {tuple(weight.shape)}")
+    if not bool(torch.isfinite(weight).all()):
+        raise SurgeryValueError(f"{caller}: weight has values that are not finite")
 
 
 def evbmf_rank(values: Tensor, shape: tuple[int, int]) -> int:

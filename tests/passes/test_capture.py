@@ -168,3 +168,93 @@ def test_run_takes_a_tuple_a_mapping_or_one_argument():
     assert run(Echo(), (1, 3)) == (1, 3)
     assert run(Echo(), {"b": 5, "a": 4}) == (4, 5)
     assert run(Echo(), [7]) == ([7], 2)
+
+
+class Writing(nn.Module):
+    """Writes to its own parameters in forward, as some centred or normalised layers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        self.conv.weight.data.mul_(0.5)
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("act", [surgery.plan, surgery.decompose])
+def test_a_forward_that_writes_to_parameters_writes_to_nobodys(act):
+    model = Writing()
+    before = model.conv.weight.clone()
+    result = act(model, {"conv": 1.0}, example_inputs=X)
+    assert torch.equal(model.conv.weight, before)
+    if act is surgery.decompose:
+        assert difference(result.conv.weight, before) < 1e-5
+
+
+class Odd(nn.Conv2d):
+    """A layer of its own kind: takes the channels last, and returns a pair."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1), 3
+
+
+def test_layers_that_take_and_give_something_else():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.odd, self.conv = Odd(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            y, _ = self.odd(x)
+            return self.conv(y.movedim(-1, 1))
+
+    net = surgery.decompose(Net(), 0.5, example_inputs=torch.randn(1, 9, 9, 3))
+    rows = surgery.report(net)
+    assert "its own way" in rows["odd"].reason
+    assert rows["conv"].status == "decomposed"
+
+
+def test_any_number_of_inputs():
+    class Adding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, first, *others):
+            return self.conv(first + others[0] * others[1])
+
+    inputs = (X, X + 1, X - 1)
+    traced = surgery.trace(Adding(), inputs)
+    assert_parity(traced(*inputs), surgery.decompose(traced, {"conv": 1.0}, example_inputs=inputs)(*inputs))
+    assert surgery.report(surgery.decompose(traced, {"conv": 1.0}))["conv"].macs_before == 2 * 4 * 100 * 27
+
+
+def test_wrong_inputs_for_a_graph_get_one_clear_error(small, capsys):
+    traced = surgery.trace(small, X)
+    for inputs in (torch.randn(2, 5, 12, 12), (X, X), {"y": X}):
+        with pytest.raises(SurgeryValueError, match="example_inputs: Small fails on them"):
+            surgery.decompose(traced, 0.5, example_inputs=inputs)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_planning_on_a_graph_leaves_its_shapes_alone(small):
+    traced = surgery.trace(small, X)
+    before = [node.meta["tensor_meta"].shape for node in traced.graph.nodes if "tensor_meta" in node.meta]
+    plan = surgery.plan(traced, 0.5, example_inputs=torch.randn(1, 3, 20, 20))
+    assert plan == surgery.plan(small, 0.5, example_inputs=torch.randn(1, 3, 20, 20))
+    assert [node.meta["tensor_meta"].shape for node in traced.graph.nodes if "tensor_meta" in node.meta] == before
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.Linear(3, 4), surgery.decompose(nn.Conv2d(8, 8, 3), {"": 0.5})])
+def test_a_layer_alone_has_no_name_in_a_graph(layer):
+    with pytest.raises(SurgeryTypeError, match=r"without a name in a graph; wrap it: nn\.Sequential"):
+        surgery.trace(layer, X)
+
+
+def test_a_trace_knows_what_was_done_before(small):
+    net = surgery.decompose(small, 0.5, example_inputs=X)
+    assert surgery.report(surgery.trace(net, X)) == surgery.report(net)
+    back = surgery.reconstruct(net)
+    assert surgery.report(surgery.trace(back, X)) == surgery.report(back)
+    assert surgery.report(surgery.trace(small, X)).passes == ()

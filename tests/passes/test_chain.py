@@ -240,3 +240,27 @@ def test_a_chain_that_was_changed_after_the_cut_is_kept(small):
     assert isinstance(back.conv1, Chain)
     assert isinstance(back.mix, Chain)
     assert type(back.tail[1]) is nn.Conv2d
+
+
+class Scaled(nn.Conv2d):
+    """A subclass that parents ask for things which are not in its instances."""
+
+    family = "scaled"
+
+    @property
+    def fan_in(self):
+        return self.weight[0].numel()
+
+    def norm(self):
+        return self.weight.norm()
+
+
+def test_parents_can_read_attributes_of_the_layers_class():
+    model = nn.Sequential(Scaled(4, 8, 3))
+    net = surgery.decompose(model, {"0": 1.0})
+    assert (net[0].family, net[0].fan_in) == ("scaled", 36)
+    assert float(net[0].norm()) == pytest.approx(float(model[0].norm()), rel=1e-5)
+    net[0].norm().backward()
+    assert net[0].core.weight.grad is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = net[0].nothing

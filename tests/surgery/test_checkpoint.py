@@ -206,3 +206,36 @@ def test_a_state_dict_of_copies_cannot_be_filled_and_says_so(tmp_path):
     surgery.save(surgery.decompose(Copies(nn.Conv2d(8, 8, 3)), 0.25), tmp_path / "net")
     with pytest.raises(surgery.SurgeryValueError, match=r"gives a copy of '0\.reduce\.weight'"):
         surgery.load(tmp_path / "net", Copies(nn.Conv2d(8, 8, 3)))
+
+
+def test_parameters_that_are_views_of_one_storage(tmp_path):
+    net = surgery.decompose(Small(), 0.5)
+    flat = torch.cat([p.detach().flatten() for p in net.parameters()])
+    at = 0
+    for parameter in net.parameters():
+        parameter.data = flat[at : at + parameter.numel()].view(parameter.shape)
+        at += parameter.numel()
+    surgery.save(net, tmp_path / "net")
+    loaded = surgery.load(tmp_path / "net", Small())
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values(), strict=True))
+    assert (tmp_path / "net" / WEIGHTS_FILE).stat().st_size < 2 * 4 * at
+
+
+def test_a_model_without_numbers_cannot_be_saved(tmp_path):
+    with torch.device("meta"):
+        model = Small()
+    with pytest.raises(surgery.SurgeryValueError, match=r"conv1\.weight: it is on the meta device"):
+        surgery.save(model, tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shape", [[], [2, 3], [2, 4, 12, 12], [-2, 3, 12, 12], [2, 3, 1, 1, 12, 12]])
+def test_recorded_calls_that_no_layer_can_have(net, tmp_path, shape):
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "net"
+    surgery.save(net, path)
+    record = {"version": 1, "sites": [{"name": "conv1", "reason": None, "error": 0.1, "calls": [[shape, [2, 16, 12, 12]]]}]}
+    save_file(load_file(path / WEIGHTS_FILE), path / WEIGHTS_FILE, {"surgery": json.dumps(record)})
+    with pytest.raises(surgery.SurgeryValueError, match=r"record is damaged: 'conv1' .* cannot have been called with"):
+        surgery.load(path, Small())

@@ -117,3 +117,14 @@ def test_as_programs(tmp_path):
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: example_inputs")
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_a_saved_folder_of_ones_own_architecture(capsys, tmp_path):
+    from tests.networks import Small
+
+    surgery.save(surgery.decompose(Small(), 0.5), tmp_path / "net")
+    assert main(["report", str(tmp_path / "net")]) == 1
+    assert "--architecture package.module:factory" in capsys.readouterr().err
+    assert "4 of 6 layers" in out(capsys, "report", str(tmp_path / "net"), "--architecture", "tests.networks:Small")
+    assert main(["report", MODEL, "--architecture", "tests.networks:Small"]) == 1
+    assert "architecture: is for a folder" in capsys.readouterr().err

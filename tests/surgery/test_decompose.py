@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import sys
 
 import pytest
 import torch
 from hypothesis import given
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import surgery
 from passes.parity import TOLERANCE_TRAIN, assert_parity, difference
@@ -224,6 +227,102 @@ def test_a_model_without_layers():
 def test_computing_on_a_named_device(small):
     net = surgery.decompose(small, 0.5, device="cpu")
     assert difference(net(X), surgery.decompose(small, 0.5)(X)) == 0.0
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_is_made_in_inference_mode_can_be_trained(small, inplace):
+    with torch.inference_mode():
+        net = surgery.decompose(small, 0.5, example_inputs=X, inplace=inplace)
+        back = surgery.reconstruct(net)
+    for model in (net, back):
+        model(X).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_chain_is_cut_again_at_most_to_its_own_ranks(small):
+    net = surgery.decompose(small, {"conv2": (12, 8), "mix": 10})
+    with pytest.raises(surgery.SurgeryValueError, match=r"rank 13 of mode 'out' of conv2 .* is above the chain's own rank 12"):
+        surgery.decompose(net, {"conv2": (13, 8)})
+    with pytest.raises(surgery.SurgeryValueError, match="'conv2' cannot be cut as asked: rank 9 of mode 'in' is above the chain's own rank 8"):
+        surgery.decompose(net, Plan({"conv2": Tucker(4, 9)}))
+    assert surgery.plan(net, {"conv2": 0.5, "mix": 0.5}) == surgery.plan(small, {"conv2": (6, 4), "mix": 5})
+    assert surgery.plan(net, {"re:.*": 1.0})["conv2"] == Tucker(12, 8)
+    assert surgery.report(surgery.decompose(net, {"conv2": 1.0})).passes == ("Decompose",)
+    kept = surgery.decompose(net, {"conv2": (6, None)})
+    assert surgery.report(kept)["conv2"].ranks == (6, 8)
+    assert surgery.report(surgery.decompose(kept, {"conv2": (6, None)})) == surgery.report(kept)
+
+
+@pytest.mark.parametrize("build", [copy.deepcopy, lambda model: surgery.trace(model, X)], ids=["module", "graph"])
+@pytest.mark.parametrize("act", [lambda m: surgery.decompose(m, 0.25, inplace=True), lambda m: surgery.reconstruct(m, inplace=True)])
+def test_an_interrupt_while_the_record_is_written_undoes_the_surgery(small, monkeypatch, build, act):
+    model = build(surgery.decompose(small, {"conv1": (8, 2)}))
+    expected, report = model(X), surgery.report(model)
+    ids = {name: id(p) for name, p in model.named_parameters()}
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    for module in ("surgery.decompose", "surgery.reconstruct"):
+        monkeypatch.setattr(sys.modules[module], "write_record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        act(model)
+    monkeypatch.undo()
+    assert {name: id(p) for name, p in model.named_parameters()} == ids
+    assert surgery.report(model) == report
+    assert difference(model(X), expected) == 0.0
+
+
+class Outer(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 3, padding=1)
+        self.backbone = backbone
+        self.head = nn.Conv1d(1, 4, 3)
+
+    def forward(self, x):
+        return self.head(self.backbone(self.stem(x))[:, None])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_decomposed_graph_inside_a_module(small, inplace):
+    graph = surgery.trace(small, X)
+    whole = Outer(copy.deepcopy(graph)).eval()
+    model = copy.deepcopy(whole)
+    model.backbone = surgery.decompose(graph, {"conv2": (12, 8), "mix": 10}, example_inputs=X)
+    rows = surgery.report(model)
+    assert [row.name for row in rows.layers if row.status == "decomposed"] == ["backbone.conv2", "backbone.mix"]
+    assert "backbone.conv2.core" not in [row.name for row in rows.layers]
+    assert rows["backbone.conv2"].error > 0
+    expected = model(X)
+    net = surgery.decompose(model, {"backbone.conv2": (6, 4), "backbone.tail.1": (8, 8), "head": 1.0}, example_inputs=X, inplace=inplace)
+    assert (net is model) == inplace
+    rows = surgery.report(net)
+    assert {row.name for row in rows.layers if row.status == "decomposed"} == {"backbone.conv2", "backbone.mix", "backbone.tail.1", "head"}
+    assert rows["backbone.conv2"].macs_before == 2 * 24 * 16 * 9 * 36
+    with FlopCounterMode(display=False) as counter:
+        got = net(X)
+    assert rows.macs_after == counter.get_total_flops() // 2
+    assert difference(got, expected) > 1e-4
+    back = surgery.reconstruct(net)
+    assert_parity(back(X), got)
+    assert list(back.state_dict()) == list(whole.state_dict())
+    assert surgery.plan(net, 0.5)["backbone.conv2"] == Tucker(6, 4)
+
+
+def test_memory_of_a_layer_is_free_as_soon_as_its_chain_stands():
+    """On a copy that nobody else holds, old layers must not be kept alive by anything; so surgery needs one copy of the model and no more."""
+    model = nn.Sequential(*[nn.Conv2d(32, 32, 3, bias=False) for _ in range(6)])
+    alive = []
+
+    def rule(site, spectra):
+        gc.collect()
+        alive.append(sum(type(o) is nn.Parameter and o.shape == (32, 32, 3, 3) for o in gc.get_objects()))
+        return 4, 4
+
+    net = surgery.decompose(model, rule)
+    assert [count - alive[0] for count in alive] == [0, -1, -2, -3, -4, -5]
+    assert len(surgery.report(net).layers) == 6
 
 
 def test_progress_is_silent_without_a_terminal(small, capsys):

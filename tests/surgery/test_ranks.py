@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +15,7 @@ import surgery
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from surgery import SVD, Keep, Plan, Tucker
 from surgery.ranks.rules import fraction_of
-from tests.networks import Small, low_rank_conv
+from tests.networks import Small, Twice, low_rank_conv
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(11))
 
@@ -217,6 +218,7 @@ def test_a_rule_sees_the_spectra():
         (lambda site, spectra: (99, 3), SurgeryValueError, "rank 99 is above the full rank 16"),
         (lambda site, spectra: (-1, 3), SurgeryValueError, "at least 0"),
         (lambda site, spectra: SVD(2), SurgeryValueError, "the rank rule answered SVD"),
+        (np.int64(3), SurgeryTypeError, "is ambiguous"),
     ],
 )
 def test_wrong_ranks_get_one_clear_error(ranks, error, message):
@@ -236,6 +238,10 @@ def test_wrong_ranks_get_one_clear_error(ranks, error, message):
         ({"include": ["conv9"]}, SurgeryValueError, "include: 'conv9' is no layer"),
         ({"exclude": "re:layer.*"}, SurgeryValueError, "exclude: .* matches no layer"),
         ({"include": 3}, SurgeryTypeError, "include: expected layer names"),
+        ({"device": "gpu"}, SurgeryValueError, "device: 'gpu' is no device"),
+        ({"device": "cuda:99"}, SurgeryValueError, "device: 'cuda:99' is no device"),
+        ({"device": 1.5}, SurgeryValueError, "device: 1.5 is no device"),
+        ({"device": "meta"}, SurgeryValueError, "holds no numbers"),
     ],
 )
 def test_wrong_options_get_one_clear_error(options, error, message):
@@ -261,3 +267,53 @@ def test_ranks_under_a_pattern_keep_what_they_do_not_fit():
     assert plan["conv2"] == Tucker(16, 4)
     assert "above its full rank 3" in plan["conv1"].reason
     assert "svd takes an int" in plan["mix"].reason
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = Small()
+    plan = surgery.plan(model, {"conv1": (np.int64(4), np.int32(2)), "conv2": np.float32(0.5), "mix": np.int64(3)})
+    assert (plan["conv1"], plan["conv2"], plan["mix"]) == (Tucker(4, 2), Tucker(12, 8), SVD(3))
+    assert Plan.from_json(plan.to_json()) == plan
+    assert surgery.plan(model, np.float32(0.5)) == surgery.plan(model, 0.5)
+    assert surgery.plan(model, lambda site, spectra: [np.int64(-(-s.full // 2)) for s in spectra]) == surgery.plan(model, 0.5)
+
+
+def test_round_to_holds_for_whatever_a_rule_answers():
+    answers = {"conv1": Tucker(5, None), "conv2": Tucker(9, 3)}
+    plan = surgery.plan(Small(), lambda site, spectra: answers.get(site.name, Keep("mine")), round_to=8, guard="none")
+    assert (plan["conv1"], plan["conv2"]) == (Tucker(8, None), Tucker(16, 8))
+
+
+def test_names_of_one_layer_must_not_contradict():
+    with pytest.raises(SurgeryValueError, match=r"'conv' and 'again' are one layer under two names, but get 0\.5 and None"):
+        surgery.plan(Twice(), {"conv": 0.5, "again": None})
+    assert surgery.plan(Twice(), {"conv": 0.5, "again": 0.5})["conv"] == Tucker(4, 4)
+
+
+def test_a_request_that_cannot_be_carried_out_is_told_before_any_work(small):
+    seen = []
+    with pytest.raises(SurgeryValueError, match="'wide' cannot be cut"):
+        surgery.decompose(small, {"conv1": (3, 2), "wide": (3, 3)}, inplace=True)
+    assert type(small.conv1) is nn.Conv2d
+    with pytest.raises(SurgeryValueError, match="rank 99"):
+        surgery.decompose(small, lambda site, spectra: seen.append(site.name) or ((99, 3) if site.name == "conv2" else (3, 2)), inplace=True)
+    assert seen == ["conv1", "conv2"]
+    assert type(small.conv1) is nn.Conv2d
+
+
+@pytest.mark.parametrize("method", ["tucker", "svd"])
+def test_the_error_surface_of_a_weight(method):
+    weight = torch.randn(8, 6, *((3, 3) if method == "tucker" else (1, 1)), generator=torch.Generator().manual_seed(1))
+    surface = surgery.ranks.error_surface(weight, method=method)
+    assert tuple(surface.shape) == ((9, 7) if method == "tucker" else (7,))
+    assert float(surface.flatten()[0]) == 1
+    assert float(surface.flatten()[-1]) < 1e-12
+    model = nn.Sequential(nn.Conv2d(6, 8, weight.shape[-1], bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(weight)
+    cut = surgery.decompose(model, {"0": (8, 3) if method == "tucker" else 3})
+    assert float(surface[(8, 3) if method == "tucker" else 3]) == pytest.approx(surgery.report(cut)["0"].error, rel=1e-4)
+    with pytest.raises(SurgeryTypeError, match="error_surface: weight must be a floating-point tensor"):
+        surgery.ranks.error_surface([1, 2])
+    with pytest.raises(SurgeryValueError, match=r"error_surface: (svd|tucker) does not take"):
+        surgery.ranks.error_surface(torch.randn(8, 6, *((3, 3) if method == "svd" else (1, 1))), method=method)

@@ -36,7 +36,7 @@ class LayerReport:
         reason: why it was kept.
         factorization: kind and ranks, None for a kept layer.
         ranks: one a mode, output channels first; None for a mode that is uncut.
-        error: |W - W'|_F / |W|_F at the moment of the cut.
+        error: |W - W'|_F / |W|_F at the moment of the last cut; where a chain was cut again, W is the weight of that chain.
         compression: weights before over weights after (Elhoushi et al. 2019, equation 10), 1 for a kept layer.
         speedup: MACs before over MACs after (equation 11), 1 for a kept layer, None where MACs are not known.
         calls: calls in one forward pass of the example inputs.

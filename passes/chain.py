@@ -83,7 +83,8 @@ class Chain(nn.Sequential):
         if info is not None and not name.startswith("_") and name not in self._modules:
             if name in vars(info.original):
                 return getattr(info.original, name)
-            if hasattr(type(info.original), name):  # of the layer's own class: it may look at the weight
+            if hasattr(type(info.original), name) and not any(hasattr(plain, name) for plain in (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+                # what a subclass adds; it may look at the weight
                 whole = copy.copy(info.original)
                 whole.__dict__["_parameters"] = {"weight": self.weight, "bias": self.bias}
                 return getattr(whole, name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ class GraphHost(Host):
         self._read()
 
     def sites(self) -> tuple[Site, ...]:
-        return tuple(self._chain_site(name) if name in self._chains else self._layer_site(found) for name, found in self._order)
+        return tuple(self._chain_site(name) if name in self._chains else self._layer_site(name, keep) for name, keep in self._order)
 
     def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> None:
         if site.chain is None:
@@ -117,30 +116,33 @@ class GraphHost(Host):
         self._prepared: dict[str, tuple[nn.Module, ChainInfo | None]] = {}
         found = find_layers(self.model)
         self._aliases = {f.names[0]: f.names for f in found}
-        self._order: list[tuple[str, Found]] = []
+        self._order: list[tuple[str, str | None]] = []  # names and reasons only: no layer is to be kept alive by this list
         owners = {f"{name}.{child}": name for name in self._chains for child, _ in self.model.get_submodule(name).named_children()}
         seen: set[str] = set()
         for item in found:
             name = owners.get(item.names[0], item.names[0])
             if name not in seen:
-                self._order.append((name, item))
+                self._order.append((name, item.keep))
                 seen.add(name)
+                if name in self._chains:
+                    child = item.names[0].removeprefix(name)
+                    self._aliases[name] = tuple(alias.removesuffix(child) for alias in item.names)
 
     def _layers(self, name: str) -> dict[str, nn.Module]:
         return dict(self.model.get_submodule(name).named_children())
 
-    def _layer_site(self, found: Found) -> Site:
-        nodes = [node for name in found.names for node in self._nodes.get(name, ())]
-        keep = found.keep
+    def _layer_site(self, name: str, keep: str | None) -> Site:
+        module, names = self.model.get_submodule(name), self._aliases[name]
+        nodes = [node for alias in names for node in self._nodes.get(alias, ())]
         if not nodes:
             keep = keep or "no node of the graph calls it: it is unused, or inside a module that the graph calls as a whole"
-        elif has_hooks(found.module):
+        elif has_hooks(module):
             keep = keep or "it has hooks, which nodes for its parts would not run"
         elif any(len(n.all_input_nodes) != 1 for n in nodes):
             keep = keep or "a node calls it with more than its input"
-        elif isinstance(found.module, Chain):
+        elif isinstance(module, Chain):
             keep = "the graph calls this chain as a whole; trace the model anew to see its layers"
-        return site_of(replace(found, keep=keep), _calls([[n] for n in nodes]), lambda: self.model.get_submodule(found.names[0]))
+        return site_of(Found(module, names, keep), _calls([[n] for n in nodes]), lambda: self.model.get_submodule(name))
 
     def _chain_site(self, name: str) -> Site:
         info = self._chains[name]
@@ -150,7 +152,7 @@ class GraphHost(Host):
         runs, broken = self._runs(name)
         return Site(
             name=name,
-            aliases=(name,),
+            aliases=self._aliases[name],
             layer=type(info.original).__name__,
             geometry=Geometry.of(info.original),
             bias=None if bias is None else bias.detach(),

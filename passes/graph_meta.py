@@ -20,6 +20,8 @@ def chains_of_modules(model: nn.Module) -> dict[str, ChainInfo]:
         if isinstance(module, Chain):
             info: ChainInfo = module.__dict__["_surgery"]
             chains[names[0]] = ChainInfo(info.factorization, without_hooks(info.original))  # the trace has recorded what its hooks did
+    for prefix, graph in decomposed_graphs(model).items():
+        chains |= {f"{prefix}.{name}": info for name, info in graph.meta[CHAINS].items()}
     return chains
 
 

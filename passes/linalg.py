@@ -111,12 +111,19 @@ def hooi(
     """
     apart = channels_apart(weight.double())
     basis_out, basis_in = (None if r is None else s.basis[:, :r] for r, s in zip(ranks, spectra, strict=True))
-    if basis_out is not None and basis_in is not None and basis_out.shape[1] < apart.shape[0] and basis_in.shape[1] < apart.shape[2]:
-        core, basis_out, basis_in = _iterate(apart, basis_out, basis_in, tolerance)
+    both = basis_out is not None and basis_in is not None and basis_out.shape[1] < apart.shape[0] and basis_in.shape[1] < apart.shape[2]
+    if both and _left_out(ranks, spectra) > EPS:
+        core, basis_out, basis_in = _iterate(apart, basis_out, basis_in, tolerance)  # type: ignore[arg-type]
     else:
         core = apart if basis_in is None else apart @ basis_in
         core = core if basis_out is None else (basis_out.mT @ core.flatten(1)).reshape(-1, *core.shape[1:])
     return core.transpose(1, 2).reshape(core.shape[0], core.shape[2], *weight.shape[2:]), (basis_out, basis_in)
+
+
+def _left_out(ranks: Sequence[int | None], spectra: Sequence[Spectrum]) -> float:
+    """The largest share of the energy that truncating one mode leaves out; where that is nothing, nothing is to be gained."""
+    shares = [float(s.values[r:].square().sum() / s.values.square().sum()) for r, s in zip(ranks, spectra, strict=True) if r is not None]
+    return max(shares, default=0.0)
 
 
 def _iterate(apart: Tensor, basis_out: Tensor, basis_in: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,6 +156,9 @@ def _still_to_come(gain: float, before: float) -> float:
 def _leading(rows: Tensor, rank: int) -> tuple[float, Tensor]:
     """The energy of the ``rank`` leading left singular vectors of a matrix, and the vectors."""
     squares, vectors = _eigh(rows @ rows.mT)
+    if squares[rank - 1] <= TRUSTED * EPS * len(rows) * squares[0]:
+        values, vectors = _by_triangular_factor(rows)
+        squares = values.square()
     return float(squares[:rank].sum()), vectors[:, :rank]
 
 

@@ -15,7 +15,7 @@ from passes.geometry import Piece
 from passes.graph_host import GraphHost
 from passes.graph_meta import decomposed_graphs
 from passes.host import Host, Undo, site_of
-from passes.site import Call, Site, find_layers
+from passes.site import Call, Found, Site, find_layers
 
 __all__ = ["ModuleHost"]
 
@@ -36,21 +36,19 @@ class ModuleHost(Host):
         self.model = model
         self._private = private
         self._calls = observe_calls(model, example_inputs) if observed is None and example_inputs is not None else observed
-        self._found = {found.names[0]: found for found in find_layers(model)}
         self._graphs = {name: GraphHost(graph, private=private) for name, graph in decomposed_graphs(model).items()}
+        self._find()
         self._prepared: dict[str, nn.Module] = {}
         self._undo = Undo()
 
     def sites(self) -> tuple[Site, ...]:
         sites: list[Site] = []
-        seen: set[str] = set()
-        for name, found in self._found.items():
-            graph = self._graph_around(name)
-            if graph is None:
-                sites.append(site_of(found, self._calls_of(name, name), self._module_at(name)))
-            elif graph not in seen:
-                seen.add(graph)
-                sites += [self._outward(graph, site) for site in self._graphs[graph].sites()]
+        for name in self._order:
+            if name in self._graphs:
+                outward = [self._outward(name, site) for site in self._graphs[name].sites()]
+                sites += [site for site in outward if not self._astride.intersection(site.aliases)]
+            else:
+                sites.append(site_of(self._found[name], self._calls_of(name, name), self._module_at(name)))
         return tuple(sites)
 
     def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> None:
@@ -90,7 +88,24 @@ class ModuleHost(Host):
 
     def rollback(self) -> None:
         self._undo()
-        self._found = {found.names[0]: found for found in find_layers(self.model)}
+        self._find()
+
+    def _find(self) -> None:
+        """Layers and chains outside decomposed graphs by name, and the order of all: the graphs' own stand where their first layer does."""
+        self._found: dict[str, Found] = {}
+        self._order: list[str] = []
+        self._astride: set[str] = set()  # names of layers that are both inside a decomposed graph and outside of it
+        for found in find_layers(self.model):
+            name, graphs = found.names[0], {self._graph_around(name) for name in found.names}
+            graph = graphs.pop()
+            if graphs:
+                self._astride.update(found.names)
+                found = replace(found, keep=f"it is both in a decomposed graph and outside of it ({', '.join(found.names)})")
+            if graphs or graph is None:
+                self._found[name] = found
+                self._order.append(name)
+            elif graph not in self._order:
+                self._order.append(graph)
 
     def _prepare(self, name: str, module: nn.Module) -> None:
         if self._private:
@@ -119,7 +134,9 @@ class ModuleHost(Host):
         name = f"{graph}.{site.name}"
         ends = (site.pieces[0].name, site.pieces[-1].name) if site.chain is not None else None
         calls = self._calls_of(*((f"{name}.{end}" for end in ends) if ends else (name, name)))
-        return replace(site, name=name, aliases=tuple(f"{graph}.{alias}" for alias in site.aliases), calls=calls)
+        shared = next((other for other in sorted(self._astride) if other.startswith(name + ".")), None)
+        keep = site.keep or (f"its layer {shared} is also used outside of its graph" if shared else None)
+        return replace(site, name=name, aliases=tuple(f"{graph}.{alias}" for alias in site.aliases), calls=calls, keep=keep)
 
     def _calls_of(self, first: str, last: str) -> tuple[Call, ...] | None:
         """Calls with the inputs of one module and the outputs of another, as observed."""

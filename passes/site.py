@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from passes.chain import Chain
+from passes.chain import MODULE_ATTRIBUTES, Chain
 from passes.errors import SurgeryValueError
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
@@ -25,7 +25,10 @@ PLAIN_LAYERS: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose3d,
     nn.Linear,
 )
-COMPUTING_METHODS = ("forward", "_conv_forward")
+COMPUTING_METHODS = ("forward", "_conv_forward", "__call__")
+COMPUTING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+DEPTH_OF_CONTAINERS = 4
 
 # Modules of torch that hand parameters of their children to a fused kernel instead of calling the child.
 READERS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -126,12 +129,14 @@ def find_layers(model: nn.Module) -> tuple[Found, ...]:
         for reader, children in READERS.items():
             if isinstance(module, reader):
                 readers |= {id(getattr(module, child)): f"{names[0] or 'the model'} ({reader.__name__})" for child in children}
+    holders = dict(_held_outside(groups))
     found = []
     for module, names in groups:
+        held = holders.get(id(module))
         if isinstance(module, Chain):
-            found.append(Found(module, names, None))
+            found.append(Found(module, names, held))
         elif is_layer(module) and id(module) not in inside_chains:
-            reason = reason_to_keep(module, names[0])
+            reason = reason_to_keep(module, names[0]) or held
             weight = module._parameters.get("weight")
             if reason is None and id(module) in readers:
                 reason = f"its weight is read by {readers[id(module)]}"
@@ -140,6 +145,25 @@ def find_layers(model: nn.Module) -> tuple[Found, ...]:
                 reason = f"its weight is shared with {other}"
             found.append(Found(module, names, reason))
     return tuple(found)
+
+
+def _held_outside(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> Iterator[tuple[int, str]]:
+    """Modules that are also held in a plain list, tuple, set or dict of some module, where a replacement would not reach, and why to keep them."""
+    for holder, names in groups:
+        for attribute, value in vars(holder).items():
+            if attribute in MODULE_ATTRIBUTES or isinstance(holder, fx.GraphModule):
+                continue
+            for module in _modules_in(value, 0):
+                where = ".".join(part for part in (names[0], attribute) if part)
+                yield id(module), f"it is also held in {where}, outside the tree of modules, where its chain would not be put"
+
+
+def _modules_in(value: object, depth: int) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, list | tuple | set | frozenset | dict) and depth < DEPTH_OF_CONTAINERS:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(item, depth + 1)
 
 
 def reason_to_keep(layer: nn.Module, name: str) -> str | None:
@@ -159,6 +183,7 @@ def reason_to_keep(layer: nn.Module, name: str) -> str | None:
         return "its weight is empty"
     if set(layer._parameters) - {"weight", "bias"} or layer._modules or layer._buffers:
         return f"{type(layer).__name__} holds more than a weight and a bias"
-    if not layer._parameters["weight"].is_floating_point():  # type: ignore[union-attr]
-        return f"its weight is {layer._parameters['weight'].dtype}, not floating point"  # type: ignore[union-attr]
+    dtype = layer._parameters["weight"].dtype  # type: ignore[union-attr]
+    if dtype not in COMPUTING_DTYPES:
+        return f"its weight is {dtype}, not floating point of 16 bits or more"
     return None

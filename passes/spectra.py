@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from passes.linalg import Spectrum, spectra
 from passes.site import Site
 
 __all__ = ["Spectra", "usable_weight"]
+
+SMALLEST, LARGEST = 1e-120, 1e120
 
 
 class Spectra:
@@ -77,14 +80,18 @@ def usable_weight(site: Site, device: torch.device | str | None = None) -> Tenso
     """The site's weight in float64 on a device (its own by default).
 
     Raises:
-        SurgeryValueError: it has values that are not finite, or has none (meta device).
+        SurgeryValueError: it has values that are not finite or are extreme beyond use, or has none (meta device).
     """
     weight = site.weight
     if weight.is_meta:
         raise SurgeryValueError(f"{site}: its weight is on the meta device and has no numbers; load weights first")
-    if weight.numel() and not all(map(torch.isfinite, weight.aminmax())):
+    least, most = (float(bound) for bound in weight.aminmax())
+    size = max(abs(least), abs(most))
+    if not (isfinite(least) and isfinite(most)):
         count = int((~torch.isfinite(weight)).sum())
         raise SurgeryValueError(f"{site}: {count} of {weight.numel()} weights are not finite; repair or exclude this layer")
+    if size > 0 and not SMALLEST < size < LARGEST:
+        raise SurgeryValueError(f"{site}: its weights are of size {size:.0e}, whose squares float64 cannot hold; rescale or exclude this layer")
     return weight.to(device=device, dtype=torch.float64)
 
 

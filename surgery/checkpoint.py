@@ -44,7 +44,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     usable_model(model)
-    folder = Path(path)
+    folder = Path(path).resolve()
     _check_replaceable(folder)
     records = records_by_name(model)
     plan = Plan()
@@ -83,8 +83,9 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
     plan = Plan.load(folder / PLAN_FILE)
     tensors, metadata = _read_weights(folder / WEIGHTS_FILE)
     record = _record_from_text(metadata.get(METADATA, "{}"), folder / WEIGHTS_FILE)
-    model = _with_empty_chains(private_copy(fresh_model), plan, folder / PLAN_FILE)
-    _fill(model, tensors, folder / WEIGHTS_FILE)
+    with torch.inference_mode(False):  # what is loaded must be fit for training
+        model = _with_empty_chains(private_copy(fresh_model), plan, folder / PLAN_FILE)
+        _fill(model, tensors, folder / WEIGHTS_FILE)
     _check_calls(model, record, folder / WEIGHTS_FILE)
     write_record(model, record)
     return model
@@ -180,6 +181,10 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
             if target.shape != tensors[name].shape:
                 shapes = f"{tuple(tensors[name].shape)}, the model needs {tuple(target.shape)}"
                 raise SurgeryValueError(f"{file}: {name!r} has shape {shapes}")
+            if target.is_meta:
+                raise SurgeryValueError(
+                    f"fresh_model: its {name!r} is on the meta device and cannot be filled; call fresh_model.to_empty(device=...) first"
+                )
             if id(target) not in held:
                 raise SurgeryValueError(f"{file}: {type(model).__name__}.state_dict() gives a copy of {name!r}, so it cannot be filled")
             target.copy_(tensors[name])

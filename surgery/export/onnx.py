@@ -66,6 +66,8 @@ def export_onnx(
         raise SurgeryValueError("dynamic_batch: an example input has no dimension that could be open")
     exported_inputs = _batch_of_two(example_inputs) if dynamic_batch else example_inputs
     args, kwargs = arguments(exported_inputs)
+    if args and isinstance(args[-1], dict):
+        args = (*args, {})  # torch takes a dict at the end of args for keyword arguments
     with installed(target) as work:
         try:
             with quiet(), _silent_exporter(), torch.no_grad():

@@ -208,3 +208,29 @@ def test_each_spectrum_is_computed_once(monkeypatch, small):
     monkeypatch.setattr(module, "spectra", lambda stack, mode: computed.append(tuple(stack.shape)) or real(stack, mode))
     surgery.decompose(small, 0.5)
     assert len(computed) == 2 + 2 + 1 + 2  # conv1, conv2 and tail.1 in two modes, mix in one
+
+
+@pytest.mark.parametrize("smallest", [1e-2, 1e-4, 1e-6, 1e-8, 1e-10])
+def test_a_weight_of_exact_rank_is_cut_exactly_however_its_channels_are_scaled(smallest):
+    """Iterating on Gram matrices of such a weight would lose what the higher-order SVD had."""
+    scale = torch.logspace(0, torch.log10(torch.tensor(smallest)), 8, dtype=torch.float64)
+    core = torch.randn(8, 8, 3, 3, dtype=torch.float64, generator=generator(1)) * scale.view(-1, 1, 1, 1) * scale.view(1, -1, 1, 1)
+    left, right = (torch.linalg.qr(torch.randn(16, 8, dtype=torch.float64, generator=generator(seed)))[0] for seed in (2, 3))
+    weight = torch.einsum("or,rshw,is->oihw", left, core, right)
+    for ranks, worst in (((8, 8), 1e-14), ((7, 7), None)):
+        core, (basis_out, basis_in) = hooi(weight, ranks, channel_spectra(weight))
+        error = float((torch.einsum("or,rshw,is->oihw", basis_out, core, basis_in) - weight).norm() / weight.norm())
+        start = channel_spectra(weight)
+        projected = torch.einsum("op,pihw,iq->oqhw", projector(start[0].basis[:, : ranks[0]]), weight, projector(start[1].basis[:, : ranks[1]]))
+        assert error <= (worst if worst is not None else float((projected - weight).norm() / weight.norm()) * (1 + 1e-6) + 1e-15)
+
+
+@pytest.mark.parametrize("scale", [1e160, 1e-200])
+def test_weights_beyond_use_are_an_error(scale):
+    import surgery
+
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, dtype=torch.float64))
+    model[0].weight.data.mul_(scale)
+    for ranks in ({"0": (4, 4)}, "stable", "energy:0.9", 0.5):
+        with pytest.raises(surgery.SurgeryValueError, match=r"0: its weights are of size .*, whose squares float64 cannot hold"):
+            surgery.decompose(model, ranks)

@@ -138,3 +138,45 @@ def test_zero_weights_are_kept_by_rules_and_cut_when_named():
     x = torch.randn(1, 8, 5, 5)
     assert bool((net(x) == 0).all())
     assert surgery.report(net).layers[0].error == 0.0
+
+
+class Listed(nn.Module):
+    """Runs its layers from a plain list, which no replacement in the tree of modules reaches."""
+
+    def __init__(self, holder):
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.todo = holder(self.conv)
+
+    def forward(self, x):
+        todo = next(iter(self.todo.values())) if isinstance(self.todo, dict) else self.todo
+        for module in todo:
+            x = module(x)
+        return self.other(x)
+
+
+@pytest.mark.parametrize("holder", [lambda c: [c], lambda c: (c,), lambda c: {c}, lambda c: {"first": [c]}], ids=["list", "tuple", "set", "dict"])
+def test_layers_held_outside_the_tree_of_modules_are_kept(holder):
+    model = Listed(holder)
+    net = surgery.decompose(model, 0.5)
+    report = surgery.report(net)
+    assert "also held in todo, outside the tree of modules" in report["conv"].reason
+    assert report["other"].status == "decomposed"
+    with pytest.raises(surgery.SurgeryValueError, match=r"'conv' cannot be cut as asked: it is also held in todo"):
+        surgery.decompose(model, {"conv": 0.5})
+
+
+def test_a_subclass_with_a_call_of_its_own_is_kept():
+    class Louder(nn.Conv2d):
+        def __call__(self, x):
+            return super().__call__(x) * 3
+
+    net = surgery.decompose(nn.Sequential(Louder(8, 8, 3)), 0.5)
+    assert "computes its output in its own way" in surgery.report(net)["0"].reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_eight_bits_are_kept(dtype):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    model[0].weight.data = model[0].weight.data.to(dtype)
+    assert "not floating point of 16 bits or more" in surgery.report(surgery.decompose(model, 0.5))["0"].reason

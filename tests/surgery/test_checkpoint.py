@@ -239,3 +239,30 @@ def test_recorded_calls_that_no_layer_can_have(net, tmp_path, shape):
     save_file(load_file(path / WEIGHTS_FILE), path / WEIGHTS_FILE, {"surgery": json.dumps(record)})
     with pytest.raises(surgery.SurgeryValueError, match=r"record is damaged: 'conv1' .* cannot have been called with"):
         surgery.load(path, Small())
+
+
+def test_what_is_loaded_in_inference_mode_can_be_trained(net, tmp_path):
+    surgery.save(net, tmp_path / "net")
+    with torch.inference_mode():
+        loaded = surgery.load(tmp_path / "net", Small())
+    loaded(X).sum().backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+
+
+def test_a_fresh_model_without_numbers_cannot_be_filled(net, tmp_path):
+    surgery.save(net, tmp_path / "net")
+    with torch.device("meta"):
+        fresh = Small()
+    with pytest.raises(surgery.SurgeryValueError, match=r"on the meta device and cannot be filled; call fresh_model\.to_empty"):
+        surgery.load(tmp_path / "net", fresh)
+
+
+def test_saving_into_the_working_folder_and_through_a_link(net, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    surgery.save(net, ".")
+    monkeypatch.chdir(tmp_path)
+    surgery.save(surgery.reconstruct(net), "link")
+    assert (tmp_path / "link").is_symlink()
+    assert surgery.report(surgery.load(tmp_path / "here", Small()))["conv2"].status == "kept"

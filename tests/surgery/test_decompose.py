@@ -310,9 +310,59 @@ def test_a_decomposed_graph_inside_a_module(small, inplace):
     assert surgery.plan(net, 0.5)["backbone.conv2"] == Tucker(6, 4)
 
 
-def test_memory_of_a_layer_is_free_as_soon_as_its_chain_stands():
+def test_tracing_a_module_with_a_decomposed_graph_inside(small):
+    model = Outer(surgery.decompose(surgery.trace(small, X), {"conv2": (12, 8)}, example_inputs=X)).eval()
+    traced = surgery.trace(model, X)
+    assert surgery.report(traced)["backbone.conv2"].ranks == (12, 8)
+    back = surgery.reconstruct(traced)
+    assert "backbone.conv2.weight" in back.state_dict()
+    assert_parity(back(X), model(X))
+
+
+@pytest.mark.parametrize("first", ["graph", "alias"])
+def test_a_layer_shared_with_a_decomposed_graph_is_kept(small, first):
+    graph = surgery.decompose(surgery.trace(small, X), {"conv2": (12, 8)}, example_inputs=X)
+
+    class Sharing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            if first == "alias":
+                self.alias = graph.get_submodule("mix")
+            self.graph = graph
+            self.alias = graph.get_submodule("mix")
+            self.part = graph.get_submodule("conv2.reduce")
+
+        def forward(self, x):
+            return self.graph(x) + self.alias(torch.ones(1, 24, 2, 2)).mean()
+
+    model = Sharing().eval()
+    net = surgery.decompose(model, {"re:.*": 0.5}, example_inputs=X)
+    rows = surgery.report(net)
+    assert sum(row.params_before for row in rows.layers) == sum(row.params_before for row in surgery.report(model).layers)
+    kept = {row.name: row.reason for row in rows.layers if row.status == "kept"}
+    assert "both in a decomposed graph and outside" in kept["alias" if first == "alias" else "graph.mix"]
+    assert net.alias is net.graph.get_submodule("mix")
+    assert rows["graph.conv1"].status == "decomposed"
+    back = surgery.reconstruct(net)
+    assert list(back.state_dict()) == list(model.state_dict())  # conv2 stays a chain: its first layer is used elsewhere too
+    assert_parity(back(X), net(X))
+
+
+def test_a_graph_with_one_layer_under_two_names_gets_both_back(small):
+    graph = surgery.trace(small, X)
+    graph.add_submodule("again", graph.get_submodule("conv2"))
+    keys = list(graph.state_dict())
+    surgery.decompose(graph, {"conv2": 0.5}, inplace=True)
+    assert {"again.core.weight", "conv2.core.weight"} <= set(graph.state_dict())
+    surgery.reconstruct(graph, inplace=True)
+    assert list(graph.state_dict()) == keys
+    assert graph.get_submodule("again") is graph.get_submodule("conv2")
+
+
+@pytest.mark.parametrize("build", [lambda m: m, lambda m: surgery.trace(m, torch.randn(1, 32, 20, 20))], ids=["module", "graph"])
+def test_memory_of_a_layer_is_free_as_soon_as_its_chain_stands(build):
     """On a copy that nobody else holds, old layers must not be kept alive by anything; so surgery needs one copy of the model and no more."""
-    model = nn.Sequential(*[nn.Conv2d(32, 32, 3, bias=False) for _ in range(6)])
+    model = build(nn.Sequential(*[nn.Conv2d(32, 32, 3, bias=False) for _ in range(6)]))
     alive = []
 
     def rule(site, spectra):

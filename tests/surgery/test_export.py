@@ -135,3 +135,17 @@ def test_wrong_parity_would_be_seen(small, tmp_path):
     session = onnx_session(tmp_path / "other.onnx")
     with pytest.raises(ParityError):
         common.check_network(small, lambda inputs: run_session(session, inputs), X, (None,), "onnxruntime and the network")
+
+
+def test_a_tuple_that_ends_in_a_dict(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, pair):
+            return self.conv(pair["a"]) + self.conv(pair["b"])
+
+    inputs = ({"b": torch.randn(1, 3, 8, 8), "a": torch.randn(1, 3, 8, 8)},)
+    for dynamic in (False, True):
+        assert surgery.export_onnx(Named(), tmp_path / "net.onnx", inputs, dynamic_batch=dynamic).difference < 1e-4

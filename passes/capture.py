@@ -113,6 +113,9 @@ def observe_shapes(traced: fx.GraphModule, example_inputs: Any) -> dict[str, Any
                 shapes[node.name] = map_aggregate(result, metadata)
             return result
 
+        def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+            return next(self.args_iter) if str(target).startswith("**") else super().placeholder(target, args, kwargs)
+
     def metadata(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value

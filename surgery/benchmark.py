@@ -108,6 +108,8 @@ def benchmark(
             raise SurgeryValueError(f"runtimes: {name!r} is none of {list(RUNTIMES)}")
     if not isinstance(repeats, int) or repeats < 4:
         raise SurgeryValueError(f"repeats: at least 4 pairs are needed for a median with quartiles, got {repeats!r}")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise SurgeryValueError(f"threads: expected a number of at least 1, got {threads!r}")
     networks = [private_copy(model, share_parameters=True).eval() for model in (before, after)]
     with _threads(threads), torch.no_grad():
         macs = [_macs(network, example_inputs) for network in networks]

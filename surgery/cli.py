@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import surgery
 from surgery.decompose import DEFAULT
+from surgery.plan import no_duplicates
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,6 +36,10 @@ def guarded(action: Callable[[], None]) -> int:
     """Run an action; an error that users can act on becomes one line on stderr and exit code 1."""
     try:
         action()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (surgery.SurgeryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -72,7 +78,7 @@ def parse_ranks_text(text: str) -> Any:
     """``--ranks`` as ``surgery.decompose`` takes it: a fraction, a JSON object of layers, the name of a rule, or the path of a plan."""
     if text.lstrip().startswith("{"):
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=no_duplicates)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"not a JSON object: {error}") from error
     try:
@@ -102,7 +108,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _decompose(options: argparse.Namespace) -> None:
     model, inputs = open_model(options)
-    net = surgery.decompose(model, options.ranks, example_inputs=inputs, inplace=True, progress=True, **_rank_options(options))
+    net = surgery.decompose(model, options.ranks, example_inputs=inputs, progress=True, **_rank_options(options))
     if options.out is not None:
         surgery.save(net, options.out)
     _show_report(options, net)
@@ -110,7 +116,7 @@ def _decompose(options: argparse.Namespace) -> None:
 
 def _reconstruct(options: argparse.Namespace) -> None:
     model, _ = open_model(options)
-    net = surgery.reconstruct(model, inplace=True)
+    net = surgery.reconstruct(model)
     surgery.save(net, options.out)
     _show_report(options, net)
 

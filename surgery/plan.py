@@ -14,7 +14,7 @@ from passes.factorization import Decision, Factorization, Keep
 from passes.kinds import decision_from_json
 from surgery.files import write_atomically
 
-__all__ = ["Change", "Plan"]
+__all__ = ["Change", "Plan", "no_duplicates"]
 
 FORMAT = "surgery.plan"
 VERSION = 1
@@ -91,7 +91,7 @@ class Plan(MutableMapping[str, Decision]):
             SurgeryValueError: not such a text; the message names the layer and field that are wrong.
         """
         try:
-            data = json.loads(text, object_pairs_hook=_no_duplicates)
+            data = json.loads(text, object_pairs_hook=no_duplicates)
         except (ValueError, RecursionError) as error:
             raise SurgeryValueError(f"plan: not JSON ({error})") from error
         return cls.from_data(data)
@@ -126,7 +126,8 @@ class Plan(MutableMapping[str, Decision]):
             raise SurgeryValueError(f"{path}: {error}") from error
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of these pairs; ``ValueError`` where a key appears twice."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:

@@ -240,7 +240,7 @@ class Draft(Mapping[str, Decision]):
         if after >= before:
             return Keep(f"no gain: ranks {_text(factorization)} would take {after:,} parameters instead of {before:,}")
         macs_before, macs_after = site_macs(site), chain_macs(shapes, site.calls)
-        if macs_before is not None and macs_after is not None and macs_after >= macs_before:
+        if macs_before and macs_after is not None and macs_after >= macs_before:
             return Keep(f"no gain: ranks {_text(factorization)} would take {macs_after:,} MACs instead of {macs_before:,}")
         return factorization
 

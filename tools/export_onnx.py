@@ -33,7 +33,7 @@ def main() -> int:
             raise surgery.SurgeryValueError(f"OUT {str(options.out)!r}: the name must end in .onnx")
         model, inputs = open_model(options)
         if options.ranks is not None:
-            model = surgery.decompose(model, options.ranks, example_inputs=inputs, inplace=True, progress=True)
+            model = surgery.decompose(model, options.ranks, example_inputs=inputs, progress=True)
         export_to(model, options.out, inputs, opset=options.opset, dynamic_batch=not options.fixed_batch, as_json=options.json)
 
     return guarded(run)

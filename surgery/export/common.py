@@ -81,9 +81,9 @@ def fresh_inputs(example_inputs: Any, generator: torch.Generator, batch: int | N
         shape = tensor.shape if batch is None or tensor.ndim == 0 else (batch, *tensor.shape[1:])
         count = torch.Size(shape).numel()
         if tensor.is_floating_point():
-            fresh = torch.randn(shape, generator=generator, dtype=torch.float32).to(tensor)
+            fresh = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(tensor)
         else:
-            pick = torch.randint(tensor.numel(), (count,), generator=generator)
+            pick = torch.randint(tensor.numel(), (count,), generator=generator, device="cpu")
             fresh = tensor.detach().flatten().cpu()[pick].reshape(shape).to(tensor)
         memo[id(tensor)] = fresh
     return copy.deepcopy(example_inputs, memo)

@@ -89,7 +89,7 @@ def export_onnx(
             raise SurgeryError(f"torch cannot export {type(model).__name__} to ONNX: {type(error).__name__}: {_first_line(error)}") from error
         written = _opset(work)
         if opset is not None and written != opset:
-            raise SurgeryValueError(f"opset: torch wrote operator set {written} instead of {opset}; ask for {written} or a later one")
+            raise SurgeryValueError(f"opset: torch wrote operator set {written}, it cannot write {opset}; ask for {written} or one between")
         difference: float | None = None
         sizes: tuple[int, ...] = ()
         if check:

@@ -118,7 +118,9 @@ def _read_state(file: Path) -> dict[str, object]:
     except OSError:
         raise
     except Exception as error:  # torch.load has no family of errors of its own
-        raise SurgeryValueError(f"{file}: torch.load cannot read it as plain weights ({str(error).splitlines()[0]})") from error
+        raise SurgeryValueError(
+            f"{file}: torch.load cannot read it as plain weights ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
+        ) from error
     if not isinstance(state, dict):
         raise SurgeryValueError(f"{file}: holds a {type(state).__name__}, not a state dict")
     return state
@@ -159,6 +161,10 @@ def _timm(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     return model, (1, *size)
 
 
+def _import_failed(module_name: str, factory_name: str, error: BaseException) -> SurgeryValueError:
+    return SurgeryValueError(f"{module_name}:{factory_name}: importing {module_name} failed: {type(error).__name__}: {error}")
+
+
 def _from_factory(module_name: str, factory_name: str) -> nn.Module:
     if "" not in sys.path:
         sys.path.insert(0, "")  # as ``python -m`` does: modules beside the user's work are found
@@ -168,16 +174,18 @@ def _from_factory(module_name: str, factory_name: str) -> nn.Module:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not module_name.startswith(error.name):
-            raise
+            raise _import_failed(module_name, factory_name, error) from error
         raise SurgeryValueError(
             f"{module_name}:{factory_name}: there is no module {module_name!r}, and no registry of that name (torchvision, timm, surgery)"
         ) from error
+    except (Exception, SystemExit) as error:  # the user's own code runs here: it may raise anything
+        raise _import_failed(module_name, factory_name, error) from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
         raise SurgeryValueError(f"{module_name}:{factory_name}: {module_name} has no callable of that name; {nearest(factory_name, dir(module))}")
     try:
         model = factory()
-    except Exception as error:  # the user's own code runs here: it may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code runs here: it may raise anything
         raise SurgeryValueError(f"{module_name}:{factory_name}: the factory failed without arguments: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise SurgeryTypeError(f"{module_name}:{factory_name}: the factory must give an nn.Module, got {type(model).__name__}")

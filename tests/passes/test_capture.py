@@ -258,3 +258,21 @@ def test_a_trace_knows_what_was_done_before(small):
     back = surgery.reconstruct(net)
     assert surgery.report(surgery.trace(back, X)) == surgery.report(back)
     assert surgery.report(surgery.trace(small, X)).passes == ()
+
+
+def test_inputs_by_any_keyword():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x, **more):
+            return self.conv(x * more["gain"])
+
+    inputs = {"x": X, "gain": torch.tensor(2.0)}
+    traced = surgery.trace(Keywords(), inputs)
+    assert {tuple(n.meta["tensor_meta"].shape) for n in traced.graph.nodes if n.op == "call_module"} == {(2, 4, 10, 10)}
+
+
+def test_an_empty_batch_says_nothing_about_macs(small):
+    assert surgery.plan(small, 0.5, example_inputs=X[:0]) == surgery.plan(small, 0.5)

@@ -128,3 +128,51 @@ def test_a_saved_folder_of_ones_own_architecture(capsys, tmp_path):
     assert "4 of 6 layers" in out(capsys, "report", str(tmp_path / "net"), "--architecture", "tests.networks:Small")
     assert main(["report", MODEL, "--architecture", "tests.networks:Small"]) == 1
     assert "architecture: is for a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def make(:", "importing broken failed: SyntaxError"),
+        ("import nothing_of_that_name", "importing broken failed: ModuleNotFoundError"),
+        ("raise RuntimeError('no licence')", "importing broken failed: RuntimeError: no licence"),
+        ("import sys; sys.exit(3)", "importing broken failed: SystemExit: 3"),
+        ("def make(): raise SystemExit(3)", "the factory failed without arguments: SystemExit: 3"),
+    ],
+)
+def test_factories_that_fail_give_one_line(capsys, tmp_path, monkeypatch, source, message):
+    (tmp_path / "broken.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    assert main(["summary", "broken:make"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: broken:make: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1 or "SyntaxError" in message
+
+
+def test_other_wrong_uses_give_one_line(capsys, tmp_path):
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for arguments, message in (
+        (["bench", MODEL, "--threads", "0"], "threads: expected a number of at least 1"),
+        (["summary", MODEL, "--weights", str(tmp_path / "empty.pt")], "torch.load cannot read it as plain weights"),
+    ):
+        assert main(arguments) == 1
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", MODEL, "--ranks", '{"linear": 2, "linear": 3}'])
+    assert "appears twice" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_read_enough():
+    command = f"{sys.executable} -m surgery summary {MODEL} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0"
+    assert done.stderr == ""
+
+
+def test_a_model_that_is_itself_a_layer(capsys, tmp_path, monkeypatch):
+    (tmp_path / "bare.py").write_text("import torch\ndef make(): return torch.nn.Conv2d(8, 8, 3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "1 of 1 layers decomposed" in out(capsys, "decompose", "bare:make", "--ranks", "0.5", "--input-shape", "1,8,9,9")

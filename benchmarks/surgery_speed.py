@@ -4,9 +4,9 @@
 
 - floor: the float64 Gram matrix and one ``eigh`` of each mode of each layer, and nothing else.
 - ours: ``surgery.decompose(model, "evbmf")`` on the model, the copy and the new modules included.
-- common stack: EVBMF from a singular value decomposition of each unfolding, then tensorly's ``partial_tucker`` (a truncated singular value
-  decomposition for 1x1 layers) at the same ranks and the same tolerance. The decomposition is the thin one; code that is passed around takes the
-  full one, which is slower still.
+- common stack: EVBMF from numpy's singular value decomposition of each unfolding with all its vectors, as the published code has it, then tensorly's
+  ``partial_tucker`` (a truncated singular value decomposition for 1x1 layers) at the same ranks and the same tolerance.
+- thin stack: the same with torch's thin decomposition in the place of numpy's, as the better of its descendants have it.
 
 Networks without trained weights get those of ``synthetic.py``, whose spectrum is printed with the ranks that follow. ROOT holds VDSR's and
 ResNet-56's trained weights (``vdsr/vdsr_state_dict.pt`` and ``weights/resnet56-4bfd9763.th``); without it they are left out. Peak memory is taken
@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import synthetic
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from surgery.ranks import evbmf_rank
 from surgery.zoo import load_weights, make
 
 RESULTS = Path(__file__).parent / "results" / "surgery_speed.json"
-ZOO = ("torchvision:resnet18", "torchvision:resnet50", "torchvision:vgg16", "torchvision:densenet121", "torchvision:wide_resnet101_2")
+ZOO = ("torchvision:resnet18", "torchvision:densenet121", "torchvision:resnet50", "torchvision:vgg16", "torchvision:wide_resnet101_2")
 REAL = ("vdsr", "resnet56")
 DEPTHS = (8, 16, 32, 64)
 LARGE = "300M"  # 32 convolutions of 1024 channels
@@ -90,14 +91,23 @@ def floor(weights: dict[str, Tensor]) -> None:
             torch.linalg.eigh(matrix @ matrix.T)
 
 
-def common_stack(weights: dict[str, Tensor], plan: surgery.Plan) -> tuple[dict[str, list[int]], dict[str, float]]:
+def published_values(matrix: Tensor) -> Tensor:
+    """Singular values as the published EVBMF gets them: with a square matrix of right singular vectors that it then throws away."""
+    return torch.from_numpy(np.linalg.svd(matrix.numpy())[1])
+
+
+def thin_values(matrix: Tensor) -> Tensor:
+    return torch.linalg.svd(matrix, full_matrices=False).S
+
+
+def common_stack(weights: dict[str, Tensor], plan: surgery.Plan, values: Callable[[Tensor], Tensor]) -> tuple[dict[str, list[int]], dict[str, float]]:
     """Ranks and reconstruction errors of the common stack, factorizing what the plan factorizes at the plan's ranks."""
     import tensorly
     from tensorly.decomposition import partial_tucker
 
     ranks, errors = {}, {}
     for name, weight in weights.items():
-        ranks[name] = [evbmf_rank(torch.linalg.svd(m, full_matrices=False).S, tuple(m.shape)) for m in unfoldings(weight)]
+        ranks[name] = [evbmf_rank(values(m), tuple(m.shape)) for m in unfoldings(weight)]
         decision = plan[name]
         if isinstance(decision, surgery.SVD):
             u, s, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
@@ -139,7 +149,7 @@ def measure(name: str, data: Path | None, rounds: int, stack_rounds: int) -> dic
     weights = convolutions(model)
     plan = surgery.plan(model)
     floor(weights)
-    seconds: dict[str, list[float]] = {"floor": [], "ours": [], "stack": []}
+    seconds: dict[str, list[float]] = {"floor": [], "ours": [], "thin_stack": [], "stack": []}
     ranks: dict[str, list[int]] = {}
     theirs: dict[str, float] = {}
     net: nn.Module = model
@@ -149,7 +159,8 @@ def measure(name: str, data: Path | None, rounds: int, stack_rounds: int) -> dic
         seconds["ours"].append(elapsed)
         net = made  # type: ignore[assignment]
         if round_ < stack_rounds:
-            elapsed, (ranks, theirs) = timed(lambda: common_stack(weights, plan))  # type: ignore[assignment]
+            seconds["thin_stack"].append(timed(lambda: common_stack(weights, plan, thin_values))[0])
+            elapsed, (ranks, theirs) = timed(lambda: common_stack(weights, plan, published_values))  # type: ignore[misc]
             seconds["stack"].append(elapsed)
     report = surgery.report(net)
     ours = {row.name: row.error for row in report.layers if row.factorization is not None}
@@ -164,7 +175,8 @@ def measure(name: str, data: Path | None, rounds: int, stack_rounds: int) -> dic
         "surface_above_reached": spread(gaps) if (gaps := surface_gap(weights, net)) else None,
     }
     if stack_rounds:
-        row["stack_over_ours"] = spread([a / b for a, b in zip(seconds["stack"], seconds["ours"], strict=False)])
+        for stack in ("stack", "thin_stack"):
+            row[f"{stack}_over_ours"] = spread([a / b for a, b in zip(seconds[stack], seconds["ours"], strict=False)])
         row["largest_excess_error"] = max((ours[key] / theirs[key] - 1 for key in ours if theirs[key] > 0), default=None)  # type: ignore[operator]
         row["layers_whose_evbmf_ranks_differ"] = [key for key in weights if ranks[key] != raw_ranks(weights[key])]
     return row
@@ -180,7 +192,7 @@ def raw_ranks(weight: Tensor) -> list[int]:
 def peak(name: str, data: Path | None) -> None:
     """In a process of its own: print what ``decompose`` needed beyond what was there before, and the bound on it (Linux)."""
     model = network(name, data)
-    surgery.decompose(nn.Sequential(nn.Conv2d(32, 32, 3)), 0.5)  # loads what is loaded once
+    surgery.decompose(synthetic.fill(nn.Sequential(nn.Conv2d(64, 64, 3))), "evbmf")  # loads what is loaded once
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     net = surgery.decompose(model, "evbmf")
@@ -209,7 +221,12 @@ def draw(rows: list[dict[str, object]], file: Path) -> None:
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
-    looks = {"stack": ("tab:red", "s", "common stack"), "ours": ("tab:blue", "o", "surgery.decompose"), "floor": ("tab:gray", "^", "floor")}
+    looks = {
+        "stack": ("tab:red", "s", "common stack"),
+        "thin_stack": ("tab:orange", "D", "common stack, thin SVD"),
+        "ours": ("tab:blue", "o", "surgery.decompose"),
+        "floor": ("tab:gray", "^", "floor"),
+    }
     for method, (colour, marker, label) in looks.items():
         for deep in (False, True):
             points = [
@@ -245,19 +262,29 @@ def main() -> None:
     if options.peak:
         peak(options.peak, options.data)
         return
-    names = [*ZOO, *(REAL if options.data else ()), *(f"depth{n}" for n in DEPTHS), LARGE]
+    names = [*(REAL if options.data else ()), *(f"depth{n}" for n in DEPTHS), LARGE, *ZOO]
     old = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     rows = {row["network"]: row for row in old}
     for name in options.only or names:
         alone = name.startswith("depth") or name == LARGE
         rows[name] = measure(name, options.data, 2 if name == LARGE else options.rounds, 0 if alone else options.stack_rounds)
         rows[name]["memory"] = measured_peak(name, options.data)
-        shown = ("network", "parameters", "cut", "ours_over_floor", "stack_over_ours", "largest_excess_error", "surface_above_reached", "memory")
+        shown = (
+            "network",
+            "parameters",
+            "cut",
+            "ours_over_floor",
+            "stack_over_ours",
+            "thin_stack_over_ours",
+            "largest_excess_error",
+            "surface_above_reached",
+            "memory",
+        )
         print(json.dumps({key: rows[name].get(key) for key in shown}), flush=True)
         facts = {"decay": synthetic.DECAY, "noise": synthetic.NOISE, "seed": 0, "tolerance": HOOI_TOLERANCE}
         found = {"environment": environment(), "threads": torch.get_num_threads(), "synthetic": facts, "rows": list(rows.values())}
         options.out.write_text(json.dumps(found, indent=1) + "\n")
-    draw(list(rows.values()), options.out.with_suffix(".png"))
+        draw(list(rows.values()), options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -49,6 +50,19 @@ def test_importing_prints_nothing_and_changes_no_state():
     code = "import torch; s = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(); import surgery; "
     code += "assert torch.equal(s[0], torch.get_rng_state()) and s[1:] == (torch.get_default_dtype(), torch.get_num_threads())"
     assert fresh_python(code) == ""
+
+
+def test_importing_adds_at_most_a_tenth_to_importing_torch():
+    code = "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import surgery; print((time.perf_counter() - b) / (b - a))"
+    assert min(float(fresh_python(code)) for _ in range(3)) <= 0.10
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_surgery_needs_one_copy_of_the_model_and_eight_of_its_largest_layer():
+    command = [sys.executable, "benchmarks/surgery_speed.py", "--peak", "depth8"]
+    found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert found["cut"] == 8
+    assert 0.2 * found["model_mb"] < found["extra_mb"] <= found["bound_mb"]  # the chains alone take that much: what is measured is real
 
 
 def test_everything_public_is_documented():

@@ -41,6 +41,7 @@ ZOO = ("torchvision:resnet18", "torchvision:densenet121", "torchvision:resnet50"
 REAL = ("vdsr", "resnet56")
 DEPTHS = (8, 16, 32, 64)
 LARGE = "300M"  # 32 convolutions of 1024 channels
+SLOW = {LARGE: (2, 0), "torchvision:wide_resnet101_2": (3, 1)}  # rounds, and rounds in which the stacks take part; each takes minutes
 MEGABYTE = 2**20
 
 
@@ -169,6 +170,7 @@ def measure(name: str, data: Path | None, rounds: int, stack_rounds: int) -> dic
         "parameters": sum(p.numel() for p in model.parameters()),
         "layers": len(weights),
         "cut": len(ours),
+        "rounds": {key: len(values) for key, values in seconds.items()},
         "seconds": {key: spread(values) for key, values in seconds.items() if values},
         "ours_over_floor": spread([a / b for a, b in zip(seconds["ours"], seconds["floor"], strict=True)]),
         "plan": {key: list(d.ranks) for key, d in plan.items() if isinstance(d, surgery.Factorization)},
@@ -255,7 +257,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the trained weights of VDSR and ResNet-56")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these networks only; rows of others stay as they are in the results")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--stack-rounds", type=int, default=2, help="in how many of the rounds the common stack takes part")
+    parser.add_argument("--stack-rounds", type=int, default=3, help="in how many of the rounds the stacks take part")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--peak", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -266,8 +268,8 @@ def main() -> None:
     old = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     rows = {row["network"]: row for row in old}
     for name in options.only or names:
-        alone = name.startswith("depth") or name == LARGE
-        rows[name] = measure(name, options.data, 2 if name == LARGE else options.rounds, 0 if alone else options.stack_rounds)
+        usual = (options.rounds, 0 if name.startswith("depth") else options.stack_rounds)
+        rows[name] = measure(name, options.data, *SLOW.get(name, usual))
         rows[name]["memory"] = measured_peak(name, options.data)
         shown = (
             "network",
@@ -282,7 +284,14 @@ def main() -> None:
         )
         print(json.dumps({key: rows[name].get(key) for key in shown}), flush=True)
         facts = {"decay": synthetic.DECAY, "noise": synthetic.NOISE, "seed": 0, "tolerance": HOOI_TOLERANCE}
-        found = {"environment": environment(), "threads": torch.get_num_threads(), "synthetic": facts, "rows": list(rows.values())}
+        command = "python benchmarks/surgery_speed.py " + " ".join("ROOT" if a == str(options.data) else a for a in sys.argv[1:])
+        found = {
+            "command": command,
+            "environment": environment(),
+            "threads": torch.get_num_threads(),
+            "synthetic": facts,
+            "rows": list(rows.values()),
+        }
         options.out.write_text(json.dumps(found, indent=1) + "\n")
         draw(list(rows.values()), options.out.with_suffix(".png"))
 

@@ -40,5 +40,7 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
 
 
 def capture(model: nn.Module, example_inputs: Any) -> fx.Graph:
-    """The model as an ``fx.Graph``: that of ``trace``, with the same arguments and errors."""
-    return trace(model, example_inputs).graph
+    """The model as an ``fx.Graph`` whose nodes know their shapes, with the arguments and errors of ``trace``."""
+    usable_model(model)
+    with torch.inference_mode(False):
+        return passes.capture(model, example_inputs)

@@ -17,7 +17,7 @@ from torch import Tensor
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.linalg import spectrum
 
-__all__ = ["evbmf", "evbmf_rank"]
+__all__ = ["evbmf", "evbmf_rank", "usable"]
 
 TAU_SLOPE = 2.5129  # tau_bar / sqrt(alpha), JMLR 14, equation 24
 RESOLUTION = 1e-5  # of the noise variance, absolute, as in published implementations: ranks reported with them depend on it

@@ -102,7 +102,8 @@ def decompose(
                 )
                 write_record(result.model, record)
             except BaseException:
-                host.rollback()
+                if inplace:
+                    host.rollback()
                 raise
     return result.model
 

@@ -52,6 +52,7 @@ def reconstruct(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                 record = replace(old, sites=merged_sites(before, sites, outcomes), passes=(*old.passes, "Reconstruct"))
                 write_record(result.model, record)
         except BaseException:
-            host.rollback()
+            if inplace:
+                host.rollback()
             raise
     return result.model

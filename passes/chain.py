@@ -18,6 +18,7 @@ from passes.kinds import kind_of
 __all__ = [
     "Chain",
     "ChainInfo",
+    "chain_module",
     "changed_since_cut",
     "cut_chain",
     "cut_layer",
@@ -41,6 +42,8 @@ HOOKS = (
 )
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+BUILT: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS.values(), *TRANSPOSED.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,6 +105,29 @@ class Chain(nn.Sequential):
         return super().__getitem__(index)
 
 
+class TransposedChain(Chain):
+    """The chain of a transposed convolution, which callers may ask for an output size."""
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """As ``nn.ConvTranspose2d``: ``output_size`` is that of the pixels, or of the whole output."""
+        if output_size is None:
+            return super().forward(input)  # type: ignore[no-untyped-call,no-any-return]
+        dims = Geometry.of(self.__dict__["_surgery"].original).dims
+        for layer in self._modules.values():
+            geometry = Geometry.of(layer)  # type: ignore[arg-type]
+            if not geometry.transposed:
+                input = layer(input)  # type: ignore[misc]
+                continue
+            wanted = zip(output_size[-dims:], input.shape[-dims:], geometry.kernel, geometry.stride, strict=True)
+            input = layer(input, [size if k > 1 or s > 1 else now for size, now, k, s in wanted])  # type: ignore[misc]
+        return input
+
+
+def chain_module(layers: dict[str, nn.Module], info: ChainInfo) -> Chain:
+    """The chain of these layers."""
+    return (TransposedChain if Geometry.of(info.original).transposed else Chain)(layers, info)
+
+
 def pieces_of(layers: dict[str, nn.Module]) -> tuple[Piece, ...]:
     """The layers of a chain as plain data; weights are the parameters themselves."""
     return tuple(Piece(name, Geometry.of(layer), layer.weight, layer.bias) for name, layer in layers.items())  # type: ignore[arg-type]
@@ -116,9 +142,9 @@ def merged_piece(chain: Chain) -> Piece:
 def merge(pieces: Sequence[Piece], info: ChainInfo) -> Piece:
     """As ``merged_piece``, from the pieces."""
     wide = [Piece(p.name, p.geometry, p.weight.double(), None) for p in pieces]
-    weight = kind_of(info.factorization).merge(wide).to(pieces[0].weight.dtype)
     geometry = Geometry.of(info.original)
-    return Piece("", geometry, weight.reshape(geometry.weight_shape), pieces[-1].bias)
+    weight = kind_of(info.factorization).merge(wide, geometry).to(pieces[0].weight.dtype)
+    return Piece("", geometry, weight, pieces[-1].bias)
 
 
 def weightless(layer: nn.Module) -> nn.Module:
@@ -139,9 +165,7 @@ def without_hooks(layer: nn.Module) -> nn.Module:
 
 def changed_since_cut(layers: dict[str, nn.Module], info: ChainInfo) -> str | None:
     """Why the layers of a chain no longer are what its factorization says, or None where they are."""
-    plain = all(
-        type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) and layer._parameters.get("weight") is not None for layer in layers.values()
-    )
+    plain = all(type(layer) in BUILT and layer._parameters.get("weight") is not None for layer in layers.values())
     if plain and layers and not any(has_hooks(layer) for layer in layers.values()):
         bias = list(layers.values())[-1]._parameters.get("bias") is not None
         shapes = kind_of(info.factorization).shapes(Geometry.of(info.original), info.factorization, bias)
@@ -198,6 +222,9 @@ def _build_layer(piece: Piece, layer: nn.Module, weight: Tensor) -> nn.Module:
     built: nn.Module
     if g.is_linear:
         built = nn.Linear(g.in_channels, g.out_channels, has_bias, device="meta")
+    elif g.transposed:
+        channels, padding = (g.in_channels, g.out_channels), (g.padding, g.output_padding)
+        built = TRANSPOSED[g.dims](*channels, g.kernel, g.stride, *padding, g.groups, has_bias, g.dilation, g.padding_mode, device="meta")
     else:
         built = CONVOLUTIONS[g.dims](
             g.in_channels, g.out_channels, g.kernel, g.stride, g.padding, g.dilation, g.groups, has_bias, g.padding_mode, device="meta"

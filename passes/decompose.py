@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from passes.blockwise import Blockwise
 from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Decision, Factorization, Keep
 from passes.geometry import Piece
 from passes.host import Host
-from passes.kind import Kind
 from passes.kinds import kind_of
 from passes.result import Outcome, PassResult
 from passes.site import Site
@@ -74,7 +74,7 @@ class Decompose:
         if not all(bool(torch.isfinite(p.weight.abs().amax())) for p in rounded):
             raise SurgeryValueError(f"{site}: the factors of its weight overflow {site.dtype}; decompose in a wider dtype or exclude this layer")
         rounded = [Piece(p.name, p.geometry, p.weight.double(), None) for p in rounded]
-        norm, gap = float(weight.norm()), float((kind.merge(rounded) - weight).norm())
+        norm, gap = float(weight.norm()), float((kind.merge(rounded, site.geometry) - weight).norm())
         return pieces, gap / norm if norm > 0 else 0.0
 
 
@@ -97,6 +97,9 @@ def refusal_of(site: Site, factorization: Factorization) -> str | None:
     reason = kind.refuses(site.geometry)
     if reason is not None:
         return reason
+    refused = kind.refuses_ranks(site.geometry, factorization.ranks)
+    if refused is not None:
+        return refused
     whose = "the chain's own rank" if _cut_again(site, kind) else "its full rank"
     for mode, rank, most in zip(kind.modes, factorization.ranks, most_ranks(site, kind), strict=True):
         if rank is not None and rank > most:
@@ -104,7 +107,7 @@ def refusal_of(site: Site, factorization: Factorization) -> str | None:
     return None
 
 
-def most_ranks(site: Site, kind: Kind) -> tuple[int, ...]:
+def most_ranks(site: Site, kind: Blockwise) -> tuple[int, ...]:
     """For each mode the largest rank that a cut can have: the full rank; for a chain of the same kind its own, since nothing more is there."""
     full = kind.full_ranks(site.geometry)
     if not _cut_again(site, kind):
@@ -121,7 +124,7 @@ def settled(site: Site, factorization: Factorization) -> Factorization:
     return kind.from_ranks(site.geometry, ranks)
 
 
-def _cut_again(site: Site, kind: Kind) -> bool:
+def _cut_again(site: Site, kind: Blockwise) -> bool:
     return site.chain is not None and kind_of(site.chain) is kind
 
 

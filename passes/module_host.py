@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from passes.capture import observe_calls
-from passes.chain import Chain, ChainInfo, cut_chain, cut_layer, original_layer
+from passes.chain import Chain, ChainInfo, chain_module, cut_chain, cut_layer, original_layer
 from passes.factorization import Factorization
 from passes.geometry import Piece
 from passes.graph_host import GraphHost
@@ -61,7 +61,7 @@ class ModuleHost(Host):
             layers, info = cut_chain(dict(module.named_children()), module.__dict__["_surgery"], factorization, pieces)
         else:
             layers, info = cut_layer(module, factorization, pieces)
-        self._prepare(site.name, Chain(layers, info).train(module.training))
+        self._prepare(site.name, chain_module(layers, info).train(module.training))
 
     def restore(self, site: Site, piece: Piece) -> None:
         graph = self._graph_around(site.name)

@@ -7,8 +7,12 @@ print(surgery.report(net))
 from __future__ import annotations
 
 from passes.chain import Chain
+from passes.channel import Channel
+from passes.cp import CP
+from passes.depthwise import Depthwise
 from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.factorization import Factorization, Keep
+from passes.spatial import Spatial
 from passes.svd import SVD
 from passes.tucker import Tucker
 from surgery import ranks
@@ -27,9 +31,12 @@ plan = _plan  # the function, not the module of the same name
 
 
 __all__ = [
+    "CP",
     "SVD",
     "Benchmark",
     "Chain",
+    "Channel",
+    "Depthwise",
     "ExportReport",
     "Factorization",
     "Keep",
@@ -38,6 +45,7 @@ __all__ = [
     "ParityError",
     "Plan",
     "Report",
+    "Spatial",
     "SurgeryError",
     "SurgeryTypeError",
     "SurgeryValueError",

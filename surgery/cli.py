@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     ranks_help = "evbmf, evbmf:weaken=W, energy:P, stable, a fraction in (0, 1], a JSON object of layers, or a plan's file (default: %(default)s)"
     parser.add_argument("--ranks", type=parse_ranks_text, default="evbmf", help=ranks_help)
-    parser.add_argument("--method", default=DEFAULT.method, help="tucker or svd (default: %(default)s)")
+    parser.add_argument("--method", default=DEFAULT.method, help="tucker, spatial, channel, depthwise, cp, auto or svd (default: %(default)s)")
     parser.add_argument("--include", action="append", metavar="NAME", help="cut only these layers; a name or re:PATTERN, repeatable")
     parser.add_argument("--exclude", action="append", metavar="NAME", help="keep these layers; a name or re:PATTERN, repeatable")
     parser.add_argument("--guard", default=DEFAULT.guard, help="macs or none (default: %(default)s)")

@@ -57,7 +57,9 @@ def decompose(
             ``"stable"``, a fraction in (0, 1] of the full rank, a dict from layer names or ``"re:..."`` patterns to ranks, a ``Plan`` or the
             path of one, or a callable ``(site, spectra) -> ranks``. Pairs are (rank_out, rank_in).
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; with them MACs are known and guarded.
-        method: ``"tucker"``, or ``"svd"`` to cut 1x1 convolutions and linear layers only.
+        method: kind for convolutions with a kernel: ``"tucker"``, ``"spatial"``, ``"channel"``, ``"depthwise"``, ``"cp"`` (ranks by name only), or
+            ``"auto"``, which takes for each layer the kind with the smallest error at the MACs of the Tucker ranks that a rule asks for. 1x1
+            convolutions and linear layers take SVD; with ``"svd"`` they alone are cut.
         include: names or patterns; only these layers are cut, linear ones too.
         exclude: names or patterns of layers to keep.
         guard: ``"macs"``: a cut by a rule must lower parameters and, with example inputs, MACs; ``"none"``: anything goes.

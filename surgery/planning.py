@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, lcm
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 
+from passes.blockwise import Blockwise
 from passes.decompose import ALREADY, most_ranks, refusal_of, settled
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Decision, Factorization, Keep
-from passes.kind import Kind
-from passes.kinds import KINDS, kind_of, usual_kind
+from passes.kinds import KINDS, kind_named, kind_of, usual_kind
 from passes.site import Site
 from passes.spectra import Spectra
 from surgery.cost import chain_macs, chain_params, site_macs, site_params
 from surgery.plan import Plan
+from surgery.ranks.auto import best_kind
 from surgery.ranks.request import Named, Names, as_names, parse_ranks
 from surgery.ranks.rules import Rule, fraction_of
 
 __all__ = ["Draft", "Options"]
 
 GUARDS = ("macs", "none")
+AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,8 @@ class Options:
     """What, beside the ranks, decides on a plan. The defaults here are those of the API and the command line.
 
     Attributes:
-        method: kind for layers with a kernel of more than one pixel; the others take SVD. With ``"svd"`` linear layers are cut too.
+        method: kind for layers with a kernel of more than one pixel; the others take SVD. With ``"svd"`` linear layers are cut too. With ``"auto"``
+            a rule's Tucker ranks set each layer's MACs, and the kind with the smallest error within them is taken; explicit ranks are Tucker's.
         include: names or ``"re:..."`` patterns; only these layers are cut. Also the way to name linear layers.
         exclude: names or patterns of layers that are kept.
         guard: ``"macs"``: what a rule cuts must lower parameters and, where the calls are known, MACs; ``"none"``: nothing is asked.
@@ -48,7 +51,7 @@ class Options:
     device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
-        methods = [kind.factorization.kind for kind in KINDS]
+        methods = [*(kind.name for kind in KINDS), AUTO]
         if self.method not in methods:
             raise SurgeryValueError(f"method: {self.method!r} is none of {methods}; {nearest(str(self.method), methods)}")
         if self.guard not in GUARDS:
@@ -98,6 +101,11 @@ class Draft(Mapping[str, Decision]):
             self._table = Names("ranks (the plan)", dict(request.items()), sites)
         elif isinstance(request, Mapping):
             self._table = Names("ranks", request, sites, linear_too=linear_too)
+        elif options.method != AUTO and not kind_named(options.method).has_spectra:
+            raise SurgeryValueError(
+                f"method: {options.method!r} has no spectra that a rank rule could look at; give its ranks by name, "
+                f'for example ranks={{"re:.*conv.*": 16}}'
+            )
         else:
             self._rule = request
         self._include = None if options.include is None else Names("include", as_names("include", options.include), sites, linear_too=linear_too)
@@ -119,8 +127,8 @@ class Draft(Mapping[str, Decision]):
     def __len__(self) -> int:
         return len(self._sites)
 
-    def _kind(self, site: Site) -> Kind:
-        return usual_kind(site.geometry, self._options.method)
+    def _kind(self, site: Site) -> Blockwise:
+        return usual_kind(site.geometry, "tucker" if self._options.method == AUTO else self._options.method)
 
     def _at_once(self, site: Site) -> Decision | None:
         """The decision, or None where a rule has to look at the weight first."""
@@ -171,12 +179,16 @@ class Draft(Mapping[str, Decision]):
             share = float(value)
             if not 0 < share <= 1:
                 raise SurgeryValueError(f"ranks: {named.key!r}: a fraction must be in (0, 1], got {value}")
-            return _settled(site, kind.from_ranks(site.geometry, [fraction_of(m, share) for m in most]))
+            unit = kind.unit(site.geometry)
+            return _settled(site, kind.from_ranks(site.geometry, [unit * fraction_of(m // unit, share) for m in most]))
         ranks = _as_ranks(value, kind, f"ranks: {named.key!r} ({site})")
         for mode, rank, limit in zip(kind.modes, ranks, most, strict=True):
             if rank is not None and rank > limit:
                 whose = "its full rank" if site.chain is None else "the chain's own rank"
                 raise SurgeryValueError(f"ranks: {named.key!r}: rank {rank} of mode {mode!r} of {site} ({site.geometry}) is above {whose} {limit}")
+        refused = kind.refuses_ranks(site.geometry, ranks)
+        if refused is not None:
+            raise SurgeryValueError(f"ranks: {named.key!r}: {refused} ({site}: {site.geometry})")
         if all(rank is None for rank in ranks):
             raise SurgeryValueError(f"ranks: {named.key!r}: no mode is cut; to keep the layer give None")
         return _settled(site, kind.from_ranks(site.geometry, ranks))
@@ -198,9 +210,13 @@ class Draft(Mapping[str, Decision]):
         kind = self._kind(site)
         rule: Any = self._rule
         decision = self._answer(site, kind, rule(site, self.spectra.of(site, kind)))
-        return self._guard(site, decision) if isinstance(decision, Factorization) else decision
+        if isinstance(decision, Factorization):
+            decision = self._guard(site, decision)
+        if isinstance(decision, Factorization) and self._options.method == AUTO:
+            return self._guard(site, best_kind(site, decision, self.spectra, self._options.round_to))
+        return decision
 
-    def _answer(self, site: Site, kind: Kind, answer: Any) -> Decision:
+    def _answer(self, site: Site, kind: Blockwise, answer: Any) -> Decision:
         """A rule's answer as a factorization: rounded up, and uncut in a mode that is full or in which nothing was seen."""
         if isinstance(answer, Keep):
             return answer
@@ -212,12 +228,12 @@ class Draft(Mapping[str, Decision]):
                 raise SurgeryValueError(f"the rank rule answered {answer} for {site}: {refusal}")
             return self._rounded_up(site, answer)
         what = f"the rank rule's answer for {site}"
-        full = kind.full_ranks(site.geometry)
+        full, unit = kind.full_ranks(site.geometry), kind.unit(site.geometry)
         ranks: list[int | None] = []
         for rank, most in zip(_as_ranks(answer, kind, what, zero=True), full, strict=True):
             if rank is not None and rank > most:
                 raise SurgeryValueError(f"{what}: rank {rank} is above the full rank {most}")
-            rounded = None if not rank else self._round(rank)
+            rounded = None if not rank else self._round(rank, unit)
             ranks.append(None if rounded is None or rounded >= most else rounded)
         if all(rank is None for rank in ranks):
             return Keep(f"at full rank ({', '.join(map(str, full))}) a chain saves nothing")
@@ -225,12 +241,13 @@ class Draft(Mapping[str, Decision]):
 
     def _rounded_up(self, site: Site, factorization: Factorization) -> Factorization:
         kind = kind_of(factorization)
-        full = kind.full_ranks(site.geometry)
-        ranks = [None if r is None else min(self._round(r), f) for r, f in zip(factorization.ranks, full, strict=True)]
+        full, unit = kind.full_ranks(site.geometry), kind.unit(site.geometry)
+        ranks = [None if r is None else min(self._round(r, unit), f) for r, f in zip(factorization.ranks, full, strict=True)]
         return kind.from_ranks(site.geometry, ranks)
 
-    def _round(self, rank: int) -> int:
-        return self._options.round_to * ceil(rank / self._options.round_to)
+    def _round(self, rank: int, unit: int) -> int:
+        step = lcm(self._options.round_to, unit)
+        return step * ceil(rank / step)
 
     def _guard(self, site: Site, factorization: Factorization) -> Decision:
         if self._options.guard == "none":
@@ -245,10 +262,10 @@ class Draft(Mapping[str, Decision]):
         return factorization
 
 
-def _as_ranks(value: Any, kind: Kind, what: str, *, zero: bool = False) -> list[int | None]:
+def _as_ranks(value: Any, kind: Blockwise, what: str, *, zero: bool = False) -> list[int | None]:
     """One rank a mode: an int where the kind has one mode, else a sequence of ints and None."""
     modes = kind.modes
-    name = kind.factorization.kind
+    name = kind.name
     if isinstance(value, Integral) and not isinstance(value, bool):
         value = [value]
     if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) != len(modes):

@@ -1,0 +1,231 @@
+"""What all passes that fuse have in common: runs of linear modules, fused pair by pair as far as a rule allows, and what is said of each module.
+
+A linear module is a convolution, a linear layer, or a batch norm in eval mode. A run is a sequence of them, each the only reader of the one before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passes.chain import _in_format_of
+from passes.fusion import batch_norm_piece, fuse, refuses
+from passes.geometry import Geometry, Piece, PieceShape
+from passes.host import Host
+from passes.neighbours import Neighbour
+from passes.result import Outcome, PassResult
+from passes.site import is_layer
+
+__all__ = ["Part", "fuse_runs", "is_batch_norm"]
+
+BATCH_NORMS: dict[type[nn.Module], int | None] = {nn.BatchNorm1d: None, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None}
+"""Spatial dimensions that each takes; None where that is known only of a call."""
+LAYERS: dict[tuple[bool, int], type[nn.Module]] = {
+    (False, 1): nn.Conv1d,
+    (False, 2): nn.Conv2d,
+    (False, 3): nn.Conv3d,
+    (True, 1): nn.ConvTranspose1d,
+    (True, 2): nn.ConvTranspose2d,
+    (True, 3): nn.ConvTranspose3d,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """One or more modules of a run, first to last, as one piece."""
+
+    members: tuple[Neighbour, ...]
+    piece: Piece
+
+    @property
+    def layers(self) -> tuple[Neighbour, ...]:
+        """Its members that are not batch norms."""
+        return tuple(m for m in self.members if is_layer(m.module))
+
+    def macs(self, geometry: Geometry | None = None) -> int | None:
+        """MACs of all its calls, or those of a layer of another geometry in its place; None where the calls are not known."""
+        calls = self.members[0].calls
+        if geometry is None and not self.layers:
+            return 0  # a batch norm multiplies no matrices
+        return None if calls is None else sum((geometry or self.piece.geometry).macs(c.input_shape) for c in calls)
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether it is one of torch's batch norms, not of a subclass, which may compute something else."""
+    return type(module) in BATCH_NORMS and "forward" not in vars(module)
+
+
+def fuse_runs(
+    host: Host,
+    *,
+    wanted: Callable[[Neighbour], bool],
+    rule: Callable[[Part, Part], str | None],
+    subject: Callable[[Neighbour], bool],
+    backward: bool = False,
+) -> PassResult:
+    """Fuse all neighbouring linear modules that a rule allows; the layer takes the place of the largest of them, outside a chain if there is one.
+
+    Args:
+        host: the model.
+        wanted: which linear modules the pass looks at.
+        rule: why two parts, one right after the other, are not to be fused, or None; asked before whether they can be.
+        subject: of which modules it is said why they were kept.
+        backward: whether a module that has nothing to be fused with is told about the one before it rather than the one after it.
+    """
+    neighbours = host.neighbours()
+    parts: dict[str, Part] = {}
+    reasons: dict[str, str] = {}
+    for name, member in neighbours.items():
+        alone = member.reader is None and member.source is None
+        if (is_layer(member.module) or is_batch_norm(member.module)) and wanted(member) and not alone:
+            part = member.keep or _part_of(member)
+            if isinstance(part, str):
+                reasons[name] = part
+            else:
+                parts[name] = part
+    outcomes: dict[str, Outcome] = {}
+    for run in _runs(parts):
+        fused, after, before = _fused(run, rule)
+        reasons |= before if backward else before | after
+        for part in fused:
+            if len(part.members) > 1:
+                outcomes |= _put(host, part)
+    kept = [n for n, member in neighbours.items() if subject(member) and n not in outcomes]
+    outcomes |= {n: Outcome(n, "kept", reasons.get(n) or _alone(neighbours[n], neighbours, reasons, backward)) for n in kept}
+    model = host.commit()
+    order = {name: index for index, name in enumerate(neighbours)}
+    told = sorted(outcomes.values(), key=lambda o: order.get(o.site, len(order)))
+    return PassResult(model, any(o.status == "applied" for o in told), tuple(told))
+
+
+def _part_of(member: Neighbour) -> Part | str:
+    """A linear module as a piece, or why it cannot be one."""
+    module: Any = member.module
+    tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    if any(t.is_meta for t in tensors):
+        return "it is on the meta device and has no numbers"
+    if is_layer(module):
+        piece = Piece(member.name, Geometry.of(module), module.weight.detach(), None if module.bias is None else module.bias.detach())
+        return Part((member,), piece)
+    if module.running_mean is None or module.running_var is None:
+        return "it has no running statistics, so that it depends on the whole batch"
+    if module.training:
+        return "it is in train mode, where it depends on the whole batch; call eval() first"
+    dims = BATCH_NORMS[type(module)]
+    if dims is None:
+        ranks = {len(call.input_shape) for call in member.calls or ()}
+        if len(ranks) != 1:
+            return "of how many dimensions its input is, and so which of them it scales, is not known without example_inputs"
+        dims = max(ranks.pop() - 2, 0)
+    weight, bias = (None if t is None else t.detach() for t in (module.weight, module.bias))
+    piece = batch_norm_piece(dims, module.running_mean, module.running_var, weight, bias, module.eps)
+    if not all(bool(t.isfinite().all()) for t in (piece.weight, piece.bias) if t is not None):
+        return "its running statistics give a scale or shift that is not finite"
+    return Part((member,), piece)
+
+
+def _runs(parts: Mapping[str, Part]) -> list[list[Part]]:
+    """Maximal sequences in which each part is the only reader of the one before."""
+    runs = []
+    for name, part in parts.items():
+        if part.members[0].source in parts:
+            continue
+        run, following = [part], part.members[0].reader
+        while following is not None and following in parts and following != name:
+            run.append(parts[following])
+            following = parts[following].members[0].reader
+        runs.append(run)
+    return runs
+
+
+def _fused(run: Sequence[Part], rule: Callable[[Part, Part], str | None]) -> tuple[list[Part], dict[str, str], dict[str, str]]:
+    """A run fused until no two neighbours can be any more; why not, for the module before and for the module after each border that is left."""
+    parts, after, before = list(run), dict[str, str](), dict[str, str]()
+    index = 0
+    while index + 1 < len(parts):
+        left, right = parts[index], parts[index + 1]
+        reason = _strangers(left, right) or rule(left, right) or refuses(left.piece, right.piece)
+        if reason is None:
+            whole = fuse(left.piece, right.piece)
+            weight = _home(left.members + right.members).module.weight
+            if not all(bool(t.to(weight.dtype).isfinite().all()) for t in (whole.weight, whole.bias) if t is not None):  # type: ignore[arg-type,union-attr]
+                reason = f"the numbers of the fused layer overflow {weight.dtype}"
+            else:
+                parts[index : index + 2] = [Part(left.members + right.members, whole)]
+                index = max(index - 1, 0)  # the one before may now fit
+                continue
+        after[left.members[-1].name] = f"with {right.members[0].name} after it: {reason}"
+        before[right.members[0].name] = f"with {left.members[-1].name} before it: {reason}"
+        index += 1
+    return parts, after, before
+
+
+def _strangers(left: Part, right: Part) -> str | None:
+    layers = [m.module.weight for m in left.layers + right.layers]
+    if not layers:
+        return "neither is a layer"
+    devices = {p.weight.device for p in (left.piece, right.piece)}
+    if len({w.dtype for w in layers}) > 1 or len(devices) > 1:
+        return "they differ in dtype or device"
+    return None
+
+
+def _home(members: Sequence[Neighbour]) -> Neighbour:
+    """The member whose place the fused layer takes."""
+    layers = [m for m in members if is_layer(m.module)]
+    return max(layers, key=lambda m: (m.chain is None, m.module.weight.numel()))  # type: ignore[operator,union-attr]
+
+
+def _put(host: Host, part: Part) -> dict[str, Outcome]:
+    home, names = _home(part.members), [m.name for m in part.members]
+    effects = host.fuse(names, home.name, _layer(part, home.module))
+    parameters = {id(p): p.numel() for m in part.members for p in m.module._parameters.values() if p is not None}
+    apart = [Part((m,), Piece("", Geometry.of(m.module), m.module.weight, None)).macs() for m in part.layers]  # type: ignore[arg-type]
+    outcomes = {name: Outcome(name, "applied", f"fused into {home.name}: {effect}" if name in names else effect) for name, effect in effects.items()}
+    outcomes[home.name] = Outcome(
+        home.name,
+        "applied",
+        f"stands for {', '.join(names)}",
+        params_before=sum(parameters.values()),
+        params_after=PieceShape("", part.piece.geometry, part.piece.bias is not None).params,
+        macs_before=None if None in apart else sum(n for n in apart if n is not None),
+        macs_after=part.macs(),
+    )
+    return outcomes
+
+
+def _layer(part: Part, home: nn.Module) -> nn.Module:
+    """The fused layer: of the home's own class where it has the home's geometry, else a plain one; dtype, device and format are the home's."""
+    g, like = part.piece.geometry, home.weight
+    layer: nn.Module
+    if g == Geometry.of(home):
+        layer = copy.copy(home)
+    elif g.is_linear:
+        layer = nn.Linear(g.in_channels, g.out_channels, device="meta")
+    else:
+        options: dict[str, Any] = {"output_padding": g.output_padding} if g.transposed else {"padding_mode": g.padding_mode}
+        options |= {"stride": g.stride, "padding": g.padding, "dilation": g.dilation, "groups": g.groups, "device": "meta"}
+        layer = LAYERS[g.transposed, g.dims](g.in_channels, g.out_channels, g.kernel, **options)
+    trainable = any(p.requires_grad for m in part.layers for p in m.module.parameters())
+
+    def parameter(tensor: Tensor) -> nn.Parameter:
+        return nn.Parameter(_in_format_of(tensor.to(device=like.device, dtype=like.dtype), like), requires_grad=trainable)  # type: ignore[arg-type,union-attr]
+
+    with torch.no_grad():
+        bias = part.piece.bias
+        layer.__dict__["_parameters"] = {"weight": parameter(part.piece.weight), "bias": None if bias is None else parameter(bias)}
+    return layer.train(home.training)
+
+
+def _alone(member: Neighbour, neighbours: Mapping[str, Neighbour], reasons: Mapping[str, str], backward: bool) -> str:
+    """Why a module that nothing else keeps had nothing to be fused with."""
+    other = member.source if backward else member.reader
+    if other is None:
+        return (member.no_source if backward else member.no_reader) or "nothing stands next to it"
+    where = f"{other} ({type(neighbours[other].module).__name__}) stands {'before' if backward else 'after'} it"
+    return f"{where} and must stay: {reasons[other]}" if other in reasons else where

@@ -19,10 +19,10 @@ __all__ = ["MergePointwise"]
 class MergePointwise:
     """1x1, 1x1 -> 1x1 where that lowers MACs: the ``expand`` of a chain and the ``reduce`` of the next, or a plain 1x1 or linear layer beside one.
 
-    Where the calls are not known, parameters must fall instead. Layers of one chain are never merged with each other: that is what ``Reconstruct``
-    does. A chain that lost a layer, or has one of other channels, is a chain no more: its layers stay under their names, and it cannot be
-    reconstructed. A layer is kept where it is not proved that nothing else reads in between, and where it must stay itself. A second run changes
-    nothing.
+    Where the calls are not known, parameters must fall instead. Layers of one chain alone are never merged with each other: that is what
+    ``Reconstruct`` does. A chain that lost a layer, or has one of other channels, is a chain no more: its layers stay under their names, and it
+    cannot be reconstructed. A layer is kept where it is not proved that nothing else reads in between, and where it must stay itself. A second
+    run changes nothing.
     """
 
     def __call__(self, host: Host) -> PassResult:
@@ -35,7 +35,7 @@ def _is_pointwise(member: Neighbour) -> bool:
 
 def _rule(left: Part, right: Part) -> str | None:
     chain = left.members[-1].chain
-    if chain is not None and right.members[0].chain == chain:
+    if chain is not None and all(member.chain == chain for member in left.members + right.members):
         return f"both are layers of the chain {chain}, which Reconstruct fuses"
     whole = fused_geometry(left.piece.geometry, right.piece.geometry)
     if isinstance(whole, str):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from passes.chain import _in_format_of
 from passes.fusion import batch_norm_piece, fuse, refuses
@@ -213,12 +213,12 @@ def _layer(part: Part, home: nn.Module) -> nn.Module:
         layer = LAYERS[g.transposed, g.dims](g.in_channels, g.out_channels, g.kernel, **options)
     trainable = any(p.requires_grad for m in part.layers for p in m.module.parameters())
 
-    def parameter(tensor: Tensor) -> nn.Parameter:
-        return nn.Parameter(_in_format_of(tensor.to(device=like.device, dtype=like.dtype), like), requires_grad=trainable)  # type: ignore[arg-type,union-attr]
-
     with torch.no_grad():
-        bias = part.piece.bias
-        layer.__dict__["_parameters"] = {"weight": parameter(part.piece.weight), "bias": None if bias is None else parameter(bias)}
+        weight, bias = (None if t is None else t.to(device=like.device, dtype=like.dtype) for t in (part.piece.weight, part.piece.bias))  # type: ignore[arg-type,union-attr]
+        layer.__dict__["_parameters"] = {
+            "weight": nn.Parameter(_in_format_of(weight, like), requires_grad=trainable),  # type: ignore[arg-type]
+            "bias": None if bias is None else nn.Parameter(bias.clone(), requires_grad=trainable),
+        }
     return layer.train(home.training)
 
 

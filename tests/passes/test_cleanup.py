@@ -20,6 +20,7 @@ from passes import (
     Reconstruct,
     host_for,
     run_pipeline,
+    runs,
     trace,
 )
 from passes.chain import Chain
@@ -599,3 +600,77 @@ def test_private_hosts_do_the_same():
         assert all(r.modified for r in results)
         assert_parity(target(X), expected)
         assert not any(isinstance(m, Chain) for m in target.modules())
+
+
+@both_hosts
+@every_fusing_pass
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_while_computing_leaves_the_model_as_it_was(host_of, apply, build, gone, error, monkeypatch):
+    model, host = host_of(made(build))
+    expected, modules = model(X), [(name, id(m)) for name, m in model.named_modules()]
+    exact, count = runs.fuse, []
+
+    def explode(left, right):
+        count.append(1)
+        if len(count) == len(gone):  # in the last of the fusions
+            raise error
+        return exact(left, right)
+
+    monkeypatch.setattr(runs, "fuse", explode)
+    with pytest.raises(error):
+        apply(host)
+    assert [(name, id(m)) for name, m in model.named_modules()] == modules
+    assert difference(model(X), expected) == 0.0
+
+
+def test_an_interrupt_while_the_result_is_checked_is_undone(monkeypatch):
+    model = made(Handmade)
+    expected, modules = model(X), [id(m) for m in model.modules()]
+    check = ModuleHost._output
+    outputs = []
+
+    def interrupted(host):
+        outputs.append(check(host))
+        if len(outputs) == 2:
+            raise KeyboardInterrupt
+        return outputs[-1]
+
+    monkeypatch.setattr(ModuleHost, "_output", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        FuseLinearRuns()(ModuleHost(model, X))
+    assert len(outputs) == 2
+    assert [id(m) for m in model.modules()] == modules
+    assert difference(model(X), expected) == 0.0
+
+
+@both_hosts
+def test_looking_for_neighbours_changes_nothing(host_of):
+    net = made(Handmade).train()
+    net.head.register_forward_hook(lambda module, args, output: None)
+    state, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    _, host = host_of(net)
+    names = list(host.neighbours())
+    assert names[:3] == ["stem", "norm", "squeeze"]
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert net.training
+
+
+def test_links_go_both_ways():
+    found = ModuleHost(made(Handmade), X).neighbours()
+    assert {n: m.reader for n, m in found.items() if m.reader} == {
+        "stem": "norm",
+        "squeeze": "core",
+        "core": "stretch",
+        "tail.0": "tail.1",
+        "tail.1": "tail.2",
+        "tail.2": "tail.3",
+        "tail.3": "tail.4",
+        "tail.4": "tail.5",
+        "head": "scale",
+    }
+    assert all(found[m.reader].source == n for n, m in found.items() if m.reader)
+    assert all((m.reader is None) == bool(m.no_reader) and (m.source is None) == bool(m.no_source) for m in found.values())
+    assert found["stem"].no_source == "it reads the input x"
+    assert found["scale"].no_reader == "its output is read by the caller of the model"
+    assert found["head"].no_source == "it reads mean"

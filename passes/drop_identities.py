@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 from passes.host import Host
-from passes.neighbours import Neighbour
+from passes.neighbours import Neighbour, is_batch_norm
 from passes.result import Outcome, PassResult
-from passes.runs import is_batch_norm
 from passes.site import is_layer
 
 __all__ = ["DropIdentities"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from passes.host import Host
+from passes.neighbours import is_norm
 from passes.result import PassResult
-from passes.runs import Part, fuse_runs, is_batch_norm
+from passes.runs import Part, fuse_runs
 
 __all__ = ["FoldBatchNorm"]
 
@@ -21,7 +22,7 @@ class FoldBatchNorm:
     """
 
     def __call__(self, host: Host) -> PassResult:
-        return fuse_runs(host, wanted=lambda member: True, rule=_rule, subject=lambda member: is_batch_norm(member.module), backward=True)
+        return fuse_runs(host, wanted=lambda member: True, rule=_rule, subject=lambda member: is_norm(member.module), backward=True)
 
 
 def _rule(left: Part, right: Part) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from passes.host import Host
-from passes.neighbours import Neighbour
+from passes.neighbours import Neighbour, is_norm
 from passes.result import PassResult
-from passes.runs import fuse_runs, is_batch_norm
+from passes.runs import fuse_runs
 from passes.site import is_layer
 
 __all__ = ["FuseLinearRuns"]
@@ -31,4 +31,4 @@ def _ours_not(member: Neighbour) -> bool:
 
 
 def _subject(member: Neighbour) -> bool:
-    return member.chain is None and (is_layer(member.module) or is_batch_norm(member.module))
+    return member.chain is None and (is_layer(member.module) or is_norm(member.module))

@@ -19,9 +19,11 @@ from torch import fx, nn
 from passes.chain import Chain, has_hooks
 from passes.site import Call, held_outside, is_layer, named_groups, reason_to_keep
 
-__all__ = ["Neighbour", "read_neighbours", "sequence_graph", "unproved"]
+__all__ = ["BATCH_NORMS", "Neighbour", "is_batch_norm", "is_norm", "read_neighbours", "sequence_graph", "unproved"]
 
 PLAIN_CONTAINERS = (nn.Sequential, Chain)
+BATCH_NORMS: dict[type[nn.Module], int | None] = {nn.BatchNorm1d: None, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None}
+"""Spatial dimensions that each takes; None where that is known only of a call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,7 +64,7 @@ def read_neighbours(
     keep: Mapping[str, str] | None = None,
     calls: Mapping[str, tuple[Call, ...]] | None = None,
 ) -> dict[str, Neighbour]:
-    """Every module that a graph calls, by its first name, in the order of the first calls.
+    """Every module that a graph calls, by its first name, in the order of the first calls; then the layers and norms that it does not call.
 
     Args:
         model: where the graph's targets are found.
@@ -90,7 +92,22 @@ def read_neighbours(
     pairs = {}
     for name, own in nodes.items():
         pairs[name] = _reader(name, own, nodes, first, around)
+    for module, names in groups.values():
+        if (is_layer(module) or is_norm(module)) and names[0] not in found:
+            why = f"no call of it is seen: {type(module).__name__} is unused, works in its own way, or is inside a module that is called as a whole"
+            found[names[0]] = Neighbour(name=names[0], aliases=names, module=module, chain=chains.get(names[0]), calls=None, keep=why)
+            nodes[names[0]], pairs[names[0]] = [], (None, why)
     return _linked(found, pairs, nodes, first)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a batch norm, of whatever subclass."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether it is one of torch's batch norms, not of a subclass, which may compute something else."""
+    return type(module) in BATCH_NORMS and "forward" not in vars(module)
 
 
 def unproved(model: nn.Module, reason: str, chains: Mapping[str, str]) -> dict[str, Neighbour]:
@@ -255,6 +272,8 @@ def _obstacles(groups: Sequence[tuple[nn.Module, tuple[str, ...]]], graph: fx.Gr
             other = next((n for n in owners[id(module._parameters["weight"])] if n != names[0]), None)
             if other is not None:
                 return f"its weight is shared with {other}"
+        if is_norm(module) and not is_batch_norm(module):
+            return f"{type(module).__name__} computes its output in its own way"
         if any(name in read for name in names):
             return "its parameters are also read outside its own forward"
         whole = next((outer for name in names for outer in _outer(name) if outer in opaque), None)

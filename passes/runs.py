@@ -17,14 +17,12 @@ from passes.chain import _in_format_of
 from passes.fusion import batch_norm_piece, fuse, refuses
 from passes.geometry import Geometry, Piece, PieceShape
 from passes.host import Host
-from passes.neighbours import Neighbour
+from passes.neighbours import BATCH_NORMS, Neighbour, is_norm
 from passes.result import Outcome, PassResult
 from passes.site import is_layer
 
-__all__ = ["Part", "fuse_runs", "is_batch_norm"]
+__all__ = ["Part", "fuse_runs"]
 
-BATCH_NORMS: dict[type[nn.Module], int | None] = {nn.BatchNorm1d: None, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None}
-"""Spatial dimensions that each takes; None where that is known only of a call."""
 LAYERS: dict[tuple[bool, int], type[nn.Module]] = {
     (False, 1): nn.Conv1d,
     (False, 2): nn.Conv2d,
@@ -55,11 +53,6 @@ class Part:
         return None if calls is None else sum((geometry or self.piece.geometry).macs(c.input_shape) for c in calls)
 
 
-def is_batch_norm(module: nn.Module) -> bool:
-    """Whether it is one of torch's batch norms, not of a subclass, which may compute something else."""
-    return type(module) in BATCH_NORMS and "forward" not in vars(module)
-
-
 def fuse_runs(
     host: Host,
     *,
@@ -82,7 +75,7 @@ def fuse_runs(
     reasons: dict[str, str] = {}
     for name, member in neighbours.items():
         alone = member.reader is None and member.source is None
-        if (is_layer(member.module) or is_batch_norm(member.module)) and wanted(member) and not alone:
+        if (is_layer(member.module) or is_norm(member.module)) and wanted(member) and not alone:
             part = member.keep or _part_of(member)
             if isinstance(part, str):
                 reasons[name] = part
@@ -96,7 +89,7 @@ def fuse_runs(
             if len(part.members) > 1:
                 outcomes |= _put(host, part)
     kept = [n for n, member in neighbours.items() if subject(member) and n not in outcomes]
-    outcomes |= {n: Outcome(n, "kept", reasons.get(n) or _alone(neighbours[n], neighbours, reasons, backward)) for n in kept}
+    outcomes |= {n: Outcome(n, "kept", reasons.get(n) or neighbours[n].keep or _alone(neighbours[n], neighbours, reasons, backward)) for n in kept}
     model = host.commit()
     order = {name: index for index, name in enumerate(neighbours)}
     told = sorted(outcomes.values(), key=lambda o: order.get(o.site, len(order)))

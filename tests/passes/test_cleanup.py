@@ -674,3 +674,37 @@ def test_links_go_both_ways():
     assert found["stem"].no_source == "it reads the input x"
     assert found["scale"].no_reader == "its output is read by the caller of the model"
     assert found["head"].no_source == "it reads mean"
+
+
+class Activated(nn.BatchNorm2d):
+    """A batch norm with an activation of its own, which a trace looks through."""
+
+    def forward(self, x):
+        return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps).relu()
+
+
+@both_hosts
+def test_a_batch_norm_of_ones_own_is_kept_and_said_so(host_of):
+    net = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), Activated(4)))
+    runs_of = by_site(FuseLinearRuns()(host_of(net)[1]))
+    assert runs_of["0"].reason == "its output is read by batch_norm"
+    if host_of is on_module:
+        assert "no call of it is seen: Activated" in by_site(FoldBatchNorm()(host_of(net)[1]))["1"].reason
+    assert "Activated computes its output in its own way" in by_site(FoldBatchNorm()(ModuleHost(net)))["1"].reason
+    assert "Activated computes its output in its own way" in by_site(FuseLinearRuns()(ModuleHost(net)))["0"].reason
+
+
+@both_hosts
+def test_layers_that_are_not_called_are_named(host_of):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    outcomes = by_site(FuseLinearRuns()(host_of(Net())[1]))
+    assert set(outcomes) == ({"used", "unused"} if host_of is on_module else {"used"})
+    if host_of is on_module:
+        assert "is unused" in outcomes["unused"].reason

@@ -244,7 +244,7 @@ class GraphHost(Host):
             value = first.all_input_nodes[0]
             shape = value.meta.get("tensor_meta")
             for target, geometry in steps:
-                with self._graph.inserting_before(last):
+                with self._graph.inserting_before(first):  # where the input is what it was, whatever works in place on it later
                     # created by hand: the target's module comes only with the commit
                     value = self._graph.create_node("call_module", target, (value,))
                 value.meta = {k: v for k, v in last.meta.items() if k != "tensor_meta"}

@@ -39,6 +39,7 @@ class Neighbour:
         keep: why it must stay as it is, or None.
         reader: the module that alone reads its output, and reads nothing else, in every call; None where there is none.
         source: the module whose ``reader`` it is.
+        at_once: whether nothing else at all runs between its calls and those of its reader.
         no_reader: why it has no reader.
         no_source: why it has no source.
     """
@@ -51,6 +52,7 @@ class Neighbour:
     keep: str | None
     reader: str | None = None
     source: str | None = None
+    at_once: bool = False
     no_reader: str | None = None
     no_source: str | None = None
 
@@ -221,7 +223,8 @@ def _linked(
                 no_source = f"it reads {other}: {pairs[other][1]}"
             else:
                 no_source = f"it reads {' and '.join(given) or 'nothing'}"
-        linked[name] = replace(item, reader=reader, no_reader=reason, source=source, no_source=no_source)
+        at_once = reader is not None and all(node.next in node.users for node in nodes[name])
+        linked[name] = replace(item, reader=reader, no_reader=reason, source=source, no_source=no_source, at_once=at_once)
     return linked
 
 

@@ -144,10 +144,9 @@ def _fused(run: Sequence[Part], rule: Callable[[Part, Part], str | None]) -> tup
         left, right = parts[index], parts[index + 1]
         reason = _strangers(left, right) or rule(left, right) or refuses(left.piece, right.piece)
         if reason is None:
-            whole = fuse(left.piece, right.piece)
-            weight = _home(left.members + right.members).module.weight
-            if not all(bool(t.to(weight.dtype).isfinite().all()) for t in (whole.weight, whole.bias) if t is not None):  # type: ignore[arg-type,union-attr]
-                reason = f"the numbers of the fused layer overflow {weight.dtype}"
+            whole, dtype = fuse(left.piece, right.piece), _dtypes(left, right).pop()
+            if not all(bool(t.to(dtype).isfinite().all()) for t in (whole.weight, whole.bias) if t is not None):
+                reason = f"the numbers of the fused layer overflow {dtype}"
             else:
                 parts[index : index + 2] = [Part(left.members + right.members, whole)]
                 index = max(index - 1, 0)  # the one before may now fit
@@ -159,23 +158,36 @@ def _fused(run: Sequence[Part], rule: Callable[[Part, Part], str | None]) -> tup
 
 
 def _strangers(left: Part, right: Part) -> str | None:
-    layers = [m.module.weight for m in left.layers + right.layers]
-    if not layers:
+    dtypes = _dtypes(left, right)
+    if not dtypes:
         return "neither is a layer"
-    devices = {p.weight.device for p in (left.piece, right.piece)}
-    if len({w.dtype for w in layers}) > 1 or len(devices) > 1:
+    if len(dtypes) > 1 or left.piece.weight.device != right.piece.weight.device:
         return "they differ in dtype or device"
+    if _home(left.members + right.members) is None:
+        return "something else runs in between, before the first layer"
     return None
 
 
-def _home(members: Sequence[Neighbour]) -> Neighbour:
-    """The member whose place the fused layer takes."""
-    layers = [m for m in members if is_layer(m.module)]
-    return max(layers, key=lambda m: (m.chain is None, m.module.weight.numel()))  # type: ignore[operator,union-attr]
+def _dtypes(left: Part, right: Part) -> set[torch.dtype]:
+    return {m.module.weight.dtype for m in left.layers + right.layers}  # type: ignore[misc]
+
+
+def _home(members: Sequence[Neighbour]) -> Neighbour | None:
+    """The layer whose place the fused one takes: outside a chain before inside, then the largest; None where there is none to take.
+
+    Inside a module the input is handed to that place unchanged, so nothing that could work in place on it may run before.
+    """
+    layers, waiting = list[Neighbour](), False
+    for member in members:
+        if is_layer(member.module) and not waiting:
+            layers.append(member)
+        waiting = waiting or not member.at_once
+    return max(layers, key=lambda m: (m.chain is None, m.module.weight.numel()), default=None)  # type: ignore[operator,union-attr]
 
 
 def _put(host: Host, part: Part) -> dict[str, Outcome]:
-    home, names = _home(part.members), [m.name for m in part.members]
+    names = [m.name for m in part.members]
+    home = _home(part.members) or part.layers[0]
     effects = host.fuse(names, home.name, _layer(part, home.module))
     parameters = {id(p): p.numel() for m in part.members for p in m.module._parameters.values() if p is not None}
     apart = [Part((m,), Piece("", Geometry.of(m.module), m.module.weight, None)).macs() for m in part.layers]  # type: ignore[arg-type]

@@ -708,3 +708,36 @@ def test_layers_that_are_not_called_are_named(host_of):
     assert set(outcomes) == ({"used", "unused"} if host_of is on_module else {"used"})
     if host_of is on_module:
         assert "is unused" in outcomes["unused"].reason
+
+
+class InPlaceBetween(nn.Module):
+    """Works in place on the input of a run while the run is under way."""
+
+    def __init__(self):
+        super().__init__()
+        self.squeeze, self.core = nn.Conv2d(3, 2, 1, bias=False), nn.Conv2d(2, 3, 3, padding=1)
+        self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        x = x + 1
+        y = self.squeeze(x)
+        x.relu_()
+        z = self.norm(self.core(y))
+        x.relu_().neg_()
+        return self.conv(z) + x
+
+
+@both_hosts
+def test_the_fused_layer_reads_its_input_when_the_first_did(host_of):
+    net = made(InPlaceBetween)
+    model, host = host_of(net)
+    outcomes = by_site(FuseLinearRuns()(host))
+    assert outcomes["squeeze"].reason == "stands for squeeze, core, norm, conv"
+    assert_parity(model(X), net(X))
+    assert_parity(model(-X), net(-X))
+    net.squeeze, net.core = nn.BatchNorm2d(3).eval(), nn.Conv2d(3, 3, 3, padding=0)
+    net.conv = nn.Conv2d(3, 3, 1, padding=1)
+    model, host = host_of(net)
+    outcomes = by_site(FuseLinearRuns()(host))
+    assert outcomes["squeeze"].reason == "with core after it: something else runs in between, before the first layer"
+    assert_parity(model(X), net(X))

@@ -106,6 +106,8 @@ class ModuleHost(Host):
         except BaseException:
             undo()
             raise
+        if self._prepared or self._graphs or self._private:
+            self._neighbours = None
         self._prepared = {}
         return self.model
 

@@ -741,3 +741,14 @@ def test_the_fused_layer_reads_its_input_when_the_first_did(host_of):
     outcomes = by_site(FuseLinearRuns()(host))
     assert outcomes["squeeze"].reason == "with core after it: something else runs in between, before the first layer"
     assert_parity(model(X), net(X))
+
+
+@both_hosts
+@pytest.mark.parametrize("private", [False, True])
+def test_a_host_sees_what_the_pass_before_did(host_of, private):
+    net = Decompose(assignment={"1": Tucker(3, 2)})(ModuleHost(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3)).eval())).model
+    model, _ = host_of(net)
+    results = run_pipeline([FoldBatchNorm(), Reconstruct(), FuseLinearRuns()], host_for(model, X, private=private))
+    assert [r.modified for r in results] == [False, True, True]
+    assert by_site(results[2])["1"].reason == "stands for 0, 1"
+    assert_parity(model(X), net(X))

@@ -12,13 +12,41 @@ from torch import fx, nn
 
 from passes.capture import capture, observe_calls, observe_shapes, trace
 from passes.decompose import Decompose
+from passes.drop_identities import DropIdentities
+from passes.fold_batch_norm import FoldBatchNorm
+from passes.fuse_linear_runs import FuseLinearRuns
 from passes.graph_host import GraphHost
 from passes.host import Host
+from passes.merge_pointwise import MergePointwise
 from passes.module_host import ModuleHost
+from passes.pipeline import Pass, name_of, run_pipeline
 from passes.reconstruct import Reconstruct
 from passes.result import Outcome, PassResult
 
-__all__ = ["Decompose", "GraphHost", "Host", "ModuleHost", "Outcome", "PassResult", "Reconstruct", "capture", "host_for", "observe", "trace"]
+__all__ = [
+    "CLEANUP_PASSES",
+    "Decompose",
+    "DropIdentities",
+    "FoldBatchNorm",
+    "FuseLinearRuns",
+    "GraphHost",
+    "Host",
+    "MergePointwise",
+    "ModuleHost",
+    "Outcome",
+    "Pass",
+    "PassResult",
+    "Reconstruct",
+    "capture",
+    "host_for",
+    "name_of",
+    "observe",
+    "run_pipeline",
+    "trace",
+]
+
+CLEANUP_PASSES: tuple[type[Pass], ...] = (FuseLinearRuns, FoldBatchNorm, MergePointwise, DropIdentities)
+"""Passes after which a network no longer is the architecture that it was made as: it is exported, not saved."""
 
 
 def observe(model: nn.Module, example_inputs: Any) -> Mapping[str, Any]:

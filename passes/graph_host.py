@@ -12,10 +12,12 @@ from torch import fx, nn
 from passes.capture import observe_shapes
 from passes.chain import Chain, ChainInfo, changed_since_cut, cut_chain, cut_layer, has_hooks, merge, original_layer, pieces_of
 from passes.factorization import Factorization
+from passes.fusing import Fusion, layers_of_chains
 from passes.geometry import Geometry, Piece
 from passes.graph_meta import CHAINS
 from passes.host import Host, Undo, site_of
 from passes.kinds import kind_of
+from passes.neighbours import Neighbour, read_neighbours
 from passes.site import Call, Found, Site, find_layers
 
 __all__ = ["GraphHost"]
@@ -41,6 +43,7 @@ class GraphHost(Host):
         self._private = private
         self._observed = observe_shapes(model, example_inputs) if observed is None and example_inputs is not None else observed or {}
         self._undo = Undo()
+        self._neighbours: dict[str, Neighbour] | None = None
         self._read()
 
     def sites(self) -> tuple[Site, ...]:
@@ -65,9 +68,38 @@ class GraphHost(Host):
         self._rewrite(self._runs(site.name)[0], [(site.name, site.geometry)])
         self._prepare(site.name, layer, None)
 
+    def neighbours(self) -> dict[str, Neighbour]:
+        if self._neighbours is None:
+            chains = layers_of_chains({name: self.model.get_submodule(name) for name in self._chains})
+            self._neighbours = read_neighbours(self.model, self._graph, chains=chains, containers=False)
+        return self._neighbours
+
+    def fuse(self, names: Sequence[str], at: str, layer: nn.Module) -> dict[str, str]:
+        fusion = Fusion.of(self.neighbours(), names, at, layer)
+        runs = [[node] for alias in fusion.members[0].aliases for node in self._nodes.get(alias, ())]
+        for run in runs:
+            while len(run) < len(names):
+                run.extend(run[-1].users)
+        self._rewrite(runs, [(at, Geometry.of(layer))])
+        for member in fusion.members:
+            if member.name != at:
+                self._removed += member.aliases
+        self._opened.update(fusion.opened)
+        self._prepare(at, layer, None)
+        return fusion.effects("its nodes are gone")
+
+    def drop(self, name: str) -> str | None:
+        member = self.neighbours()[name]
+        for alias in member.aliases:
+            for node in self._nodes.get(alias, ()):
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                self._graph.erase_node(node)
+        self._removed += member.aliases
+        return None
+
     def commit(self) -> nn.Module:
         self._undo = undo = Undo()
-        if not self._prepared:
+        if not self._prepared and not self._removed:
             return self.model
         model = self.model
         try:
@@ -77,8 +109,14 @@ class GraphHost(Host):
                 chains.pop(name, None)
                 if info is not None:
                     chains[name] = info
+            for name in self._removed:
+                self._unplace(name, undo)
+            for name in self._opened:
+                chains.pop(name, None)
             self._graph.lint()
-            meta, graph = dict(model.meta), model.graph
+            meta, graph, observed = dict(model.meta), model.graph, self._observed
+            undo.later(lambda: setattr(self, "_observed", observed))
+            self._observed = {}  # from here on the nodes know, and their names are given anew
             undo.later(lambda: setattr(model, "meta", meta))
             undo.later(lambda: setattr(model, "graph", graph))
             model.graph = self._graph
@@ -103,6 +141,16 @@ class GraphHost(Host):
             path, _, child = alias.rpartition(".")
             undo.assign(self.model.get_submodule(path)._modules, child, module)
 
+    def _unplace(self, alias: str, undo: Undo) -> None:
+        """Take out a module that no node calls any more, and the containers that it leaves empty."""
+        path, _, child = alias.rpartition(".")
+        undo.remove(self.model.get_submodule(path)._modules, child)
+        holder = self.model.get_submodule(path)
+        while path and type(holder) is nn.Module and not (holder._modules or holder._parameters or holder._buffers):
+            path, _, child = path.rpartition(".")
+            holder = self.model.get_submodule(path)
+            undo.remove(holder._modules, child)
+
     def _read(self) -> None:
         """Everything that is derived from the model, anew."""
         self._chains: Mapping[str, ChainInfo] = self.model.meta.get(CHAINS, {})
@@ -114,6 +162,9 @@ class GraphHost(Host):
             if node.op == "call_module":
                 self._nodes.setdefault(node.target, []).append(node)
         self._prepared: dict[str, tuple[nn.Module, ChainInfo | None]] = {}
+        self._removed: list[str] = []
+        self._opened: set[str] = set()
+        self._neighbours = None
         found = find_layers(self.model)
         self._aliases = {f.names[0]: f.names for f in found}
         self._order: list[tuple[str, str | None]] = []  # names and reasons only: no layer is to be kept alive by this list
@@ -193,7 +244,7 @@ class GraphHost(Host):
             value = first.all_input_nodes[0]
             shape = value.meta.get("tensor_meta")
             for target, geometry in steps:
-                with self._graph.inserting_before(last):
+                with self._graph.inserting_before(first):  # where the input is what it was, whatever works in place on it later
                     # created by hand: the target's module comes only with the commit
                     value = self._graph.create_node("call_module", target, (value,))
                 value.meta = {k: v for k, v in last.meta.items() if k != "tensor_meta"}

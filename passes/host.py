@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from passes.chain import Chain, ChainInfo, changed_since_cut, merged_piece, pieces_of
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
+from passes.neighbours import Neighbour
 from passes.site import Call, Found, Site
 
 __all__ = ["Host", "Undo", "site_of"]
@@ -31,6 +32,19 @@ class Host(Protocol):
     def restore(self, site: Site, piece: Piece) -> None:
         """Prepare the original layer, with the numbers of ``piece``, in the place of the site's chain."""
 
+    def neighbours(self) -> Mapping[str, Neighbour]:
+        """All modules that the model calls, by first name, each with the one that alone reads its output, where that is proved."""
+
+    def fuse(self, names: Sequence[str], at: str, layer: nn.Module) -> Mapping[str, str]:
+        """Prepare ``layer`` in the place of ``at``, for all modules of ``names``, each the reader of the one before.
+
+        Returns:
+            What becomes of the others, and of the chains whose layers they are, by name.
+        """
+
+    def drop(self, name: str) -> str | None:
+        """Prepare a module that gives its input back to be called no more; or why that cannot be."""
+
     def commit(self) -> nn.Module:
         """Put everything that was prepared in its place and return the model; after an error the model is as before."""
 
@@ -48,6 +62,16 @@ class Undo:
         before = slots[key]
         self.later(lambda: slots.__setitem__(key, before))
         slots[key] = module
+
+    def remove(self, slots: dict[str, nn.Module | None], key: str) -> None:
+        before = dict(slots)
+
+        def put_back() -> None:  # all of them, so that the order holds
+            slots.clear()
+            slots.update(before)
+
+        self.later(put_back)
+        del slots[key]
 
     def later(self, step: Callable[[], None]) -> None:
         """Have this done when everything is taken back."""

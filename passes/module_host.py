@@ -6,16 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from passes.capture import observe_calls
+from passes.capture import observe_calls, private_copy, run, trace
 from passes.chain import Chain, ChainInfo, chain_module, cut_chain, cut_layer, original_layer
+from passes.errors import SurgeryError, SurgeryValueError
 from passes.factorization import Factorization
+from passes.fusing import Fusion, layers_of_chains, place_in_modules
 from passes.geometry import Piece
 from passes.graph_host import GraphHost
 from passes.graph_meta import decomposed_graphs
 from passes.host import Host, Undo, site_of
-from passes.site import Call, Found, Site, find_layers
+from passes.neighbours import Neighbour, read_neighbours, sequence_graph, unproved
+from passes.parity import assert_parity
+from passes.site import Call, Found, Site, find_layers, named_groups
 
 __all__ = ["ModuleHost"]
 
@@ -25,7 +30,8 @@ class ModuleHost(Host):
 
     Args:
         model: the module; if it is itself a layer or a chain, ``commit`` returns its replacement.
-        example_inputs: with them, sites know their calls. A tensor, a tuple of positional or a mapping of keyword arguments.
+        example_inputs: with them, sites know their calls, and a verified trace can prove who reads what. A tensor, a tuple of positional or a
+            mapping of keyword arguments.
         observed: the calls, where they are known already (see ``observe_calls``).
         private: see ``Host``.
     """
@@ -35,8 +41,10 @@ class ModuleHost(Host):
     ) -> None:
         self.model = model
         self._private = private
+        self._inputs = example_inputs
         self._calls = observe_calls(model, example_inputs) if observed is None and example_inputs is not None else observed
         self._graphs = {name: GraphHost(graph, private=private) for name, graph in decomposed_graphs(model).items()}
+        self._neighbours: dict[str, Neighbour] | None = None
         self._find()
         self._prepared: dict[str, nn.Module] = {}
         self._undo = Undo()
@@ -72,17 +80,34 @@ class ModuleHost(Host):
         info: ChainInfo = chain.__dict__["_surgery"]
         self._prepare(site.name, original_layer(info, piece, dict(chain.named_children()), hooks_from=chain))
 
+    def neighbours(self) -> dict[str, Neighbour]:
+        if self._neighbours is None:
+            self._neighbours = self._prove_neighbours()
+        return self._neighbours
+
+    def fuse(self, names: Sequence[str], at: str, layer: nn.Module) -> dict[str, str]:
+        fusion = Fusion.of(self.neighbours(), names, at, layer)
+        self._fusions.append(fusion)
+        return fusion.effects("now an Identity: its parent calls it")
+
+    def drop(self, name: str) -> str | None:
+        return "its parent calls it; on the graph (surgery.trace) its node can go"
+
     def commit(self) -> nn.Module:
         self._undo = undo = Undo()
+        expected = self._output() if self._fusions and self._traced else None
         try:
             for graph in self._graphs.values():
                 graph.commit()
                 undo.later(graph.rollback)
             for name, module in self._prepared.items():
                 self._place(name, module, undo)
+            self._place_fusions(expected, undo)
         except BaseException:
             undo()
             raise
+        if self._prepared or self._graphs or self._private:
+            self._neighbours = None
         self._prepared = {}
         return self.model
 
@@ -94,6 +119,9 @@ class ModuleHost(Host):
         """Layers and chains outside decomposed graphs by name, and the order of all: the graphs' own stand where their first layer does."""
         self._found: dict[str, Found] = {}
         self._order: list[str] = []
+        self._neighbours = None
+        self._fusions: list[Fusion] = []
+        self._traced = False
         self._astride: set[str] = set()  # names of layers that are both inside a decomposed graph and outside of it
         for found in find_layers(self.model):
             name, graphs = found.names[0], {self._graph_around(name) for name in found.names}
@@ -106,6 +134,56 @@ class ModuleHost(Host):
                 self._order.append(name)
             elif graph not in self._order:
                 self._order.append(graph)
+
+    def _prove_neighbours(self) -> dict[str, Neighbour]:
+        """By a verified trace where there are inputs and it can be had, else by structure, else not at all."""
+        chains = layers_of_chains({n[0]: m for m, n in named_groups(self.model) if isinstance(m, Chain)})
+        graph, reason = sequence_graph(self.model), "not provable without example_inputs: code of its own may read what goes between its layers"
+        self._traced = False
+        if self._inputs is not None:
+            try:
+                graph, self._traced = trace(self.model, self._inputs).graph, True
+            except SurgeryValueError:  # it does not accept the inputs
+                raise
+            except SurgeryError as error:
+                reason = f"not provable: {str(error).partition(';')[0]}"
+        if graph is None:
+            return unproved(self.model, reason, chains)
+        inner = {n[0]: graph for _, n in named_groups(self.model) for graph in (self._graph_around(n[0]),) if graph is not None}
+        keep = {name: f"it is a layer of the decomposed graph {graph}; clean that graph up by itself" for name, graph in inner.items()}
+        return read_neighbours(self.model, graph, chains=chains, containers=True, keep=keep, calls=self._calls)
+
+    def _place_fusions(self, expected: Any, undo: Undo) -> None:
+        """Fused layers in their places, believed where a trace was the proof only if the model still computes what it did."""
+        if not self._fusions:
+            return
+        place_in_modules(self.model, self._fusions, undo)
+        if expected is not None:
+            try:
+                assert_parity(self._output(), expected, training=True, what="the model before and after")
+            except SurgeryError as error:
+                raise SurgeryError(
+                    f"{type(self.model).__name__} no longer computes the same with {', '.join(f.at for f in self._fusions)} fused ({error}): its "
+                    "code reads more of these layers than their outputs; work on its graph instead (surgery.trace)"
+                ) from error
+        if self._calls is not None:
+            before, calls = self._calls, dict(self._calls)
+            undo.later(lambda: setattr(self, "_calls", before))
+            for fusion in self._fusions:
+                calls |= {m.name: m.calls for n in fusion.opened for m in self.neighbours().values() if m.chain == n and m.calls is not None}
+            for fusion in self._fusions:
+                for member in fusion.members:
+                    calls.pop(member.name, None)
+                if fusion.calls is not None:
+                    calls[fusion.at] = fusion.calls
+            self._calls = calls
+        self._find()
+
+    def _output(self) -> Any:
+        """The model's output on its example inputs, from a copy, always with the same random numbers."""
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            return run(private_copy(self.model), self._inputs)
 
     def _prepare(self, name: str, module: nn.Module) -> None:
         if self._private:

@@ -14,7 +14,7 @@ from passes.errors import SurgeryValueError
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
 
-__all__ = ["Call", "Found", "Site", "find_layers", "is_layer", "named_groups", "reason_to_keep"]
+__all__ = ["Call", "Found", "Site", "find_layers", "held_outside", "is_layer", "named_groups", "reason_to_keep"]
 
 PLAIN_LAYERS: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
@@ -129,7 +129,7 @@ def find_layers(model: nn.Module) -> tuple[Found, ...]:
         for reader, children in READERS.items():
             if isinstance(module, reader):
                 readers |= {id(getattr(module, child)): f"{names[0] or 'the model'} ({reader.__name__})" for child in children}
-    holders = dict(_held_outside(groups))
+    holders = dict(held_outside(groups))
     found = []
     for module, names in groups:
         held = holders.get(id(module))
@@ -147,7 +147,7 @@ def find_layers(model: nn.Module) -> tuple[Found, ...]:
     return tuple(found)
 
 
-def _held_outside(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> Iterator[tuple[int, str]]:
+def held_outside(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> Iterator[tuple[int, str]]:
     """Modules that are also held in a plain list, tuple, set or dict of some module, where a replacement would not reach, and why to keep them."""
     for holder, names in groups:
         for attribute, value in vars(holder).items():

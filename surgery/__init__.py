@@ -20,6 +20,7 @@ from surgery.benchmark import Benchmark, benchmark
 from surgery.checkpoint import load, save
 from surgery.decompose import decompose
 from surgery.decompose import plan as _plan
+from surgery.deploy import deploy
 from surgery.export import ExportReport, export_onnx, export_torchscript
 from surgery.plan import Plan
 from surgery.reconstruct import reconstruct
@@ -54,6 +55,7 @@ __all__ = [
     "benchmark",
     "capture",
     "decompose",
+    "deploy",
     "export_onnx",
     "export_torchscript",
     "load",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes import Host, host_for
+from passes import CLEANUP_PASSES, Host, host_for
 from passes.capture import private_copy
 from passes.decompose import refusal_of
 from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
@@ -21,7 +21,7 @@ from passes.site import Call, Site
 from surgery.decompose import usable_model
 from surgery.files import temporary_beside
 from surgery.plan import Plan
-from surgery.record import SiteRecord, SurgeryRecord, records_by_name, whole_record, write_record
+from surgery.record import SiteRecord, SurgeryRecord, passes_of, records_by_name, whole_record, write_record
 from surgery.report import NOT_DECOMPOSED
 
 __all__ = ["PLAN_FILE", "WEIGHTS_FILE", "load", "read_architecture", "save"]
@@ -38,12 +38,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         SurgeryTypeError: a wrapped model, or one whose state dict holds something other than tensors.
-        SurgeryValueError: ``path`` exists and is not a folder that ``save`` wrote.
+        SurgeryValueError: ``path`` exists and is not a folder that ``save`` wrote, or clean-up passes have changed the model's architecture.
         OSError: the folder cannot be written.
     """
     from safetensors.torch import save_file
 
     usable_model(model)
+    _check_architecture(model)
     folder = Path(path).resolve()
     _check_replaceable(folder)
     records = records_by_name(model)
@@ -95,6 +96,17 @@ def read_architecture(path: str | os.PathLike[str]) -> str | None:
     """The registry name that a saved model was made from, or None where it was made otherwise."""
     file = Path(path) / WEIGHTS_FILE
     return _record_from_text(_open(file, lambda f: f.metadata() or {}).get(METADATA, "{}"), file).architecture
+
+
+def _check_architecture(model: nn.Module) -> None:
+    """A network that clean-up passes have changed could not be filled into a fresh instance of its class."""
+    names = {step.__name__ for step in CLEANUP_PASSES}
+    ran = [name for name in passes_of(model) if name in names]
+    if ran:
+        raise SurgeryValueError(
+            f"model: {' and '.join(dict.fromkeys(ran))} changed its architecture, and load could not rebuild it from a fresh instance; export it "
+            "(surgery.export_onnx, surgery.export_torchscript), or save the network from before"
+        )
 
 
 def _check_replaceable(folder: Path) -> None:

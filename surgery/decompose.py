@@ -98,9 +98,11 @@ def decompose(
                 record = SurgeryRecord(
                     sites=merged_sites(before, sites, result.outcomes),
                     passes=old.passes + (("Decompose",) if result.modified else ()),
-                    macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites),
+                    macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (old.fused_macs or 0),
                     input_shapes=seen.input_shapes or old.input_shapes,
                     architecture=old.architecture,
+                    fused_params=old.fused_params,
+                    fused_macs=old.fused_macs,
                 )
                 write_record(result.model, record)
             except BaseException:

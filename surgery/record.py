@@ -35,6 +35,8 @@ class SurgeryRecord:
         macs: of one forward pass of the original network; None where no example inputs were given.
         input_shapes: shapes of all tensors in the example inputs.
         architecture: the registry name that the model was made from, if it was.
+        fused_params: parameters that clean-up passes took away, beyond what the rows of chains show; negative where they added some.
+        fused_macs: the same of MACs; None where they are not known.
     """
 
     sites: tuple[SiteRecord, ...] = ()
@@ -42,6 +44,8 @@ class SurgeryRecord:
     macs: int | None = None
     input_shapes: tuple[tuple[int, ...], ...] | None = None
     architecture: str | None = None
+    fused_params: int = 0
+    fused_macs: int | None = 0
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -130,13 +130,14 @@ def report(model: nn.Module) -> Report:
         else:
             saved_macs += row.macs_before - row.macs_after
     params = sum(p.numel() for p in inner.parameters())
-    macs = record.macs if record is not None and not unknown else None
+    fused_params, fused_macs = (record.fused_params, record.fused_macs) if record is not None else (0, 0)
+    macs = record.macs if record is not None and not unknown and fused_macs is not None else None
     return Report(
         layers=tuple(rows),
-        params_before=params + saved_params,
+        params_before=params + saved_params + fused_params,
         params_after=params,
         macs_before=macs,
-        macs_after=None if macs is None else macs - saved_macs,
+        macs_after=None if macs is None else macs - saved_macs - (fused_macs or 0),
         passes=passes_of(inner),
     )
 

@@ -26,6 +26,7 @@ __all__ = [
     "merged_piece",
     "original_layer",
     "pieces_of",
+    "plain_layer",
     "weightless",
     "without_hooks",
 ]
@@ -204,9 +205,11 @@ def original_layer(info: ChainInfo, piece: Piece, layers: dict[str, nn.Module], 
     layer = copy.copy(info.original)
     core = max(layers.values(), key=lambda m: m.weight.numel())  # type: ignore[operator,union-attr]
     trainable = any(m.weight.requires_grad for m in layers.values())  # type: ignore[union-attr]
-    weight = _in_format_of(piece.weight.detach(), core.weight)  # type: ignore[arg-type]
+    weight = piece.weight
+    if not isinstance(weight, nn.Parameter):
+        weight = nn.Parameter(_in_format_of(weight.detach(), core.weight), requires_grad=trainable)  # type: ignore[arg-type]
     own = dict(info.original._parameters)
-    own["weight"] = nn.Parameter(weight, requires_grad=trainable)
+    own["weight"] = weight
     own["bias"] = list(layers.values())[-1]._parameters["bias"]
     layer.__dict__["_parameters"] = own
     layer.training = core.training
@@ -216,9 +219,10 @@ def original_layer(info: ChainInfo, piece: Piece, layers: dict[str, nn.Module], 
     return layer
 
 
-def _build_layer(piece: Piece, layer: nn.Module, weight: Tensor) -> nn.Module:
+def plain_layer(piece: Piece, bias: Tensor | None) -> nn.Module:
+    """The layer of torch with a piece's geometry and weight, and this bias; a weight or bias that is a parameter is shared, not copied."""
     g = piece.geometry
-    has_bias = piece.bias is not None
+    has_bias = bias is not None
     built: nn.Module
     if g.is_linear:
         built = nn.Linear(g.in_channels, g.out_channels, has_bias, device="meta")
@@ -229,10 +233,20 @@ def _build_layer(piece: Piece, layer: nn.Module, weight: Tensor) -> nn.Module:
         built = CONVOLUTIONS[g.dims](
             g.in_channels, g.out_channels, g.kernel, g.stride, g.padding, g.dilation, g.groups, has_bias, g.padding_mode, device="meta"
         )
-    numbers = _in_format_of(piece.weight.detach().to(device=weight.device, dtype=weight.dtype), weight)
-    built._parameters["weight"] = nn.Parameter(numbers, requires_grad=weight.requires_grad)
-    built._parameters["bias"] = layer._parameters["bias"] if has_bias else None
-    return built.train(layer.training)
+    built._parameters["weight"] = _parameter(piece.weight)
+    built._parameters["bias"] = None if bias is None else _parameter(bias)
+    return built
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+def _build_layer(piece: Piece, layer: nn.Module, weight: Tensor) -> nn.Module:
+    if not isinstance(piece.weight, nn.Parameter):
+        numbers = _in_format_of(piece.weight.detach().to(device=weight.device, dtype=weight.dtype), weight)
+        piece = Piece(piece.name, piece.geometry, nn.Parameter(numbers, requires_grad=weight.requires_grad), piece.bias)
+    return plain_layer(piece, layer._parameters["bias"] if piece.bias is not None else None).train(layer.training)
 
 
 def _in_format_of(tensor: Tensor, like: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.capture import observe_shapes
 from passes.chain import Chain, ChainInfo, changed_since_cut, cut_chain, cut_layer, has_hooks, merge, original_layer, pieces_of
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
@@ -17,6 +16,7 @@ from passes.graph_meta import CHAINS
 from passes.host import Host, Undo, site_of
 from passes.kinds import kind_of
 from passes.site import Call, Found, Site, find_layers
+from passes.watching import Observation, observe_graph
 
 __all__ = ["GraphHost"]
 
@@ -30,16 +30,15 @@ class GraphHost(Host):
     Args:
         model: the graph module.
         example_inputs: with them, shapes are measured anew.
-        observed: the shapes, where they are known already (see ``observe_shapes``).
+        observed: what the inputs tell, where it is known already (see ``observe_graph``).
         private: see ``Host``.
     """
 
-    def __init__(
-        self, model: fx.GraphModule, example_inputs: Any = None, *, observed: Mapping[str, Any] | None = None, private: bool = False
-    ) -> None:
+    def __init__(self, model: fx.GraphModule, example_inputs: Any = None, *, observed: Observation | None = None, private: bool = False) -> None:
         self.model = model
         self._private = private
-        self._observed = observe_shapes(model, example_inputs) if observed is None and example_inputs is not None else observed or {}
+        seen = observe_graph(model, example_inputs) if observed is None and example_inputs is not None else observed
+        self._observed: Mapping[str, Any] = {} if seen is None else seen.shapes
         self._undo = Undo()
         self._read()
 
@@ -108,11 +107,15 @@ class GraphHost(Host):
         self._chains: Mapping[str, ChainInfo] = self.model.meta.get(CHAINS, {})
         self._graph = copy.deepcopy(self.model.graph)
         self._nodes: dict[str, list[fx.Node]] = {}
+        self._readers: dict[str, str] = {}  # by name of a layer, the node that reads its weight or bias by itself
         for node in self._graph.nodes:
             if node.name in self._observed:
                 node.meta["tensor_meta"] = self._observed[node.name]
             if node.op == "call_module":
                 self._nodes.setdefault(node.target, []).append(node)
+            elif node.op == "get_attr":
+                layer, _, key = node.target.rpartition(".")
+                self._readers.setdefault(layer, f"its {key} is read by node {node.name} (get_attr)")
         self._prepared: dict[str, tuple[nn.Module, ChainInfo | None]] = {}
         found = find_layers(self.model)
         self._aliases = {f.names[0]: f.names for f in found}
@@ -134,6 +137,7 @@ class GraphHost(Host):
     def _layer_site(self, name: str, keep: str | None) -> Site:
         module, names = self.model.get_submodule(name), self._aliases[name]
         nodes = [node for alias in names for node in self._nodes.get(alias, ())]
+        keep = keep or next((self._readers[alias] for alias in names if alias in self._readers), None)
         if not nodes:
             keep = keep or "no node of the graph calls it: it is unused, or inside a module that the graph calls as a whole"
         elif has_hooks(module):
@@ -150,6 +154,7 @@ class GraphHost(Host):
         weight = next(iter(layers.values()))._parameters["weight"]
         bias = list(layers.values())[-1]._parameters["bias"]
         runs, broken = self._runs(name)
+        read = next((self._readers[f"{a}.{child}"] for a in self._aliases[name] for child in layers if f"{a}.{child}" in self._readers), None)
         return Site(
             name=name,
             aliases=self._aliases[name],
@@ -159,7 +164,7 @@ class GraphHost(Host):
             dtype=weight.dtype,  # type: ignore[union-attr]
             device=weight.device,  # type: ignore[union-attr]
             calls=_calls(runs),
-            keep=broken or changed_since_cut(layers, info),
+            keep=broken or read or changed_since_cut(layers, info),
             chain=info.factorization,
             read_weight=lambda: merge(pieces_of(self._layers(name)), info).weight.detach(),
             read_pieces=lambda: pieces_of(self._layers(name)),

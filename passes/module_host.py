@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from passes.capture import observe_calls
 from passes.chain import Chain, ChainInfo, cut_chain, cut_layer, original_layer
 from passes.factorization import Factorization
 from passes.geometry import Piece
@@ -16,6 +15,7 @@ from passes.graph_host import GraphHost
 from passes.graph_meta import decomposed_graphs
 from passes.host import Host, Undo, site_of
 from passes.site import Call, Found, Site, find_layers
+from passes.watching import Observation, observe_module
 
 __all__ = ["ModuleHost"]
 
@@ -25,17 +25,18 @@ class ModuleHost(Host):
 
     Args:
         model: the module; if it is itself a layer or a chain, ``commit`` returns its replacement.
-        example_inputs: with them, sites know their calls. A tensor, a tuple of positional or a mapping of keyword arguments.
-        observed: the calls, where they are known already (see ``observe_calls``).
+        example_inputs: with them, sites know their calls and who else reads their weights. A tensor, a tuple of positional or a mapping of
+            keyword arguments.
+        observed: what the inputs tell, where it is known already (see ``observe_module``).
         private: see ``Host``.
     """
 
-    def __init__(
-        self, model: nn.Module, example_inputs: Any = None, *, observed: Mapping[str, tuple[Call, ...]] | None = None, private: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Any = None, *, observed: Observation | None = None, private: bool = False) -> None:
         self.model = model
         self._private = private
-        self._calls = observe_calls(model, example_inputs) if observed is None and example_inputs is not None else observed
+        seen = observe_module(model, example_inputs) if observed is None and example_inputs is not None else observed
+        self._calls: Mapping[str, tuple[Call, ...]] | None = None if seen is None else seen.calls
+        self._readers: Mapping[str, str] = {} if seen is None else seen.readers
         self._graphs = {name: GraphHost(graph, private=private) for name, graph in decomposed_graphs(model).items()}
         self._find()
         self._prepared: dict[str, nn.Module] = {}
@@ -102,7 +103,8 @@ class ModuleHost(Host):
                 self._astride.update(found.names)
                 found = replace(found, keep=f"it is both in a decomposed graph and outside of it ({', '.join(found.names)})")
             if graphs or graph is None:
-                self._found[name] = found
+                read = None if isinstance(found.module, Chain) else self._readers.get(name)
+                self._found[name] = replace(found, keep=found.keep or read)
                 self._order.append(name)
             elif graph not in self._order:
                 self._order.append(graph)
@@ -135,7 +137,7 @@ class ModuleHost(Host):
         ends = (site.pieces[0].name, site.pieces[-1].name) if site.chain is not None else None
         calls = self._calls_of(*((f"{name}.{end}" for end in ends) if ends else (name, name)))
         shared = next((other for other in sorted(self._astride) if other.startswith(name + ".")), None)
-        keep = site.keep or (f"its layer {shared} is also used outside of its graph" if shared else None)
+        keep = site.keep or (f"its layer {shared} is also used outside of its graph" if shared else self._readers.get(name))
         return replace(site, name=name, aliases=tuple(f"{graph}.{alias}" for alias in site.aliases), calls=calls, keep=keep)
 
     def _calls_of(self, first: str, last: str) -> tuple[Call, ...] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from passes.chain import Chain
 from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.factorization import Factorization, Keep
+from passes.recording import RecordedGraph
 from passes.svd import SVD
 from passes.tucker import Tucker
 from surgery import ranks
@@ -37,6 +38,7 @@ __all__ = [
     "MissingExtra",
     "ParityError",
     "Plan",
+    "RecordedGraph",
     "Report",
     "SurgeryError",
     "SurgeryTypeError",

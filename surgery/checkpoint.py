@@ -18,6 +18,7 @@ from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Factorization, Keep
 from passes.kinds import kind_of
 from passes.site import Call, Site
+from passes.watching import FunctionUse
 from surgery.decompose import usable_model
 from surgery.files import temporary_beside
 from surgery.plan import Plan
@@ -212,7 +213,18 @@ def _record_to_data(record: SurgeryRecord) -> dict[str, Any]:
         for site in record.sites
     ]
     rest = {name: getattr(record, name) for name in ("passes", "macs", "input_shapes", "architecture")}
-    return {"version": 1, "sites": sites} | rest
+    functions = [
+        {
+            "module": function.module,
+            "function": function.function,
+            "weight": function.weight,
+            "weight_shape": function.weight_shape,
+            "calls": [[c.input_shape, c.output_shape] for c in function.calls],
+            "macs": function.macs,
+        }
+        for function in record.functions
+    ]
+    return {"version": 1, "sites": sites, "functions": functions} | rest
 
 
 def _record_from_text(text: str, file: Path) -> SurgeryRecord:
@@ -233,6 +245,17 @@ def _record_from_text(text: str, file: Path) -> SurgeryRecord:
             macs=None if data.get("macs") is None else _of(int, data["macs"]),
             input_shapes=None if data.get("input_shapes") is None else tuple(_shape(s) for s in data["input_shapes"]),
             architecture=None if data.get("architecture") is None else _of(str, data["architecture"]),
+            functions=tuple(
+                FunctionUse(
+                    module=_of(str, item["module"]),
+                    function=_of(str, item["function"]),
+                    weight=_of(str, item["weight"]),
+                    weight_shape=_shape(item["weight_shape"]),
+                    calls=tuple(Call(_shape(a), _shape(b)) for a, b in item["calls"]),
+                    macs=_of(int, item["macs"]),
+                )
+                for item in data.get("functions", [])
+            ),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SurgeryValueError(f"{file}: its surgery record is damaged ({type(error).__name__}: {error})") from error

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes import Decompose, host_for, observe
+from passes import Decompose, Observation, host_for, observe
 from passes.capture import private_copy
 from passes.chain import Chain
 from passes.errors import SurgeryTypeError, SurgeryValueError
@@ -24,7 +24,7 @@ from surgery.plan import Plan
 from surgery.planning import Draft, Options
 from surgery.progress import site_progress
 from surgery.ranks.rules import Rule
-from surgery.record import SurgeryRecord, merged_sites, read_record, records_by_name, unwrap, write_record
+from surgery.record import SurgeryRecord, functions_of, merged_sites, read_record, records_by_name, unwrap, write_record
 
 __all__ = ["Ranks", "decompose", "plan", "usable_model"]
 
@@ -99,6 +99,7 @@ def decompose(
                     macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites),
                     input_shapes=seen.input_shapes or old.input_shapes,
                     architecture=old.architecture,
+                    functions=functions_of(target) if seen.observed is None else seen.observed.functions,
                 )
                 write_record(result.model, record)
             except BaseException:
@@ -159,7 +160,7 @@ def usable_model(model: Any) -> None:
 class Seen:
     """One forward pass of the example inputs: what a host learns from it, the MACs that ran, and the shapes of the inputs; None without inputs."""
 
-    observed: Mapping[str, Any] | None = None
+    observed: Observation | None = None
     macs: int | None = None
     input_shapes: tuple[tuple[int, ...], ...] | None = None
 

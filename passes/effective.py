@@ -16,10 +16,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from passes.chain import HOOKS, plain_layer
-from passes.copying import private_copy
 from passes.errors import ParityError
 from passes.geometry import Geometry, Piece
 from passes.parity import assert_parity
+from passes.running import private_copy
 
 __all__ = ["effective_layer"]
 

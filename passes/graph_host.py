@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.capture import observe_shapes
 from passes.chain import Chain, ChainInfo, changed_since_cut, cut_chain, cut_layer, has_hooks, merge, original_layer, pieces_of
+from passes.effective import effective_layer
 from passes.factorization import Factorization
 from passes.fusing import Fusion, layers_of_chains
 from passes.geometry import Geometry, Piece
@@ -19,6 +19,7 @@ from passes.host import Host, Undo, site_of
 from passes.kinds import kind_of
 from passes.neighbours import Neighbour, read_neighbours
 from passes.site import Call, Found, Site, find_layers
+from passes.watching import Observation, observe_graph
 
 __all__ = ["GraphHost"]
 
@@ -32,16 +33,25 @@ class GraphHost(Host):
     Args:
         model: the graph module.
         example_inputs: with them, shapes are measured anew.
-        observed: the shapes, where they are known already (see ``observe_shapes``).
+        observed: what the inputs tell, where it is known already (see ``observe_graph``).
         private: see ``Host``.
+        effective_weights: as for ``ModuleHost``.
     """
 
     def __init__(
-        self, model: fx.GraphModule, example_inputs: Any = None, *, observed: Mapping[str, Any] | None = None, private: bool = False
+        self,
+        model: fx.GraphModule,
+        example_inputs: Any = None,
+        *,
+        observed: Observation | None = None,
+        private: bool = False,
+        effective_weights: bool = False,
     ) -> None:
         self.model = model
+        self._plain = effective_layer if effective_weights else None
         self._private = private
-        self._observed = observe_shapes(model, example_inputs) if observed is None and example_inputs is not None else observed or {}
+        seen = observe_graph(model, example_inputs) if observed is None and example_inputs is not None else observed
+        self._observed: Mapping[str, Any] = {} if seen is None else seen.shapes
         self._undo = Undo()
         self._neighbours: dict[str, Neighbour] | None = None
         self._read()
@@ -49,10 +59,9 @@ class GraphHost(Host):
     def sites(self) -> tuple[Site, ...]:
         return tuple(self._chain_site(name) if name in self._chains else self._layer_site(name, keep) for name, keep in self._order)
 
-    def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> None:
+    def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> tuple[Piece, ...]:
         if site.chain is None:
-            layer = self.model.get_submodule(site.name)
-            layers, info = cut_layer(layer, factorization, pieces)
+            layers, info = cut_layer(self._layer(site.name), factorization, pieces)
             runs = [[node] for alias in site.aliases for node in self._nodes.get(alias, ())]
         else:
             layers, info = cut_chain(self._layers(site.name), self._chains[site.name], factorization, pieces)
@@ -62,11 +71,13 @@ class GraphHost(Host):
             container.add_module(name, layer)
         self._rewrite(runs, [(f"{site.name}.{piece.name}", piece.geometry) for piece in pieces])
         self._prepare(site.name, container.train(next(iter(layers.values())).training), info)
+        return pieces_of(layers)
 
-    def restore(self, site: Site, piece: Piece) -> None:
+    def restore(self, site: Site, piece: Piece) -> Piece:
         layer = original_layer(self._chains[site.name], piece, self._layers(site.name))
         self._rewrite(self._runs(site.name)[0], [(site.name, site.geometry)])
         self._prepare(site.name, layer, None)
+        return pieces_of({"": layer})[0]
 
     def neighbours(self) -> dict[str, Neighbour]:
         if self._neighbours is None:
@@ -156,16 +167,22 @@ class GraphHost(Host):
         self._chains: Mapping[str, ChainInfo] = self.model.meta.get(CHAINS, {})
         self._graph = copy.deepcopy(self.model.graph)
         self._nodes: dict[str, list[fx.Node]] = {}
+        self._readers: dict[str, str] = {}  # by name of a layer, the node that reads its weight or bias by itself
         for node in self._graph.nodes:
             if node.name in self._observed:
                 node.meta["tensor_meta"] = self._observed[node.name]
             if node.op == "call_module":
                 self._nodes.setdefault(node.target, []).append(node)
+            elif node.op == "get_attr":
+                layer, _, key = node.target.rpartition(".")
+                self._readers.setdefault(layer, f"its {key} is read by node {node.name} (get_attr)")
         self._prepared: dict[str, tuple[nn.Module, ChainInfo | None]] = {}
         self._removed: list[str] = []
         self._opened: set[str] = set()
         self._neighbours = None
-        found = find_layers(self.model)
+        found = find_layers(self.model, self._plain)
+        self._amount_to = {f.names[0]: f.module for f in found if f.module is not self.model.get_submodule(f.names[0])}
+        self._tied: dict[str, str] = {}
         self._aliases = {f.names[0]: f.names for f in found}
         self._order: list[tuple[str, str | None]] = []  # names and reasons only: no layer is to be kept alive by this list
         owners = {f"{name}.{child}": name for name in self._chains for child, _ in self.model.get_submodule(name).named_children()}
@@ -175,6 +192,8 @@ class GraphHost(Host):
             if name not in seen:
                 self._order.append((name, item.keep))
                 seen.add(name)
+                if item.tied_to is not None:
+                    self._tied[name] = owners.get(item.tied_to, item.tied_to)
                 if name in self._chains:
                     child = item.names[0].removeprefix(name)
                     self._aliases[name] = tuple(alias.removesuffix(child) for alias in item.names)
@@ -183,8 +202,9 @@ class GraphHost(Host):
         return dict(self.model.get_submodule(name).named_children())
 
     def _layer_site(self, name: str, keep: str | None) -> Site:
-        module, names = self.model.get_submodule(name), self._aliases[name]
+        module, names = self._layer(name), self._aliases[name]
         nodes = [node for alias in names for node in self._nodes.get(alias, ())]
+        keep = keep or next((self._readers[alias] for alias in names if alias in self._readers), None)
         if not nodes:
             keep = keep or "no node of the graph calls it: it is unused, or inside a module that the graph calls as a whole"
         elif has_hooks(module):
@@ -193,7 +213,11 @@ class GraphHost(Host):
             keep = keep or "a node calls it with more than its input"
         elif isinstance(module, Chain):
             keep = "the graph calls this chain as a whole; trace the model anew to see its layers"
-        return site_of(Found(module, names, keep), _calls([[n] for n in nodes]), lambda: self.model.get_submodule(name))
+        return site_of(Found(module, names, keep, self._tied.get(name)), _calls([[n] for n in nodes]), lambda: self._layer(name))
+
+    def _layer(self, name: str) -> nn.Module:
+        """The layer of this name, or the plain one that it amounts to."""
+        return self._amount_to.get(name) or self.model.get_submodule(name)
 
     def _chain_site(self, name: str) -> Site:
         info = self._chains[name]
@@ -201,6 +225,7 @@ class GraphHost(Host):
         weight = next(iter(layers.values()))._parameters["weight"]
         bias = list(layers.values())[-1]._parameters["bias"]
         runs, broken = self._runs(name)
+        read = next((self._readers[f"{a}.{child}"] for a in self._aliases[name] for child in layers if f"{a}.{child}" in self._readers), None)
         return Site(
             name=name,
             aliases=self._aliases[name],
@@ -210,7 +235,8 @@ class GraphHost(Host):
             dtype=weight.dtype,  # type: ignore[union-attr]
             device=weight.device,  # type: ignore[union-attr]
             calls=_calls(runs),
-            keep=broken or changed_since_cut(layers, info),
+            keep=broken or read or changed_since_cut(layers, info),
+            tied_to=self._tied.get(name),
             chain=info.factorization,
             read_weight=lambda: merge(pieces_of(self._layers(name)), info).weight.detach(),
             read_pieces=lambda: pieces_of(self._layers(name)),

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from passes.chain import Chain, ChainInfo, changed_since_cut, merged_piece, pieces_of
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
+from passes.kinds import kind_of
 from passes.neighbours import Neighbour
 from passes.site import Call, Found, Site
 
-__all__ = ["Host", "Undo", "site_of"]
+__all__ = ["Host", "Undo", "site_of", "tied_pieces"]
 
 
 class Host(Protocol):
@@ -26,11 +27,15 @@ class Host(Protocol):
     def sites(self) -> tuple[Site, ...]:
         """All layers and chains, in the model's order, each once."""
 
-    def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> None:
-        """Prepare a chain of these pieces in the place of the site's layer or chain."""
+    def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+        """Prepare a chain of these pieces in the place of the site's layer or chain.
 
-    def restore(self, site: Site, piece: Piece) -> None:
-        """Prepare the original layer, with the numbers of ``piece``, in the place of the site's chain."""
+        Returns:
+            The chain's layers with their own parameters. A piece whose weight is a parameter is shared, not copied: so tied chains are made.
+        """
+
+    def restore(self, site: Site, piece: Piece) -> Piece:
+        """Prepare the original layer, with the numbers of ``piece``, in the place of the site's chain; parameters as for ``replace``."""
 
     def neighbours(self) -> Mapping[str, Neighbour]:
         """All modules that the model calls, by first name, each with the one that alone reads its output, where that is proved."""
@@ -98,10 +103,18 @@ def site_of(found: Found, calls: tuple[Call, ...] | None, module_now: Callable[[
         device=weight.device,  # type: ignore[union-attr,arg-type]
         calls=calls,
         keep=found.keep or (None if info is None else changed_since_cut(dict(module.named_children()), info)),
+        tied_to=found.tied_to,
         chain=None if info is None else info.factorization,
         read_weight=lambda: _weight_of(module_now()),
         read_pieces=lambda: _pieces_of(module_now()),
     )
+
+
+def tied_pieces(site: Site, factorization: Factorization, first: Sequence[Piece]) -> tuple[Piece, ...]:
+    """The pieces of a site that is tied to one which has these: its own geometry and bias, the same parameters."""
+    shapes = kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None)
+    weights = {piece.name: piece.weight for piece in first}
+    return tuple(Piece(shape.name, shape.geometry, weights[shape.name], site.bias if shape.bias else None) for shape in shapes)
 
 
 def _weight_of(module: nn.Module) -> Tensor:

@@ -12,6 +12,7 @@ from passes.cp import CP
 from passes.depthwise import Depthwise
 from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.factorization import Factorization, Keep
+from passes.recording import RecordedGraph
 from passes.spatial import Spatial
 from passes.svd import SVD
 from passes.tucker import Tucker
@@ -45,6 +46,7 @@ __all__ = [
     "MissingExtra",
     "ParityError",
     "Plan",
+    "RecordedGraph",
     "Report",
     "Spatial",
     "SurgeryError",

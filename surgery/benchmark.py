@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.capture import private_copy, run
 from passes.errors import SurgeryValueError
 from passes.parity import tensors_in
+from passes.running import private_copy, run
 from surgery.cost import count_macs
 from surgery.decompose import usable_model
 

@@ -10,10 +10,10 @@ import torch
 from torch import fx, nn
 
 from passes import DropIdentities, FoldBatchNorm, MergePointwise, Pass, PassResult, host_for, name_of, run_pipeline
-from passes.capture import private_copy, run
 from passes.errors import SurgeryError, SurgeryValueError
 from passes.parity import assert_parity
 from passes.result import Outcome
+from passes.running import private_copy, run
 from passes.site import Site
 from surgery.cost import count_macs
 from surgery.decompose import look, saved_macs, usable_model

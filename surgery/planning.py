@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, lcm
 from numbers import Integral, Real
 from typing import Any
@@ -41,6 +41,8 @@ class Options:
         guard: ``"macs"``: what a rule cuts must lower parameters and, where the calls are known, MACs; ``"none"``: nothing is asked.
         round_to: ranks of rules are rounded up to a multiple of this, at most to the full rank.
         device: where to compute; each weight's own by default.
+        effective_weights: layers whose weight is computed (weight norm, parametrizations, standardisation) are cut by the weight that it amounts
+            to now; by default they are kept.
     """
 
     method: str = "tucker"
@@ -49,6 +51,7 @@ class Options:
     guard: str = "macs"
     round_to: int = 1
     device: torch.device | str | None = None
+    effective_weights: bool = False
 
     def __post_init__(self) -> None:
         methods = [*(kind.name for kind in KINDS), AUTO]
@@ -60,6 +63,8 @@ class Options:
             raise SurgeryTypeError(f"round_to: expected an int, got {self.round_to!r}")
         if self.round_to < 1:
             raise SurgeryValueError(f"round_to: must be at least 1, got {self.round_to}")
+        if not isinstance(self.effective_weights, bool):
+            raise SurgeryTypeError(f"effective_weights: expected True or False, got {self.effective_weights!r}")
         if self.device is not None:
             _check_device(self.device)
 
@@ -93,6 +98,9 @@ class Draft(Mapping[str, Decision]):
         request = parse_ranks(ranks)
         linear_too = options.method == "svd"
         self._options = options
+        self._tied = {site.name: site.tied_to for site in sites if site.tied_to is not None}
+        self._names = [site.name for site in sites]
+        sites = [_with_ties(site, sites) for site in sites if site.tied_to is None]
         self._sites = {site.name: site for site in sites}
         self._replay = isinstance(request, Plan)
         self._table: Names | None = None
@@ -117,15 +125,16 @@ class Draft(Mapping[str, Decision]):
         )
 
     def __getitem__(self, name: str) -> Decision:
+        name = self._tied.get(name, name)
         if name not in self._decided:
             self._decided[name] = self._by_rule(self._sites[name])
         return self._decided[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._sites)
+        return len(self._names)
 
     def _kind(self, site: Site) -> Blockwise:
         return usual_kind(site.geometry, "tucker" if self._options.method == AUTO else self._options.method)
@@ -280,6 +289,13 @@ def _as_ranks(value: Any, kind: Blockwise, what: str, *, zero: bool = False) -> 
         if rank < least:
             raise SurgeryValueError(f"{what}: a rank is at least {least}, got {rank}")
     return [None if rank is None else int(rank) for rank in value]
+
+
+def _with_ties(first: Site, sites: Sequence[Site]) -> Site:
+    """The first of tied sites with the names and calls of all: they are decided together."""
+    alike = [site for site in sites if site is first or site.tied_to == first.name]
+    calls = None if first.calls is None else tuple(call for site in alike for call in site.calls or ())
+    return replace(first, aliases=tuple(alias for site in alike for alias in site.aliases), calls=calls)
 
 
 def _settled(site: Site, factorization: Factorization) -> Factorization:

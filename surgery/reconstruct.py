@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from passes import FuseLinearRuns, Host, PassResult, Reconstruct, host_for, name_of
-from passes.capture import private_copy
 from passes.chain import Chain
 from passes.errors import SurgeryValueError
 from passes.result import Outcome
+from passes.running import private_copy
 from surgery.decompose import look, saved_macs, usable_model
 from surgery.record import SiteRecord, SurgeryRecord, merged_sites, read_record, records_by_name, write_record
 

@@ -10,9 +10,9 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import surgery
-from passes.capture import run
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import assert_parity, difference
+from passes.running import run
 from surgery.deploy import PASSES
 from tests.networks import Branching, Keyword, Small
 from tests.passes.test_cleanup import Handmade, ReadsLayers, randomized

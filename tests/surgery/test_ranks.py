@@ -286,7 +286,7 @@ def test_round_to_holds_for_whatever_a_rule_answers():
 
 
 def test_names_of_one_layer_must_not_contradict():
-    with pytest.raises(SurgeryValueError, match=r"'conv' and 'again' are one layer under two names, but get 0\.5 and None"):
+    with pytest.raises(SurgeryValueError, match=r"'conv' and 'again' are one layer or one weight, but get 0\.5 and None"):
         surgery.plan(Twice(), {"conv": 0.5, "again": None})
     assert surgery.plan(Twice(), {"conv": 0.5, "again": 0.5})["conv"] == Tucker(4, 4)
 

@@ -107,11 +107,11 @@ class _Recorder:
     def __init__(self, model: nn.Module) -> None:
         self.graph = RecordedGraph()
         self.depth = 0  # of leaves and functions that are running; what happens inside them is theirs
-        self._names = {id(tensor): name for name, tensor in reversed(list(_attributes(model)))}
+        self._held = list(_attributes(model))  # kept alive, like all tensors that are met, so that no id is given twice
+        self._names = {id(tensor): name for name, tensor in reversed(self._held)}
         self._nodes: dict[int, fx.Node | Callable[[], fx.Node]] = {}  # by the tensor's id; made when first used where it is a part of a result
         self._parts: dict[tuple[fx.Node, Path], fx.Node] = {}
-        self._sharing: dict[int, list[Tensor]] = {}  # tensors by storage; they are all kept alive, so that no id is given twice
-        self._alive: list[Any] = [model]
+        self._sharing: dict[int, list[tuple[int, int, Tensor]]] = {}  # every tensor that was met, with its extent, by storage
         self._leaves: list[tuple[str, Any, Any, _Versions]] = []
         self._constants = 0
 
@@ -166,8 +166,9 @@ class _Recorder:
 
     def finish(self, output: Any) -> RecordedGraph:
         self.graph.output(self._refer(output))
-        for node in reversed(self.graph.nodes):  # operators that nothing of what torch functions did needs
-            if isinstance(node.target, torch._ops.OpOverload) and not node.users and not node.target._schema.is_mutable:
+        for node in reversed(self.graph.nodes):  # what was written down in case that somebody reads it
+            unread = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+            if (unread or node.target is after) and not node.users:
                 self.graph.erase_node(node)
         self.graph.lint()
         return self.graph
@@ -194,19 +195,23 @@ class _Recorder:
 
     def _know(self, tensor: Tensor, node: fx.Node | Callable[[], fx.Node]) -> None:
         if id(tensor) not in self._nodes:
-            self._sharing.setdefault(_storage(tensor), []).append(tensor)
+            self._sharing.setdefault(_storage(tensor), []).append((*_extent(tensor), tensor))
         self._nodes[id(tensor)] = node
 
     def _wrote(self, written: Tensor, write: fx.Node, fresh: set[int]) -> None:
         """From now on, whoever reads a tensor in this memory reads what was written, unless it is a result of the write itself."""
-        touched = [t for t in self._sharing.get(_storage(written), ()) if _overlap(t, written)]
-        for tensor in {id(t): t for t in (written, *touched)}.values():
+        for tensor in {id(t): t for t in (written, *self._in_memory_of(written))}.values():
             if id(tensor) not in fresh:
-                self._nodes[id(tensor)] = partial(self._after, tensor, self._nodes[id(tensor)], write)
+                self._nodes[id(tensor)] = partial(self._after, tensor, self._node_of(tensor), write)
 
-    def _after(self, tensor: Tensor, before: fx.Node | Callable[[], fx.Node], write: fx.Node) -> fx.Node:
-        value = before if isinstance(before, fx.Node) else before()
-        node = self.graph.call_function(after, (value, write))
+    def _in_memory_of(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Tensors that have been met and share an element with this one, the latest first."""
+        memory, (first, end) = _storage(tensor), _extent(tensor)
+        near = (t for a, b, t in reversed(self._sharing.get(memory, ())) if a < end and first < b)
+        return (t for t in near if _storage(t) == memory and _overlap(t, tensor))
+
+    def _after(self, tensor: Tensor, before: fx.Node, write: fx.Node) -> fx.Node:
+        node = self.graph.call_function(after, (before, write))
         node.meta["tensor_meta"] = tensor_metadata(tensor)
         return node
 
@@ -235,7 +240,7 @@ class _Recorder:
         """A node for a tensor that no call gave: it is held by a module, lies in the memory of one that is known, or was made by other means."""
         name = self._names.get(id(tensor))
         if name is None:
-            source = next((t for t in reversed(self._sharing.get(_storage(tensor), ())) if _overlap(t, tensor)), None)
+            source = next(self._in_memory_of(tensor), None)
             if source is not None:
                 return self.graph.call_function(alias, (self._node_of(source),))
             name, self._constants = f"_tensor_constant{self._constants}", self._constants + 1
@@ -330,6 +335,16 @@ def _overlap(left: Tensor, right: Tensor) -> bool:
         return bool(numpy.shares_memory(_addresses(left), _addresses(right), max_work=100_000))  # type: ignore[arg-type]
     except numpy.exceptions.TooHardError:
         return True
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of the storage that the tensor lies in, from the first to behind the last."""
+    if tensor.layout != torch.strided:
+        return (0, 1)
+    if tensor.numel() == 0:
+        return (0, 0)
+    first, size = int(tensor.storage_offset()), tensor.element_size()
+    return first * size, (1 + first + sum((n - 1) * int(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True))) * size
 
 
 def _addresses(tensor: Tensor) -> Any:

@@ -259,6 +259,9 @@ class _Parameters:
                 held.owners.append(module)
                 if is_layer(module) and id(module) not in inside_chains and key in ("weight", "bias"):
                     held.layers.append((names[0], key))
+        self._storages = [
+            held.tensor.untyped_storage() for held in self._held.values() if _memory(held.tensor) is not None
+        ]  # no number is given twice
         self._by_memory: dict[int, _Held] = {}
         for held in self._held.values():
             memory = _memory(held.tensor)

@@ -20,6 +20,7 @@ from passes import RecordedGraph, record
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.parity import difference
 from passes.recording import QUESTIONS, after, alias
+from surgery.zoo import make
 from tests.networks import Branching, Keyword, Mistraced, Small, Twice
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(51))
@@ -183,6 +184,18 @@ def test_whoever_shares_memory_that_was_written_to_reads_it_through_the_write():
     assert read.args == (nodes(graph, "a")[0], write)
     assert [user.target for user in read.users] == ["b"]
     assert nodes(graph, "c")[0].args[0].target is operator.getitem  # the other half was not written to
+
+
+def test_any_number_of_writes_that_nobody_reads_in_between():
+    def rows(net, x):
+        out = torch.empty(1500, 3, 2, 2)
+        for row in out.unbind():
+            row.fill_(1.0)
+        return net.a(out)
+
+    graph = record(Net(rows), X)
+    assert len(nodes(graph, "fill_")) == len(nodes(graph, after)) == 1500
+    assert nodes(graph, "a")[0].args[0].args[1] is nodes(graph, "fill_")[-1]
 
 
 def test_what_is_written_into_a_tensor_reaches_its_readers():
@@ -442,17 +455,11 @@ def test_what_cannot_be_recorded_is_one_clear_error(act, small):
 
 
 def registered(name):
-    from surgery.zoo import make
-
-    library = pytest.importorskip("surgery.zoo.torchvision_ops")
+    torch.manual_seed(0)
     try:
-        library.import_torchvision()
-        if name.startswith("timm"):
-            pytest.importorskip("timm")
+        return make(name)[0].eval()
     except surgery.MissingExtra as error:
         pytest.skip(str(error))
-    torch.manual_seed(0)
-    return make(name)[0].eval()
 
 
 @pytest.mark.parametrize(

@@ -135,8 +135,8 @@ def _shared_out(spectra: Sequence[Spectrum], groups: int) -> list[list[Spectrum]
 
 def _by_groups(piece: Piece, groups: int) -> Tensor:
     """A piece's weight as (groups, C_out / groups, C_in / groups of the piece, *kernel)."""
-    weight = piece.geometry.forward_blocks(piece.weight).flatten(0, 1)
-    return weight.reshape(groups, -1, *weight.shape[1:])
+    g = piece.geometry
+    return g.forward_blocks(piece.weight).reshape(groups, g.out_channels // groups, g.in_channels // g.groups, *g.kernel)
 
 
 def _stored(parts: Sequence[Tensor], geometry: Geometry) -> Tensor:

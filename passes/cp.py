@@ -87,9 +87,10 @@ class CPKind(Kind):
         raise SurgeryValueError("cp: the error at a rank is not known without fitting it; decompose at the ranks in question and read the report")
 
     def merge(self, weights: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
-        filters = weights["reduce"].new_ones(len(weights["reduce"]), 1, *(1,) * geometry.dims)
-        for name in _directions(geometry.kernel).values():
-            filters = filters * weights[name]
+        first, *others = (weights[name] for name in _directions(geometry.kernel).values())
+        filters = first
+        for other in others:
+            filters = filters * other
         return torch.einsum("or,ri,r...->oi...", weights["expand"].flatten(1), weights["reduce"].flatten(1), filters[:, 0])
 
 

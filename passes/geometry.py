@@ -95,8 +95,10 @@ class Geometry:
 
     def forward_blocks(self, weight: Tensor) -> Tensor:
         """A stored weight as (groups, C_out / groups, C_in / groups, *kernel): forward direction also where torch stores the channels swapped."""
-        blocks = weight.reshape(self.groups, -1, *weight.shape[1:])
-        return blocks.transpose(1, 2) if self.transposed else blocks
+        one = self.one_group
+        if self.transposed:
+            return weight.reshape(self.groups, one.in_channels, one.out_channels, *self.kernel).transpose(1, 2)
+        return weight.reshape(self.groups, one.out_channels, one.in_channels, *self.kernel)
 
     def stored(self, blocks: Tensor) -> Tensor:
         """The inverse of ``forward_blocks``."""

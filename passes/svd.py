@@ -69,8 +69,7 @@ class SVDKind(Kind):
 
     def merge(self, weights: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
         reduce, expand = weights["reduce"], weights["expand"]
-        product = expand.flatten(1) @ reduce.flatten(1)
-        return product.reshape(*product.shape, *reduce.shape[2:])
+        return (expand.flatten(1) @ reduce.flatten(1)).reshape(geometry.out_channels, geometry.in_channels, *geometry.kernel)
 
 
 SVD_KIND: Kind = SVDKind()

@@ -24,6 +24,7 @@ from surgery.decompose import decompose
 from surgery.decompose import plan as _plan
 from surgery.deploy import deploy
 from surgery.plan import Plan
+from surgery.ranks.budget import Budget
 from surgery.reconstruct import reconstruct
 from surgery.report import LayerReport, Report, report
 from surgery.tracing import capture, trace
@@ -62,6 +63,7 @@ __all__ = [
     "CP",
     "SVD",
     "Benchmark",
+    "Budget",
     "Chain",
     "Channel",
     "Depthwise",

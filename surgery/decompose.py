@@ -23,12 +23,13 @@ from surgery.cost import chain_macs, count_macs, site_macs
 from surgery.plan import Plan
 from surgery.planning import Draft, Options
 from surgery.progress import site_progress
+from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.rules import Rule
 from surgery.record import SurgeryRecord, functions_of, merged_sites, read_record, records_by_name, unwrap, write_record
 
 __all__ = ["Ranks", "decompose", "plan", "usable_model"]
 
-Ranks = str | float | Mapping[str, Any] | Plan | Rule | os.PathLike[str]
+Ranks = str | float | Mapping[str, Any] | Plan | Budget | Rule | os.PathLike[str]
 DEFAULT = Options()
 
 
@@ -56,7 +57,7 @@ def decompose(
         model: any module, in any mode, of any float dtype, on any device. A ``GraphModule`` is rewritten node for node.
         ranks: how many channels each chain keeps. ``"evbmf"`` (the default; Nakajima et al. 2012), ``"evbmf:weaken=W"``, ``"energy:P"``,
             ``"stable"``, a fraction in (0, 1] of the full rank, a dict from layer names or ``"re:..."`` patterns to ranks, a ``Plan`` or the
-            path of one, or a callable ``(site, spectra) -> ranks``. Pairs are (rank_out, rank_in).
+            path of one, a ``Budget`` for the whole network, or a callable ``(site, spectra) -> ranks``. Pairs are (rank_out, rank_in).
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; with them MACs are known and guarded.
         method: kind for convolutions with a kernel: ``"tucker"``, ``"spatial"``, ``"channel"``, ``"depthwise"``, ``"cp"`` (ranks by name only), or
             ``"auto"``, which takes for each layer the kind with the smallest error at the MACs of the Tucker ranks that a rule asks for. 1x1
@@ -94,7 +95,7 @@ def decompose(
         target = model if inplace else private_copy(model)
         host = host_for(target, observed=seen.observed, private=not inplace, effective_weights=effective_weights)
         sites = host.sites()
-        draft = Draft(sites, ranks, options)
+        draft = Draft(sites, ranks, options, totals_of(target, seen))
         before, old = records_by_name(target), read_record(target) or SurgeryRecord()
         with _progress(progress, len(sites), "decomposing") as step:
             cut = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)
@@ -139,8 +140,9 @@ def plan(
     usable_model(model)
     chosen = Plan()
     with torch.inference_mode(False):
-        sites = host_for(model, observed=look(model, example_inputs).observed, effective_weights=effective_weights).sites()
-        draft = Draft(sites, ranks, options)
+        seen = look(model, example_inputs)
+        sites = host_for(model, observed=seen.observed, effective_weights=effective_weights).sites()
+        draft = Draft(sites, ranks, options, totals_of(model, seen))
         with _progress(progress, len(sites), "planning") as step:
             for site in sites:
                 if step is not None:
@@ -184,6 +186,11 @@ def look(model: nn.Module, example_inputs: Any) -> Seen:
     with count_macs() as counter:
         observed = observe(model, example_inputs)
     return Seen(observed, counter.macs, tuple(tuple(t.shape) for t in tensors_in(example_inputs)))
+
+
+def totals_of(model: nn.Module, seen: Seen) -> Totals:
+    """What the network takes now."""
+    return Totals(params=sum(p.numel() for p in model.parameters()), macs=seen.macs)
 
 
 def saved_macs(site: Site) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, lcm
 from numbers import Integral, Real
 from typing import Any
@@ -20,6 +21,8 @@ from passes.spectra import Spectra
 from surgery.cost import chain_macs, chain_params, site_macs, site_params
 from surgery.plan import Plan
 from surgery.ranks.auto import best_kind
+from surgery.ranks.budget import Budget, Totals, solve
+from surgery.ranks.candidates import candidates_of
 from surgery.ranks.request import Named, Names, as_names, parse_ranks
 from surgery.ranks.rules import Rule, fraction_of
 
@@ -27,6 +30,7 @@ __all__ = ["Draft", "Options"]
 
 GUARDS = ("macs", "none")
 AUTO = "auto"
+NOTHING = Totals()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,16 +92,17 @@ class Draft(Mapping[str, Decision]):
         sites: of the model.
         ranks: the request, as ``surgery.decompose`` takes it.
         options: everything else that decides.
+        totals: what the network takes, for budgets.
 
     Raises:
         SurgeryValueError, SurgeryTypeError: a request that means nothing, names no layer, or asks for what cannot be done; here, or when a
             rule's answer is asked for.
     """
 
-    def __init__(self, sites: Sequence[Site], ranks: Any, options: Options) -> None:
+    def __init__(self, sites: Sequence[Site], ranks: Any, options: Options, totals: Totals = NOTHING) -> None:
         request = parse_ranks(ranks)
         linear_too = options.method == "svd"
-        self._options = options
+        self._options, self._totals = options, totals
         self._tied = {site.name: site.tied_to for site in sites if site.tied_to is not None}
         self._names = [site.name for site in sites]
         sites = [_with_ties(site, sites) for site in sites if site.tied_to is None]
@@ -114,7 +119,7 @@ class Draft(Mapping[str, Decision]):
                 f"method: {options.method!r} has no spectra that a rank rule could look at; give its ranks by name, "
                 f'for example ranks={{"re:.*conv.*": 16}}'
             )
-        else:
+        elif not isinstance(request, Budget):
             self._rule = request
         self._include = None if options.include is None else Names("include", as_names("include", options.include), sites, linear_too=linear_too)
         self._exclude = None if options.exclude is None else Names("exclude", as_names("exclude", options.exclude), sites, linear_too=True)
@@ -123,6 +128,8 @@ class Draft(Mapping[str, Decision]):
         self.spectra = Spectra(
             [(s, self._kind(s) if d is None else kind_of(d)) for s, d in decisions if d is None or isinstance(d, Factorization)], options.device
         )
+        if isinstance(request, Budget):
+            self._decided |= self._by_budget(request)
 
     def __getitem__(self, name: str) -> Decision:
         name = self._tied.get(name, name)
@@ -149,7 +156,7 @@ class Draft(Mapping[str, Decision]):
             return Keep("not included")
         if site.chain is not None and named is None:
             return Keep(ALREADY)
-        if self._rule is not None:
+        if self._table is None:
             return self._ruled_out(site, included)
         if named is None:
             return Keep("not in the plan" if self._replay else "not named")
@@ -215,6 +222,22 @@ class Draft(Mapping[str, Decision]):
             reason = "the example inputs do not reach it"
         return None if reason is None else Keep(reason)
 
+    def _by_budget(self, budget: Budget) -> dict[str, Decision]:
+        """All layers that are not decided yet, at once."""
+        free = [site for site in self._sites.values() if site.name not in self._decided]
+        unit = budget.unit or ("macs" if self._totals.macs is not None else "params")
+        if getattr(self._totals, unit) is None:
+            raise SurgeryValueError(f"ranks: {budget} needs example_inputs: without them MACs are not known")
+        keep = Keep("the budget is better spent on other layers")
+        candidates = []
+        for site in free:
+            costs = {"macs": partial(_macs, site), "params": partial(_params, site)}
+            guards = [] if self._options.guard == "none" else [c for name, c in costs.items() if name != unit and (name == "params" or site.calls)]
+            kinds = KINDS if self._options.method == AUTO else [self._kind(site)]
+            candidates.append(candidates_of(site, kinds, self.spectra, cost=costs[unit], guards=guards, round_to=self._options.round_to, keep=keep))
+            self.spectra.let_go(site)
+        return solve(budget, candidates, self._totals)
+
     def _by_rule(self, site: Site) -> Decision:
         kind = self._kind(site)
         rule: Any = self._rule
@@ -269,6 +292,18 @@ class Draft(Mapping[str, Decision]):
         if macs_before and macs_after is not None and macs_after >= macs_before:
             return Keep(f"no gain: ranks {_text(factorization)} would take {macs_after:,} MACs instead of {macs_before:,}")
         return factorization
+
+
+def _macs(site: Site, factorization: Factorization | None) -> int:
+    if factorization is None:
+        return site_macs(site) or 0
+    return chain_macs(kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None), site.calls) or 0
+
+
+def _params(site: Site, factorization: Factorization | None) -> int:
+    if factorization is None:
+        return site_params(site)
+    return chain_params(kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None))
 
 
 def _as_ranks(value: Any, kind: Blockwise, what: str, *, zero: bool = False) -> list[int | None]:

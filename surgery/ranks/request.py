@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
 from passes.site import Site
 from surgery.plan import Plan
+from surgery.ranks.budget import Budget
 from surgery.ranks.rules import Energy, Evbmf, Fraction, Rule, Stable
 
 __all__ = ["Named", "Names", "Request", "parse_ranks"]
 
 HELP = (
     'ranks: expected "evbmf", "evbmf:weaken=W", "energy:P", "stable", a fraction in (0, 1], a dict of layer names, '
-    "a Plan or the path of one, or a callable (site, spectra) -> ranks"
+    "a Plan or the path of one, a Budget, or a callable (site, spectra) -> ranks"
 )
 
 
@@ -81,7 +82,7 @@ class Names:
         return None
 
 
-Request = Rule | Mapping[str, Any] | Plan
+Request = Rule | Mapping[str, Any] | Plan | Budget
 
 
 def parse_ranks(ranks: Any) -> Request:
@@ -91,7 +92,7 @@ def parse_ranks(ranks: Any) -> Request:
         SurgeryTypeError: of no type that has a meaning.
         SurgeryValueError: a text that names no rule and no file, or a number out of range.
     """
-    if isinstance(ranks, Plan | Mapping):
+    if isinstance(ranks, Plan | Mapping | Budget):
         return ranks
     if isinstance(ranks, Integral):
         raise SurgeryTypeError(f"ranks={ranks!r} is ambiguous: one rank for all layers makes no sense; {HELP.removeprefix('ranks: ')}")
@@ -132,9 +133,22 @@ def _parse_text(text: str) -> Request:
         return Evbmf(weaken)
     if name == "energy":
         return Energy(_share(_number(option, text), f"ranks={text!r}"))
+    if name == "budget":
+        return _parse_budget(option, text)
     if text.endswith(".json") or Path(text).is_file():
         return Plan.load(text)
     raise SurgeryValueError(f"{HELP}; got {text!r}, which is no rule and no file")
+
+
+def _parse_budget(options: str, whole: str) -> Budget:
+    """``macs=0.5`` and the like, separated by commas."""
+    values: dict[str, Any] = {}
+    for part in options.split(","):
+        key, _, value = part.partition("=")
+        if key not in {field.name for field in fields(Budget)} or not value:
+            raise SurgeryValueError(f'ranks={whole!r}: expected "budget:macs=SHARE", "budget:params=SHARE" or "budget:max_error=E", got {part!r}')
+        values[key] = value if key == "criterion" else int(value) if value.isdigit() and key != "max_error" else _number(value, whole)
+    return Budget(**values)
 
 
 def _number(text: str, whole: str) -> float:

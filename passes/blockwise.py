@@ -45,6 +45,11 @@ class Blockwise:
         return self.kind.modes
 
     @property
+    def mixes_inputs(self) -> bool:
+        """Whether the first layer sees all input channels of its group at once."""
+        return self.kind.mixes_inputs
+
+    @property
     def has_spectra(self) -> bool:
         """Whether a rank rule has something to look at."""
         return self.kind.has_spectra

@@ -86,8 +86,8 @@ class Decompose:
 
     def _split(self, site: Site, factorization: Factorization, spectra: Spectra) -> tuple[tuple[Piece, ...], float]:
         kind = kind_of(factorization)
+        pieces = spectra.split(site, kind, factorization)
         weight = usable_weight(site, self.device)
-        pieces = kind.split(weight, site.bias, site.geometry, factorization, spectra.of(site, kind))
         rounded = [Piece(p.name, p.geometry, p.weight.to(site.dtype), None) for p in pieces]
         if not all(bool(torch.isfinite(p.weight.abs().amax())) for p in rounded):
             raise SurgeryValueError(f"{site}: the factors of its weight overflow {site.dtype}; decompose in a wider dtype or exclude this layer")

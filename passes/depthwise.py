@@ -39,6 +39,7 @@ class DepthwiseKind(Kind):
     factorization = Depthwise
     modes = ("pairs",)
     ranks_are_channels = False
+    mixes_inputs = False
 
     def refuses(self, geometry: Geometry) -> str | None:
         return "a layer of one pixel is pointwise already: SVD factorizes it" if geometry.is_pointwise else None

@@ -27,12 +27,14 @@ class Kind(Protocol):
         factorization: the dataclass that holds this kind's ranks.
         modes: names of the ranks, in order.
         ranks_are_channels: ranks count channels between the layers, so that a layer of g groups has g times those of one group.
+        mixes_inputs: the first layer sees all input channels of its group at once.
         has_spectra: ``unfoldings`` and ``error_surface`` mean something; otherwise rank rules are refused, and the ranks must be given.
     """
 
     factorization: ClassVar[type[Factorization]]
     modes: ClassVar[tuple[str, ...]]
     ranks_are_channels: ClassVar[bool] = True
+    mixes_inputs: ClassVar[bool] = True
     has_spectra: ClassVar[bool] = True
 
     def refuses(self, geometry: Geometry) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import isfinite
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 
 from passes.blockwise import Blockwise
 from passes.errors import SurgeryValueError
+from passes.factorization import Factorization
+from passes.geometry import Piece
 from passes.linalg import Spectrum, spectra
+from passes.metric import Metric, unweighted, weighted
 from passes.site import Site
 
 __all__ = ["Spectra", "usable_weight"]
@@ -27,12 +30,19 @@ class Spectra:
             matrices is not decomposed any faster than its matrices, and each alone already keeps all cores busy.)
         device: where to compute; each weight's own by default.
         together: compute same-shaped sites together on any device, or on none.
+        metrics: by site name, what matters in its weight; spectra, errors and factors are then those of the weighted weight.
     """
 
     def __init__(
-        self, wanted: Iterable[tuple[Site, Blockwise]] = (), device: torch.device | str | None = None, *, together: bool | None = None
+        self,
+        wanted: Iterable[tuple[Site, Blockwise]] = (),
+        device: torch.device | str | None = None,
+        *,
+        together: bool | None = None,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         self._device, self._together = device, together
+        self.metrics: Mapping[str, Metric] = metrics or {}
         self._found: dict[tuple[str, str], tuple[Spectrum, ...]] = {}
         self._waiting: dict[tuple[object, ...], dict[str, tuple[Site, Blockwise]]] = {}
         self._room = 0
@@ -51,6 +61,22 @@ class Spectra:
             self._compute(self._companions(site, kind), kind)
         return self._found[key]
 
+    def weight(self, site: Site, kind: Blockwise) -> Tensor:
+        """The site's weight in float64, weighted by its metric if it has one."""
+        weight = usable_weight(site, self._device)
+        metric = self.metrics.get(site.name)
+        return weight if metric is None else weighted(weight, site.geometry, metric, kind)
+
+    def split(self, site: Site, kind: Blockwise, factorization: Factorization) -> tuple[Piece, ...]:
+        """The chain that stands for the site's weight; with a metric the one that loses least in it."""
+        pieces = kind.split(self.weight(site, kind), site.bias, site.geometry, factorization, self.of(site, kind))
+        metric = self.metrics.get(site.name)
+        return pieces if metric is None else unweighted(pieces, site.geometry, metric, kind)
+
+    def error_surface(self, site: Site, kind: Blockwise) -> Tensor:
+        """The kind's error surface of the site's weight, in its metric if it has one."""
+        return kind.error_surface(self.weight(site, kind), site.geometry, self.of(site, kind))
+
     def let_go(self, site: Site) -> None:
         """Forget what is known of a site."""
         for key in [key for key in self._found if key[0] == site.name]:
@@ -67,7 +93,7 @@ class Spectra:
         return [site, *(waiting.pop(name)[0] for name in names)]
 
     def _compute(self, sites: list[Site], kind: Blockwise) -> None:
-        unfoldings = [kind.unfoldings(usable_weight(site, self._device), site.geometry) for site in sites]
+        unfoldings = [kind.unfoldings(self.weight(site, kind), site.geometry) for site in sites]
         found: list[list[Spectrum]] = [[] for _ in sites]
         for mode, stacks in zip(kind.modes if kind.has_spectra else (), zip(*unfoldings, strict=True), strict=True):
             together = spectra(stacks[0] if len(stacks) == 1 else torch.cat(stacks), mode)

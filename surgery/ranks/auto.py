@@ -8,7 +8,7 @@ from passes.blockwise import Blockwise
 from passes.factorization import Factorization
 from passes.kinds import KINDS, kind_of
 from passes.site import Site
-from passes.spectra import Spectra, usable_weight
+from passes.spectra import Spectra
 from surgery.cost import chain_macs
 
 __all__ = ["best_kind"]
@@ -55,13 +55,14 @@ def _largest_within(site: Site, kind: Blockwise, budget: int, round_to: int) -> 
 def _error(site: Site, factorization: Factorization, spectra: Spectra) -> float:
     """From the error surface; a mode that is uncut is at its full rank."""
     kind = kind_of(factorization)
-    surface = kind.error_surface(usable_weight(site), site.geometry, spectra.of(site, kind))
+    surface = spectra.error_surface(site, kind)
     unit = kind.unit(site.geometry)
     full = kind.full_ranks(site.geometry)
     return float(surface[tuple((f if r is None else r) // unit for r, f in zip(factorization.ranks, full, strict=True))])
 
 
 def _reached(site: Site, factorization: Factorization, spectra: Spectra) -> float:
-    kind, weight = kind_of(factorization), usable_weight(site)
+    kind = kind_of(factorization)
+    weight = spectra.weight(site, kind)
     pieces = kind.split(weight, None, site.geometry, factorization, spectra.of(site, kind))
     return float((kind.merge(pieces, site.geometry) - weight).norm() / weight.norm())

@@ -14,7 +14,7 @@ from passes.blockwise import Blockwise
 from passes.factorization import Decision, Factorization, Keep
 from passes.kind import Rank
 from passes.site import Site
-from passes.spectra import Spectra, usable_weight
+from passes.spectra import Spectra
 from surgery.ranks.knapsack import pareto
 
 __all__ = ["Candidates", "candidates_of"]
@@ -95,7 +95,7 @@ class _Family:
 
 def _families(site: Site, kind: Blockwise, spectra: Spectra, cost: Cost, guards: Sequence[Cost], round_to: int) -> Iterator[_Family]:
     unit, full = kind.unit(site.geometry), kind.full_ranks(site.geometry)
-    surface = kind.error_surface(usable_weight(site), site.geometry, spectra.of(site, kind)).cpu().numpy()
+    surface = spectra.error_surface(site, kind).cpu().numpy()
     step = lcm(round_to, unit)
     grids = [list(range(step, most, step)) or [most] for most in full]
     uncut = (False, True) if len(full) > 1 else (False,)

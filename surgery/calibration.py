@@ -1,0 +1,159 @@
+"""What a network's layers see and which of their outputs count, from unlabelled batches: second moments, streamed, in float64.
+
+For each layer the mean of x x^T over the channels that it sees, and the mean of g g^T over the channels that it gives, where g is the derivative of
+a random projection of the network's output: together the Kronecker factors of the Gauss-Newton matrix of the squared change of the output (Grosse and
+Martens 2016, section 3, with white noise in the place of the loss's gradient). A change of a layer's weight that is small in this metric
+changes what the network says little, wherever the layer is: so errors of different layers can be added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passes.errors import SurgeryTypeError, SurgeryValueError
+from passes.geometry import Geometry
+from passes.metric import Metric
+from passes.parity import private_inputs, tensors_in
+from passes.running import arguments, kept_random_states, model_errors, private_copy
+from passes.site import Site
+
+__all__ = ["Calibration", "batches_of", "calibrate"]
+
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Calibration:
+    """What was learnt.
+
+    Attributes:
+        metrics: for each layer that ran, by name.
+        examples: how many went through.
+    """
+
+    metrics: Mapping[str, Metric]
+    examples: int
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], sites: Iterable[Site]) -> Calibration:
+    """Second moments of the sites' inputs and output derivatives, from one pass of each batch through a copy of the model in eval mode.
+
+    Memory: two matrices a site, of the channels of a group each, and what one batch needs for a backward pass.
+
+    Args:
+        model: any module whose output can be differentiated by its layers' outputs.
+        batches: each a tensor, a tuple of positional or a mapping of keyword arguments; labels are not used.
+        sites: those to look at; chains are left out.
+
+    Raises:
+        SurgeryTypeError: not iterable.
+        SurgeryValueError: there is no batch, one does not fit the model, or no layer's output reaches the model's.
+    """
+    twin = private_copy(model).eval()
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    seen = {site.name: _Moments(site.geometry) for site in sites if site.chain is None and site.keep is None}
+    handles = [twin.get_submodule(name).register_forward_hook(partial(_note, moments), with_kwargs=True) for name, moments in seen.items()]
+    examples = 0
+    with kept_random_states(), torch.enable_grad():
+        generator = torch.Generator().manual_seed(SEED)
+        for batch in batches_of(batches):
+            args, kwargs = arguments(private_inputs(batch))
+            with model_errors(model, batch):
+                output = twin(*args, **kwargs)
+            _project(output, generator)
+            examples += next((len(t) for t in tensors_in(batch) if t.ndim), 0)
+    for handle in handles:
+        handle.remove()
+    if not examples:
+        raise SurgeryValueError("calibration: there is no batch in it")
+    return Calibration(metrics={name: moments.metric() for name, moments in seen.items() if moments.positions}, examples=examples)
+
+
+def batches_of(calibration: Any) -> Iterator[Any]:
+    """The batches of what a user gave as ``calibration``: a tensor or a tuple is one batch; in ``(inputs, labels)`` of a loader labels are dropped.
+
+    Raises:
+        SurgeryTypeError: it cannot be iterated.
+    """
+    if isinstance(calibration, Tensor | Mapping):
+        yield calibration
+        return
+    if not isinstance(calibration, Iterable) or isinstance(calibration, str | bytes):
+        raise SurgeryTypeError(f"calibration: expected batches to iterate over, got {type(calibration).__name__}")
+    for batch in calibration:
+        if (
+            isinstance(batch, list | tuple)
+            and len(batch) == 2
+            and all(isinstance(part, Tensor) for part in batch)
+            and not batch[1].is_floating_point()
+        ):
+            yield batch[0]  # as torchvision's data sets give them: (images, labels)
+        else:
+            yield tuple(batch) if isinstance(batch, list) else batch
+
+
+@dataclass(slots=True, eq=False)
+class _Moments:
+    """Sums over what one layer saw and gave."""
+
+    geometry: Geometry
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+    positions: int = 0
+    examples: int = 0
+    waiting: int = field(default=0)
+
+    def saw(self, x: Tensor) -> None:
+        rows = _rows(x.detach(), self.geometry, self.geometry.in_channels)
+        self.inputs = _added(self.inputs, rows)
+        self.positions += rows.shape[1]
+
+    def gave(self, gradient: Tensor) -> None:
+        rows = _rows(gradient, self.geometry, self.geometry.out_channels)
+        self.outputs = _added(self.outputs, rows)
+        self.examples += len(gradient)
+
+    def metric(self) -> Metric:
+        inputs = None if self.inputs is None else self.inputs / max(self.positions, 1)
+        return Metric(inputs=inputs, outputs=None if self.outputs is None else self.outputs / max(self.examples, 1))
+
+
+def _note(moments: _Moments, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    given, got = next(tensors_in((args, kwargs)), None), next(tensors_in(output), None)
+    if given is None or got is None or not moments.geometry.fits(tuple(given.shape)):
+        return output
+    moments.saw(given)
+    if not got.requires_grad and got is output:
+        output = got = got.requires_grad_() if got.is_leaf else got
+    if got.requires_grad:
+        got.register_hook(moments.gave)
+    return output
+
+
+def _rows(x: Tensor, geometry: Geometry, channels: int) -> Tensor:
+    """(groups, positions, channels / groups) of a layer's input or output."""
+    if not geometry.is_linear:
+        x = x.movedim(-geometry.dims - 1, -1)
+    return x.reshape(-1, geometry.groups, channels // geometry.groups).transpose(0, 1)
+
+
+def _added(total: Tensor | None, rows: Tensor) -> Tensor:
+    rows = rows.double()
+    moment = rows.mT @ rows
+    return moment if total is None else total + moment
+
+
+def _project(output: Any, generator: torch.Generator) -> None:
+    """The derivative of a random projection of all floating-point outputs, independent for every example and number."""
+    reached = [t for t in tensors_in(output) if t.requires_grad]
+    if not reached:
+        raise SurgeryValueError("calibration: no layer's output reaches the model's output by anything that can be differentiated")
+    directions = [torch.randn(t.shape, generator=generator, dtype=torch.float32).to(t.device, t.dtype) for t in reached]
+    torch.autograd.backward(reached, directions)

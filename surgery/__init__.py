@@ -26,6 +26,7 @@ from surgery.deploy import deploy
 from surgery.plan import Plan
 from surgery.ranks.budget import Budget
 from surgery.reconstruct import reconstruct
+from surgery.refinement import Refine
 from surgery.report import LayerReport, Report, report
 from surgery.tracing import capture, trace
 from surgery.version import __version__
@@ -75,6 +76,7 @@ __all__ = [
     "ParityError",
     "Plan",
     "RecordedGraph",
+    "Refine",
     "Report",
     "Spatial",
     "SurgeryError",

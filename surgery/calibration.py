@@ -8,7 +8,7 @@ changes what the network says little, wherever the layer is: so errors of differ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,23 +37,22 @@ class Calibration:
         examples: how many went through.
     """
 
-    metrics: Mapping[str, Metric]
-    examples: int
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    examples: int = 0
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], sites: Iterable[Site]) -> Calibration:
+def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -> Calibration:
     """Second moments of the sites' inputs and output derivatives, from one pass of each batch through a copy of the model in eval mode.
 
     Memory: two matrices a site, of the channels of a group each, and what one batch needs for a backward pass.
 
     Args:
-        model: any module whose output can be differentiated by its layers' outputs.
+        model: any module. Where its output cannot be differentiated by a layer's, that layer's outputs count alike.
         batches: each a tensor, a tuple of positional or a mapping of keyword arguments; labels are not used.
         sites: those to look at; chains are left out.
 
     Raises:
-        SurgeryTypeError: not iterable.
-        SurgeryValueError: there is no batch, one does not fit the model, or no layer's output reaches the model's.
+        SurgeryValueError: a batch does not fit the model.
     """
     twin = private_copy(model).eval()
     for parameter in twin.parameters():
@@ -63,7 +62,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sites: Iterable[Site]) -
     examples = 0
     with kept_random_states(), torch.enable_grad():
         generator = torch.Generator().manual_seed(SEED)
-        for batch in batches_of(batches):
+        for batch in batches:
             args, kwargs = arguments(private_inputs(batch))
             with model_errors(model, batch):
                 output = twin(*args, **kwargs)
@@ -71,32 +70,31 @@ def calibrate(model: nn.Module, batches: Iterable[Any], sites: Iterable[Site]) -
             examples += next((len(t) for t in tensors_in(batch) if t.ndim), 0)
     for handle in handles:
         handle.remove()
-    if not examples:
-        raise SurgeryValueError("calibration: there is no batch in it")
     return Calibration(metrics={name: moments.metric() for name, moments in seen.items() if moments.positions}, examples=examples)
 
 
-def batches_of(calibration: Any) -> Iterator[Any]:
-    """The batches of what a user gave as ``calibration``: a tensor or a tuple is one batch; in ``(inputs, labels)`` of a loader labels are dropped.
+def batches_of(calibration: Any) -> list[Any]:
+    """The batches of what a user gave as ``calibration``: a tensor or a mapping is one batch; in ``(inputs, labels)`` of a loader labels are dropped.
 
     Raises:
         SurgeryTypeError: it cannot be iterated.
+        SurgeryValueError: it holds no batch.
     """
     if isinstance(calibration, Tensor | Mapping):
-        yield calibration
-        return
+        return [calibration]
     if not isinstance(calibration, Iterable) or isinstance(calibration, str | bytes):
         raise SurgeryTypeError(f"calibration: expected batches to iterate over, got {type(calibration).__name__}")
-    for batch in calibration:
-        if (
-            isinstance(batch, list | tuple)
-            and len(batch) == 2
-            and all(isinstance(part, Tensor) for part in batch)
-            and not batch[1].is_floating_point()
-        ):
-            yield batch[0]  # as torchvision's data sets give them: (images, labels)
-        else:
-            yield tuple(batch) if isinstance(batch, list) else batch
+    batches = [_without_labels(batch) for batch in calibration]
+    if not batches:
+        raise SurgeryValueError("calibration: there is no batch in it")
+    return batches
+
+
+def _without_labels(batch: Any) -> Any:
+    pair = isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
+    if pair and not batch[1].is_floating_point():
+        return batch[0]  # as torchvision's data sets give them: (images, labels)
+    return tuple(batch) if isinstance(batch, list) else batch
 
 
 @dataclass(slots=True, eq=False)
@@ -108,7 +106,6 @@ class _Moments:
     outputs: Tensor | None = None
     positions: int = 0
     examples: int = 0
-    waiting: int = field(default=0)
 
     def saw(self, x: Tensor) -> None:
         rows = _rows(x.detach(), self.geometry, self.geometry.in_channels)
@@ -130,8 +127,8 @@ def _note(moments: _Moments, _: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     if given is None or got is None or not moments.geometry.fits(tuple(given.shape)):
         return output
     moments.saw(given)
-    if not got.requires_grad and got is output:
-        output = got = got.requires_grad_() if got.is_leaf else got
+    if not got.requires_grad and got is output and got.is_floating_point():
+        output = got = got + torch.zeros((), dtype=got.dtype, device=got.device, requires_grad=True)  # no leaf, which nothing could change in place
     if got.requires_grad:
         got.register_hook(moments.gave)
     return output
@@ -153,7 +150,6 @@ def _added(total: Tensor | None, rows: Tensor) -> Tensor:
 def _project(output: Any, generator: torch.Generator) -> None:
     """The derivative of a random projection of all floating-point outputs, independent for every example and number."""
     reached = [t for t in tensors_in(output) if t.requires_grad]
-    if not reached:
-        raise SurgeryValueError("calibration: no layer's output reaches the model's output by anything that can be differentiated")
     directions = [torch.randn(t.shape, generator=generator, dtype=torch.float32).to(t.device, t.dtype) for t in reached]
-    torch.autograd.backward(reached, directions)
+    if reached:
+        torch.autograd.backward(reached, directions)

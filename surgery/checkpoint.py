@@ -225,11 +225,12 @@ def _record_to_data(record: SurgeryRecord) -> dict[str, Any]:
             "name": site.name,
             "reason": site.reason,
             "error": site.error,
+            "output_error": site.output_error,
             "calls": None if site.calls is None else [[c.input_shape, c.output_shape] for c in site.calls],
         }
         for site in record.sites
     ]
-    rest = {name: getattr(record, name) for name in ("passes", "macs", "input_shapes", "architecture")}
+    rest = {name: getattr(record, name) for name in ("passes", "macs", "input_shapes", "architecture", "calibrated")}
     functions = [
         {
             "module": function.module,
@@ -254,6 +255,7 @@ def _record_from_text(text: str, file: Path) -> SurgeryRecord:
                     name=_of(str, item["name"]),
                     reason=None if item["reason"] is None else _of(str, item["reason"]),
                     error=None if item["error"] is None else float(item["error"]),
+                    output_error=None if item.get("output_error") is None else float(item["output_error"]),
                     calls=None if item["calls"] is None else tuple(Call(_shape(a), _shape(b)) for a, b in item["calls"]),
                 )
                 for item in data.get("sites", [])
@@ -261,6 +263,7 @@ def _record_from_text(text: str, file: Path) -> SurgeryRecord:
             passes=tuple(_of(str, name) for name in data.get("passes", [])),
             macs=None if data.get("macs") is None else _of(int, data["macs"]),
             input_shapes=None if data.get("input_shapes") is None else tuple(_shape(s) for s in data["input_shapes"]),
+            calibrated=_of(int, data.get("calibrated", 0)),
             architecture=None if data.get("architecture") is None else _of(str, data["architecture"]),
             functions=tuple(
                 FunctionUse(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,11 @@ from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.factorization import Keep
 from passes.kinds import kind_of
 from passes.parity import tensors_in
+from passes.result import PassResult
 from passes.running import private_copy
 from passes.site import Site, is_layer
+from surgery.calibration import Calibration, batches_of, calibrate
+from surgery.correction import correct
 from surgery.cost import chain_macs, count_macs, site_macs
 from surgery.plan import Plan
 from surgery.planning import Draft, Options
@@ -26,6 +29,8 @@ from surgery.progress import site_progress
 from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.rules import Rule
 from surgery.record import SurgeryRecord, functions_of, merged_sites, read_record, records_by_name, unwrap, write_record
+from surgery.refinement import Refine
+from surgery.refinement import refine as refine_factors
 
 __all__ = ["Ranks", "decompose", "plan", "usable_model"]
 
@@ -43,8 +48,10 @@ def decompose(
     exclude: Any = DEFAULT.exclude,
     guard: str = DEFAULT.guard,
     round_to: int = DEFAULT.round_to,
+    calibration: Any = None,
     device: torch.device | str | None = DEFAULT.device,
     effective_weights: bool = DEFAULT.effective_weights,
+    refine: Refine | None = None,
     inplace: bool = False,
     progress: bool = False,
 ) -> nn.Module:
@@ -66,10 +73,15 @@ def decompose(
         exclude: names or patterns of layers to keep.
         guard: ``"macs"``: a cut by a rule must lower parameters and, with example inputs, MACs; ``"none"``: anything goes.
             What is named in a dict or a plan is always done.
+        calibration: batches of inputs, unlabelled (or with labels, which are not used): ranks and factors are then chosen for what these inputs
+            make of the weights and for what the network's output makes of the layers', not for the weights alone; and each chain is corrected in turn
+            for the errors made before it, so that each layer gives what it gave. (``plan`` only chooses: a plan that is replayed without calibration
+            is a split of the weights alone, and the report says so.)
         round_to: a rule's ranks are rounded up to a multiple of this.
         device: where to compute, for example ``"cuda"``; results go back to each weight's device.
         effective_weights: cut also layers whose weight is computed (weight and spectral norm, parametrizations, pruning, weight standardisation), by
             the weight that it amounts to now. What computed it is gone from then on: ``reconstruct`` gives a plain layer.
+        refine: after the cut polish all factors together against the outputs of the original network on the calibration batches, unlabelled.
         inplace: work on ``model`` itself; otherwise it is left untouched and a copy is returned.
         progress: show progress on stderr where that is a terminal.
 
@@ -87,6 +99,10 @@ def decompose(
     options = Options(
         method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device, effective_weights=effective_weights
     )
+    if refine is not None and calibration is None:
+        raise SurgeryValueError("refine: needs calibration, batches to polish the factors on")
+    if refine is not None and not isinstance(refine, Refine):
+        raise SurgeryTypeError(f"refine: expected surgery.Refine(epochs=..., rate=...), got {refine!r}")
     usable_model(model)
     if inplace and (is_layer(model) or isinstance(model, Chain)):
         raise SurgeryValueError("inplace=True: the model itself is a layer and has no parent to hold its chain; use the model that is returned")
@@ -95,18 +111,23 @@ def decompose(
         target = model if inplace else private_copy(model)
         host = host_for(target, observed=seen.observed, private=not inplace, effective_weights=effective_weights)
         sites = host.sites()
-        draft = Draft(sites, ranks, options, totals_of(target, seen))
+        batches = None if calibration is None else batches_of(calibration)
+        learnt = Calibration() if batches is None else calibrate(model, batches, sites)
+        teacher = None if batches is None else private_copy(model)
+        draft = Draft(sites, ranks, options, totals_of(target, seen), learnt.metrics)
         before, old = records_by_name(target), read_record(target) or SurgeryRecord()
         with _progress(progress, len(sites), "decomposing") as step:
             cut = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)
             try:
                 result = cut(host)
+                output_errors = {} if teacher is None else mend(teacher, result, batches or [], refine)
                 record = SurgeryRecord(
-                    sites=merged_sites(before, sites, result.outcomes),
+                    sites=merged_sites(before, sites, result.outcomes, output_errors),
                     passes=old.passes + (("Decompose",) if result.modified else ()),
                     macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (old.fused_macs or 0),
                     input_shapes=seen.input_shapes or old.input_shapes,
                     architecture=old.architecture,
+                    calibrated=learnt.examples if result.modified else old.calibrated,
                     fused_params=old.fused_params,
                     fused_macs=old.fused_macs,
                     functions=functions_of(target) if seen.observed is None else seen.observed.functions,
@@ -129,6 +150,7 @@ def plan(
     exclude: Any = DEFAULT.exclude,
     guard: str = DEFAULT.guard,
     round_to: int = DEFAULT.round_to,
+    calibration: Any = None,
     device: torch.device | str | None = DEFAULT.device,
     effective_weights: bool = DEFAULT.effective_weights,
     progress: bool = False,
@@ -142,7 +164,8 @@ def plan(
     with torch.inference_mode(False):
         seen = look(model, example_inputs)
         sites = host_for(model, observed=seen.observed, effective_weights=effective_weights).sites()
-        draft = Draft(sites, ranks, options, totals_of(model, seen))
+        learnt = Calibration() if calibration is None else calibrate(model, batches_of(calibration), sites)
+        draft = Draft(sites, ranks, options, totals_of(model, seen), learnt.metrics)
         with _progress(progress, len(sites), "planning") as step:
             for site in sites:
                 if step is not None:
@@ -191,6 +214,17 @@ def look(model: nn.Module, example_inputs: Any) -> Seen:
 def totals_of(model: nn.Module, seen: Seen) -> Totals:
     """What the network takes now."""
     return Totals(params=sum(p.numel() for p in model.parameters()), macs=seen.macs)
+
+
+def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Refine | None) -> dict[str, float]:
+    """Correct the chains that a cut has made, one after the other, then polish them together; output errors by layer, as ``correct`` has them."""
+    cut = {outcome.site for outcome in result.outcomes if outcome.status == "applied"}
+    sites = [site for site in host_for(result.model).sites() if site.name in cut and site.tied_to is None and site.name]
+    errors = correct(teacher, result.model, {site.name: f"{site.name}.{site.pieces[-1].name}" for site in sites}, batches) if sites else {}
+    if how is not None and sites:
+        names = [f"{site.name}.{piece.name}" for site in sites for piece in site.pieces]
+        refine_factors(teacher, result.model, [p for name in names for p in result.model.get_submodule(name).parameters()], batches, how)
+    return errors
 
 
 def saved_macs(site: Site) -> int | None:

@@ -16,6 +16,7 @@ from passes.decompose import ALREADY, most_ranks, refusal_of, settled
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Decision, Factorization, Keep
 from passes.kinds import KINDS, kind_named, kind_of, usual_kind
+from passes.metric import Metric
 from passes.site import Site
 from passes.spectra import Spectra
 from surgery.cost import chain_macs, chain_params, site_macs, site_params
@@ -93,13 +94,16 @@ class Draft(Mapping[str, Decision]):
         ranks: the request, as ``surgery.decompose`` takes it.
         options: everything else that decides.
         totals: what the network takes, for budgets.
+        metrics: what matters in each layer's weight, by name.
 
     Raises:
         SurgeryValueError, SurgeryTypeError: a request that means nothing, names no layer, or asks for what cannot be done; here, or when a
             rule's answer is asked for.
     """
 
-    def __init__(self, sites: Sequence[Site], ranks: Any, options: Options, totals: Totals = NOTHING) -> None:
+    def __init__(
+        self, sites: Sequence[Site], ranks: Any, options: Options, totals: Totals = NOTHING, metrics: Mapping[str, Metric] | None = None
+    ) -> None:
         request = parse_ranks(ranks)
         linear_too = options.method == "svd"
         self._options, self._totals = options, totals
@@ -125,9 +129,8 @@ class Draft(Mapping[str, Decision]):
         self._exclude = None if options.exclude is None else Names("exclude", as_names("exclude", options.exclude), sites, linear_too=True)
         self._decided = {site.name: decision for site in sites if (decision := self._at_once(site)) is not None}
         decisions = [(site, self._decided.get(site.name)) for site in sites]
-        self.spectra = Spectra(
-            [(s, self._kind(s) if d is None else kind_of(d)) for s, d in decisions if d is None or isinstance(d, Factorization)], options.device
-        )
+        wanted = [(s, self._kind(s) if d is None else kind_of(d)) for s, d in decisions if d is None or isinstance(d, Factorization)]
+        self.spectra = Spectra(wanted, options.device, metrics=metrics)
         if isinstance(request, Budget):
             self._decided |= self._by_budget(request)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +19,16 @@ KEY = "surgery_record"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteRecord:
-    """What is known of one site: why it was kept, or the relative error of the cut, and its calls in the original network."""
+    """What is known of one site: why it was kept, or the relative error of the cut, and its calls in the original network.
+
+    ``output_error`` is the relative error of its outputs over the calibration batches, where there were any.
+    """
 
     name: str
     reason: str | None
     error: float | None
     calls: tuple[Call, ...] | None
+    output_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +41,7 @@ class SurgeryRecord:
         macs: of one forward pass of the original network; None where no example inputs were given.
         input_shapes: shapes of all tensors in the example inputs.
         architecture: the registry name that the model was made from, if it was.
+        calibrated: how many examples the last cut was calibrated on; 0 where it saw the weights alone.
         fused_params: parameters that clean-up passes took away, beyond what the rows of chains show; negative where they added some.
         fused_macs: the same of MACs; None where they are not known.
         functions: convolutions and linear maps that the example inputs met as functions, which are never cut.
@@ -46,6 +52,7 @@ class SurgeryRecord:
     macs: int | None = None
     input_shapes: tuple[tuple[int, ...], ...] | None = None
     architecture: str | None = None
+    calibrated: int = 0
     fused_params: int = 0
     fused_macs: int | None = 0
     functions: tuple[FunctionUse, ...] = ()
@@ -126,18 +133,22 @@ def whole_record(model: nn.Module) -> SurgeryRecord | None:
     return replace(own or SurgeryRecord(), sites=sites, passes=passes_of(model), functions=functions_of(model))
 
 
-def merged_sites(before: dict[str, SiteRecord], sites: tuple[Site, ...], outcomes: tuple[Outcome, ...]) -> tuple[SiteRecord, ...]:
+def merged_sites(
+    before: dict[str, SiteRecord], sites: tuple[Site, ...], outcomes: tuple[Outcome, ...], output_errors: Mapping[str, float] | None = None
+) -> tuple[SiteRecord, ...]:
     """Records after a pass: what it applied or kept, with what was known of chains that it left alone."""
     by_name = {outcome.site: outcome for outcome in outcomes}
     records = []
     for site in sites:
         known, outcome = before.get(site.name), by_name.get(site.name)
         calls = site.calls if site.calls is not None else (known.calls if known else None)
+        output_error = (output_errors or {}).get(site.name)
         if outcome is None or (site.chain is not None and outcome.status == "kept"):
             reason, error = (known.reason, known.error) if known else (None, None)
+            output_error = known.output_error if known else None
         elif outcome.status == "applied":
             reason, error = outcome.reason, outcome.error
         else:
             reason, error = outcome.reason, known.error if known else None
-        records.append(SiteRecord(name=site.name, reason=reason, error=error, calls=calls))
+        records.append(SiteRecord(name=site.name, reason=reason, error=error, calls=calls, output_error=output_error))
     return tuple(records)

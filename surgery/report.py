@@ -38,6 +38,8 @@ class LayerReport:
         factorization: kind and ranks, None for a kept layer.
         ranks: one a mode, output channels first; None for a mode that is uncut.
         error: |W - W'|_F / |W|_F at the moment of the last cut; where a chain was cut again, W is the weight of that chain.
+        output_error: |Y - Y'|_F / |Y|_F of its outputs on the calibration batches, with the errors of the layers before it, just after its chain was
+            corrected; None without calibration.
         compression: weights before over weights after (Elhoushi et al. 2019, equation 10), 1 for a kept layer.
         speedup: MACs before over MACs after (equation 11), 1 for a kept layer, None where MACs are not known.
         calls: calls in one forward pass of the example inputs.
@@ -52,6 +54,7 @@ class LayerReport:
     factorization: Factorization | None
     ranks: tuple[int | None, ...] | None
     error: float | None
+    output_error: float | None
     params_before: int
     params_after: int
     macs_before: int | None
@@ -76,6 +79,7 @@ class Report:
     macs_before: int | None
     macs_after: int | None
     passes: tuple[str, ...]
+    calibrated: int = 0
     functions: tuple[FunctionUse, ...] = ()
 
     @property
@@ -145,6 +149,7 @@ def report(model: nn.Module) -> Report:
         macs_before=macs,
         macs_after=None if macs is None else macs - saved_macs - (fused_macs or 0),
         passes=passes_of(inner),
+        calibrated=0 if record is None else record.calibrated,
         functions=functions_of(inner),
     )
 
@@ -175,6 +180,7 @@ def _row(site: Site, known: SiteRecord | None) -> LayerReport:
         factorization=site.chain,
         ranks=None if site.chain is None else site.chain.ranks,
         error=None if known is None else known.error,
+        output_error=None if known is None or site.chain is None else known.output_error,
         params_before=params,
         params_after=params_after,
         macs_before=macs,

@@ -48,6 +48,9 @@ def report_table(report: Report) -> RenderableType:
     kept = [r for r in report.layers if r.status == "kept"]
     cut = len(report.layers) - len(kept)
     lines = [f"{cut} of {len(report.layers)} layers decomposed" + (f"; passes: {', '.join(report.passes)}" if report.passes else "")]
+    if cut:
+        told = f"the layers' outputs on {report.calibrated:,} calibration examples" if report.calibrated else "the weights alone"
+        lines.append(f"ranks and factors by {told}")
     lines += [f"kept {row.name or '(the model)'}: {row.reason}" for row in kept]
     lines += [f"function in {f.module or '(the model)'}: {_function_text(f)}" for f in report.functions]
     from rich.console import Group

@@ -34,6 +34,7 @@ class Candidates:
         decisions: a factorization each, or ``Keep``.
         costs: of each.
         errors: |W - W'|_F / |W|_F of each.
+        losses: what adds up over layers: squared errors; where the store has a metric for the layer, in its unit, so that they compare.
         before: what the layer costs as it is.
     """
 
@@ -41,12 +42,8 @@ class Candidates:
     decisions: tuple[Decision, ...]
     costs: Numbers
     errors: Numbers
+    losses: Numbers
     before: float
-
-    @property
-    def losses(self) -> Numbers:
-        """Squared errors: what adds up over layers."""
-        return self.errors**2
 
 
 def candidates_of(
@@ -67,8 +64,9 @@ def candidates_of(
     families = [family for kind in fitting for family in _families(site, kind, spectra, cost, guards, round_to)]
     costs = np.concatenate([family.costs for family in families] + [np.array([float(cost(None))])])
     errors = np.concatenate([family.errors for family in families] + [np.zeros(1)])
+    losses = np.concatenate([family.energy * family.errors**2 for family in families] + [np.zeros(1)])
     starts = np.cumsum([0, *(len(family.costs) for family in families)])
-    chosen = pareto(costs, errors**2, MOST)
+    chosen = pareto(costs, losses, MOST)
 
     def decision(index: int) -> Decision:
         if index == starts[-1]:
@@ -76,7 +74,7 @@ def candidates_of(
         number = int(np.searchsorted(starts, index, side="right")) - 1
         return families[number].at(index - int(starts[number]))
 
-    return Candidates(site, tuple(decision(int(index)) for index in chosen), costs[chosen], errors[chosen], float(cost(None)))
+    return Candidates(site, tuple(decision(int(index)) for index in chosen), costs[chosen], errors[chosen], losses[chosen], float(cost(None)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +83,7 @@ class _Family:
 
     costs: Numbers
     errors: Numbers
+    energy: float
     grids: tuple[Sequence[Rank], ...]
     build: Callable[[Sequence[Rank]], Factorization]
 
@@ -96,6 +95,7 @@ class _Family:
 def _families(site: Site, kind: Blockwise, spectra: Spectra, cost: Cost, guards: Sequence[Cost], round_to: int) -> Iterator[_Family]:
     unit, full = kind.unit(site.geometry), kind.full_ranks(site.geometry)
     surface = spectra.error_surface(site, kind).cpu().numpy()
+    energy = float(spectra.weight(site, kind).square().sum()) if site.name in spectra.metrics else 1.0
     step = lcm(round_to, unit)
     grids = [list(range(step, most, step)) or [most] for most in full]
     uncut = (False, True) if len(full) > 1 else (False,)
@@ -109,7 +109,7 @@ def _families(site: Site, kind: Blockwise, spectra: Spectra, cost: Cost, guards:
         for guard in guards:
             possible &= _costs(kind, ranks, guard) < guard(None)
         costs = np.where(possible, _costs(kind, ranks, cost), np.inf)
-        yield _Family(costs.ravel(), errors.ravel(), ranks, lambda chosen: kind.from_ranks(site.geometry, chosen))
+        yield _Family(costs.ravel(), errors.ravel(), energy, ranks, lambda chosen: kind.from_ranks(site.geometry, chosen))
 
 
 def _costs(kind: Blockwise, grids: Sequence[Sequence[Rank]], cost: Cost) -> Numbers:

@@ -1,0 +1,137 @@
+"""All factors polished together, so that the cut network says again what the original said: distillation without labels (Hinton et al. 2015)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import cos, pi
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passes.errors import SurgeryTypeError, SurgeryValueError
+from passes.parity import private_inputs, tensors_in
+from passes.running import arguments, kept_random_states
+
+__all__ = ["Refine", "refine"]
+
+WARM_UP = 0.05  # of all steps, in which the rate rises
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refine:
+    """How factors are polished.
+
+    Attributes:
+        epochs: how often all calibration batches are gone through.
+        rate: the largest step of Adam, as a share of the root mean square of each parameter; it rises at first and then falls to nothing along a
+            cosine.
+    """
+
+    epochs: int = 10
+    rate: float = 5e-3
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.epochs, Integral) or isinstance(self.epochs, bool):
+            raise SurgeryTypeError(f"Refine: epochs must be an int, got {self.epochs!r}")
+        if self.epochs < 1:
+            raise SurgeryValueError(f"Refine: epochs must be at least 1, got {self.epochs}")
+        if not isinstance(self.rate, Real) or isinstance(self.rate, bool) or not self.rate > 0:
+            raise SurgeryValueError(f"Refine: rate must be a positive number, got {self.rate!r}")
+
+
+def refine(
+    original: nn.Module,
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Sequence[Any],
+    how: Refine,
+    progress: Callable[[int, float], None] | None = None,
+) -> None:
+    """Change ``parameters`` of ``model``, in place, so that its outputs on the batches come nearer to those of ``original``.
+
+    Both run in eval mode: statistics of batch norms stay. What is made small is the squared distance of the outputs, relative to their own squares.
+    The parameters of the epoch with the least distance are kept, the ones before among them.
+
+    Args:
+        original: the network before the cut.
+        model: the decomposed network.
+        parameters: those to change.
+        batches: as for ``calibrate``.
+        how: epochs and rate.
+        progress: called after each epoch with its number and the distance.
+    """
+    modes = {module: module.training for module in (*original.modules(), *model.modules())}
+    trainable = {p: p.requires_grad for p in model.parameters()}
+    grads = {p: p.grad for p in model.parameters()}
+    chosen = set(map(id, parameters))
+    with kept_random_states():
+        torch.manual_seed(0)
+        try:
+            original.eval()
+            model.eval()
+            for p in model.parameters():
+                p.requires_grad_(id(p) in chosen)
+                p.grad = None
+            with torch.no_grad():
+                targets = [[t.detach() for t in _outputs(original, batch)] for batch in batches]
+            _descend(model, parameters, batches, targets, how, progress)
+        finally:
+            for p, wanted in trainable.items():
+                p.requires_grad_(wanted)
+                p.grad = grads[p]
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _descend(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Sequence[Any],
+    targets: Sequence[Sequence[Tensor]],
+    how: Refine,
+    progress: Callable[[int, float], None] | None,
+) -> None:
+    scales = [sum(float(target[i].double().square().sum()) for target in targets) or 1.0 for i in range(len(targets[0]))]
+    sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
+    optimizer = torch.optim.Adam([{"params": [p]} for p in parameters])
+    steps = how.epochs * len(batches)
+    best, kept = _distance(model, batches, targets, scales), [p.detach().clone() for p in parameters]
+    step = 0
+    for epoch in range(how.epochs):
+        for index in torch.randperm(len(batches)).tolist():
+            step += 1
+            warm = min(1.0, step / max(WARM_UP * steps, 1))
+            rate = how.rate * warm * (1 + cos(pi * step / steps)) / 2
+            for group, size in zip(optimizer.param_groups, sizes, strict=True):
+                group["lr"] = rate * size
+            loss = _loss(_outputs(model, batches[index]), targets[index], scales) * len(batches)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        reached = _distance(model, batches, targets, scales)
+        if reached < best:
+            best, kept = reached, [p.detach().clone() for p in parameters]
+        if progress is not None:
+            progress(epoch + 1, reached)
+    with torch.no_grad():
+        for p, values in zip(parameters, kept, strict=True):
+            p.copy_(values)
+
+
+def _distance(model: nn.Module, batches: Sequence[Any], targets: Sequence[Sequence[Tensor]], scales: Sequence[float]) -> float:
+    with torch.no_grad():
+        return sum(float(_loss(_outputs(model, batch), target, scales)) for batch, target in zip(batches, targets, strict=True))
+
+
+def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    args, kwargs = arguments(private_inputs(batch))
+    return [t for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point()]
+
+
+def _loss(got: Sequence[Tensor], wanted: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """The squared distance of all outputs, each relative to its own squares over all batches."""
+    parts = [(a.float() - b.float()).square().sum() / scale for a, b, scale in zip(got, wanted, scales, strict=True)]
+    return torch.stack(parts).sum() / len(parts)

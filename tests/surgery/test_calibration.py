@@ -1,0 +1,221 @@
+"""Cuts that know the data: what inputs a layer sees and which outputs count, correction in turn, polishing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import surgery
+from passes import host_for
+from passes.geometry import Geometry, Piece
+from passes.kinds import KINDS, kind_named
+from passes.metric import Metric, unweighted, weighted
+from passes.parity import assert_parity
+from passes.refit import refit
+from passes.spectra import Spectra
+from surgery import Budget, Refine
+from surgery.calibration import batches_of, calibrate
+from surgery.correction import correct
+from tests.networks import Kinds, Small, Twice
+
+with_spectra = [k for k in KINDS if k.has_spectra]
+generator = torch.Generator().manual_seed(9)
+IMAGES = torch.randn(64, 3, 12, 12, generator=generator)
+
+
+def spread(channels, groups=1):
+    """A second moment with a wide spectrum, (groups, n, n)."""
+    n = channels // groups
+    scales = torch.logspace(0, -2, n, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(groups, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)))[0]
+    return basis @ torch.diag(scales) @ basis.mT
+
+
+def output_error(layer, pieces, kind, metric):
+    """sqrt(tr(G D S D^T)) of the change D, by its definition."""
+    geometry = Geometry.of(layer)
+    merged = kind.merge([Piece(p.name, p.geometry, p.weight.double(), None) for p in pieces], geometry)
+    change = geometry.forward_blocks(merged - layer.weight.detach()).flatten(3)
+    return float(torch.einsum("goik,gij,gpjk,gop->", change, metric.inputs, change, metric.outputs).sqrt())
+
+
+@pytest.mark.parametrize("kind", with_spectra, ids=[k.name for k in with_spectra])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_metric_lowers_the_error_that_it_measures(kind, groups, transposed):
+    torch.manual_seed(0)
+    build = nn.ConvTranspose2d if transposed else nn.Conv2d
+    layer = build(12, 16, 1 if kind.name == "svd" else 3, groups=groups, dtype=torch.float64)
+    metric = Metric(inputs=spread(12, groups), outputs=spread(16, groups))
+    if not kind.mixes_inputs:  # it can make use of the diagonal alone
+        metric = Metric(inputs=torch.diag_embed(metric.inputs.diagonal(dim1=1, dim2=2)), outputs=metric.outputs)
+    (site,) = host_for(nn.Sequential(layer)).sites()
+    ranks = [kind.unit(site.geometry) * max(1, r // kind.unit(site.geometry) // 2) for r in kind.full_ranks(site.geometry)]
+    factorization = kind.from_ranks(site.geometry, ranks)
+    plain = Spectra().split(site, kind, factorization)
+    aware = Spectra(metrics={"0": metric}).split(site, kind, factorization)
+    assert [p.geometry for p in aware] == [p.geometry for p in plain]
+    assert output_error(layer, aware, kind, metric) < 0.8 * output_error(layer, plain, kind, metric)
+    whole = kind.from_ranks(site.geometry, kind.full_ranks(site.geometry))
+    exact = kind.merge(Spectra(metrics={"0": metric}).split(site, kind, whole), site.geometry)
+    assert float((exact - layer.weight.detach()).norm() / layer.weight.norm()) < 1e-9
+
+
+@pytest.mark.parametrize("kind", with_spectra, ids=[k.name for k in with_spectra])
+def test_the_weighted_weight_has_the_norm_of_the_output(kind):
+    layer = nn.Conv2d(6, 8, 1 if kind.name == "svd" else 3, dtype=torch.float64)
+    metric = Metric(inputs=torch.diag_embed(torch.rand(1, 6, dtype=torch.float64) + 0.1), outputs=spread(8))
+    found = weighted(layer.weight.detach(), Geometry.of(layer), metric, kind).square().sum()
+    expected = torch.einsum("oik,ij,pjk,op->", layer.weight.flatten(2), metric.inputs[0], layer.weight.flatten(2), metric.outputs[0])
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+    assert unweighted((), Geometry.of(layer), Metric(), kind) == ()
+
+
+def test_moments_are_those_of_the_inputs_and_of_the_derivatives():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 1, groups=2)).double().eval()
+    x = torch.randn(5, 3, 7, 7, dtype=torch.float64)
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    learnt = calibrate(model, [x[:2], x[2:]], host_for(model).sites())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[k], v) and v.grad is None for k, v in model.state_dict(keep_vars=True).items())
+    assert learnt.examples == 5
+    rows = x.movedim(1, -1).reshape(-1, 3)
+    assert torch.allclose(learnt.metrics["0"].inputs[0], rows.T @ rows / len(rows))
+    inner = model[:2](x).movedim(1, -1).reshape(-1, 2, 2).detach()
+    assert torch.allclose(learnt.metrics["2"].inputs, torch.einsum("ngi,ngj->gij", inner, inner) / len(inner))
+    # the last layer gives the output itself: derivatives of a white projection are white
+    white = learnt.metrics["2"].outputs / 49
+    assert torch.allclose(white, torch.eye(3, dtype=torch.float64).expand(2, 3, 3), atol=0.3)
+
+
+def test_what_does_not_reach_the_output_counts_for_nothing():
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.dead = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            self.dead(x)
+            return self.used(x)
+
+    model = Dead()
+    plan = surgery.plan(model, Budget(macs=0.8), example_inputs=IMAGES[:1], calibration=[IMAGES])
+    assert isinstance(plan["used"], surgery.Keep)
+    assert not isinstance(plan["dead"], surgery.Keep)
+
+
+def test_refit_finds_the_layer_that_made_the_data():
+    layer = nn.Conv2d(6, 8, 1, groups=2, dtype=torch.float64)
+    (piece,) = [Piece("", Geometry.of(layer), torch.zeros_like(layer.weight.detach()), torch.zeros(8, dtype=torch.float64))]
+    x = torch.randn(40, 6, 3, 3, dtype=torch.float64)
+    rows = torch.cat([x.movedim(1, -1).reshape(-1, 2, 3), torch.ones(360, 2, 1, dtype=torch.float64)], 2).transpose(0, 1)
+    wanted = layer(x).detach().movedim(1, -1).reshape(-1, 2, 4).transpose(0, 1)
+    found = refit(piece, rows.mT @ rows, rows.mT @ wanted)
+    assert torch.allclose(found.weight, layer.weight, atol=1e-3)
+    assert torch.allclose(found.bias, layer.bias, atol=1e-3)
+
+
+def distance(net, model, x):
+    with torch.no_grad():
+        return float((net(x) - model(x)).norm() / model(x).norm())
+
+
+@pytest.mark.parametrize("method", ["tucker", "channel", "spatial", "depthwise", "auto"])
+def test_data_correction_and_polishing_each_bring_the_outputs_nearer(method):
+    model = Small().eval()
+    train, test = IMAGES[:48], IMAGES[48:]
+    options = {"example_inputs": IMAGES[:1], "method": method, "guard": "none"}
+    plan = surgery.plan(model, 0.4, **options)
+    blind = surgery.decompose(model, plan)
+    aware = surgery.decompose(model, plan, calibration=train.split(16))
+    polished = surgery.decompose(model, plan, calibration=train.split(16), refine=Refine(epochs=15, rate=3e-3))
+    assert distance(aware, model, test) < 0.8 * distance(blind, model, test)
+    assert distance(polished, model, train) < distance(aware, model, train)
+    report = surgery.report(aware)
+    assert report.calibrated == 48
+    assert "48 calibration examples" in str(report)
+    assert "weights alone" in str(surgery.report(blind))
+    assert surgery.report(blind).calibrated == 0
+    assert any(row.output_error is not None for row in report.layers)
+
+
+def test_the_output_error_that_is_reported_is_the_one_that_is_there():
+    model = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(12, 8, 3)).double().eval()
+    x = IMAGES.double()
+    net = surgery.decompose(model, {"re:.*": 0.5}, calibration=x.split(16))
+    for count, name in ((1, "0"), (3, "2")):
+        wanted, got = model[:count](x), nn.Sequential(*list(net)[:count])(x)
+        assert surgery.report(net)[name].output_error == pytest.approx(float((got - wanted).norm() / wanted.norm()), rel=1e-6)
+
+
+def test_correction_in_place_on_graphs_and_modes(tmp_path):
+    model = Small().train()
+    traced = surgery.trace(copy.deepcopy(model).eval(), IMAGES[:2])
+    cut = surgery.decompose(traced, 0.4, example_inputs=IMAGES[:2], guard="none", calibration=IMAGES)
+    on_module = surgery.decompose(model, 0.4, example_inputs=IMAGES[:2], guard="none", calibration=IMAGES)
+    assert all(m.training for m in on_module.modules())
+    assert_parity(on_module.eval()(IMAGES), cut(IMAGES), tolerance=1e-4)
+    other = copy.deepcopy(model)
+    assert surgery.decompose(other, 0.4, example_inputs=IMAGES[:2], guard="none", calibration=IMAGES, inplace=True) is other
+    assert_parity(other.eval()(IMAGES), cut(IMAGES), tolerance=1e-4)
+    surgery.save(on_module, tmp_path / "net")
+    again = surgery.load(tmp_path / "net", Small())
+    assert surgery.report(again).calibrated == 64
+    assert [r.output_error for r in surgery.report(again).layers] == [r.output_error for r in surgery.report(on_module).layers]
+
+
+def test_shared_and_tied_layers_and_other_inputs():
+    twice = Twice().eval()
+    x = torch.randn(8, 8, 8, 8)
+    net = surgery.decompose(twice, {"re:.*": 0.5}, calibration=[x])
+    assert distance(net, twice, x) < distance(surgery.decompose(twice, {"re:.*": 0.5}), twice, x)
+    kinds = Kinds().eval()
+    images = torch.randn(8, 3, 6, 8)
+    aware = surgery.decompose(kinds, {"re:.*": 0.5}, calibration=[(images,)])
+    assert distance(aware, kinds, images) < distance(surgery.decompose(kinds, {"re:.*": 0.5}), kinds, images)
+
+
+def test_labels_of_a_loader_are_dropped():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES, torch.arange(64)), batch_size=16)
+    assert [b.shape[0] for b in batches_of(loader)] == [16] * 4
+    assert len(batches_of(IMAGES)) == 1
+    assert batches_of([[IMAGES, IMAGES]])[0][1] is IMAGES  # two inputs, not labels
+    model = Small().eval()
+    assert_parity(
+        surgery.decompose(model, {"conv2": 0.5}, calibration=loader)(IMAGES),
+        surgery.decompose(model, {"conv2": 0.5}, calibration=IMAGES.split(16))(IMAGES),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": 3}, "calibration: expected batches"),
+        ({"calibration": []}, "calibration: there is no batch"),
+        ({"calibration": [torch.randn(2, 5, 4, 4)]}, "fails on them"),
+        ({"refine": Refine()}, "refine: needs calibration"),
+        ({"calibration": IMAGES, "refine": 3}, "refine: expected surgery.Refine"),
+    ],
+)
+def test_wrong_data(options, message):
+    model = Small()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(surgery.SurgeryError, match=message):
+        surgery.decompose(model, 0.5, inplace=True, **options)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"epochs": 1.5}, {"rate": 0.0}, {"rate": "fast"}])
+def test_wrong_polishing(options):
+    with pytest.raises(surgery.SurgeryError, match="Refine: "):
+        Refine(**options)
+
+
+def test_correcting_nothing_changes_nothing():
+    model = Small().eval()
+    assert correct(model, copy.deepcopy(model), {}, [IMAGES]) == {}
+    assert kind_named("tucker").mixes_inputs

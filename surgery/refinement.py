@@ -17,7 +17,7 @@ from passes.running import arguments, kept_random_states
 
 __all__ = ["Refine", "refine"]
 
-WARM_UP = 0.05  # of all steps, in which the rate rises
+SHORTER = 0.3  # what becomes of the rate after an epoch that did not help
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +26,12 @@ class Refine:
 
     Attributes:
         epochs: how often all calibration batches are gone through.
-        rate: the largest step of Adam, as a share of the root mean square of each parameter; it rises at first and then falls to nothing along a
-            cosine.
+        rate: the step of Adam, as a share of the root mean square of each parameter; it falls to nothing along a cosine, and after each epoch that
+            did not help.
     """
 
     epochs: int = 10
-    rate: float = 5e-3
+    rate: float = 3e-3
 
     def __post_init__(self) -> None:
         if not isinstance(self.epochs, Integral) or isinstance(self.epochs, bool):
@@ -96,17 +96,13 @@ def _descend(
 ) -> None:
     scales = [sum(float(target[i].double().square().sum()) for target in targets) or 1.0 for i in range(len(targets[0]))]
     sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
-    optimizer = torch.optim.Adam([{"params": [p]} for p in parameters])
-    steps = how.epochs * len(batches)
     best, kept = _distance(model, batches, targets, scales), [p.detach().clone() for p in parameters]
-    step = 0
+    optimizer, rate = torch.optim.Adam([{"params": [p]} for p in parameters]), how.rate
     for epoch in range(how.epochs):
+        falling = (1 + cos(pi * epoch / how.epochs)) / 2
+        for group, size in zip(optimizer.param_groups, sizes, strict=True):
+            group["lr"] = rate * falling * size
         for index in torch.randperm(len(batches)).tolist():
-            step += 1
-            warm = min(1.0, step / max(WARM_UP * steps, 1))
-            rate = how.rate * warm * (1 + cos(pi * step / steps)) / 2
-            for group, size in zip(optimizer.param_groups, sizes, strict=True):
-                group["lr"] = rate * size
             loss = _loss(_outputs(model, batches[index]), targets[index], scales) * len(batches)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -114,11 +110,19 @@ def _descend(
         reached = _distance(model, batches, targets, scales)
         if reached < best:
             best, kept = reached, [p.detach().clone() for p in parameters]
+        else:  # the steps were too long: once more from the best so far, with shorter ones
+            rate *= SHORTER
+            _put_back(parameters, kept)
+            optimizer = torch.optim.Adam([{"params": [p]} for p in parameters])
         if progress is not None:
             progress(epoch + 1, reached)
+    _put_back(parameters, kept)
+
+
+def _put_back(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        for p, values in zip(parameters, kept, strict=True):
-            p.copy_(values)
+        for p, value in zip(parameters, values, strict=True):
+            p.copy_(value)
 
 
 def _distance(model: nn.Module, batches: Sequence[Any], targets: Sequence[Sequence[Tensor]], scales: Sequence[float]) -> float:

@@ -5,29 +5,64 @@ This package computes what it is told; it never chooses a rank, never loops over
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import fx, nn
 
-from passes.capture import capture, observe_calls, observe_shapes, trace
+from passes.capture import capture, trace
 from passes.decompose import Decompose
+from passes.drop_identities import DropIdentities
+from passes.fold_batch_norm import FoldBatchNorm
+from passes.fuse_linear_runs import FuseLinearRuns
 from passes.graph_host import GraphHost
 from passes.host import Host
+from passes.merge_pointwise import MergePointwise
 from passes.module_host import ModuleHost
+from passes.pipeline import Pass, name_of, run_pipeline
 from passes.reconstruct import Reconstruct
+from passes.recording import RecordedGraph, record
 from passes.result import Outcome, PassResult
+from passes.watching import FunctionUse, Observation, observe_graph, observe_module
 
-__all__ = ["Decompose", "GraphHost", "Host", "ModuleHost", "Outcome", "PassResult", "Reconstruct", "capture", "host_for", "observe", "trace"]
+__all__ = [
+    "CLEANUP_PASSES",
+    "Decompose",
+    "DropIdentities",
+    "FoldBatchNorm",
+    "FunctionUse",
+    "FuseLinearRuns",
+    "GraphHost",
+    "Host",
+    "MergePointwise",
+    "ModuleHost",
+    "Observation",
+    "Outcome",
+    "Pass",
+    "PassResult",
+    "Reconstruct",
+    "RecordedGraph",
+    "capture",
+    "host_for",
+    "name_of",
+    "observe",
+    "record",
+    "run_pipeline",
+    "trace",
+]
+
+CLEANUP_PASSES: tuple[type[Pass], ...] = (FuseLinearRuns, FoldBatchNorm, MergePointwise, DropIdentities)
+"""Passes after which a network no longer is the architecture that it was made as: it is exported, not saved."""
 
 
-def observe(model: nn.Module, example_inputs: Any) -> Mapping[str, Any]:
+def observe(model: nn.Module, example_inputs: Any) -> Observation:
     """What the host of this model would learn from these inputs, for it or for the host of a copy; run on a copy that is then dropped."""
-    return observe_shapes(model, example_inputs) if isinstance(model, fx.GraphModule) else observe_calls(model, example_inputs)
+    return observe_graph(model, example_inputs) if isinstance(model, fx.GraphModule) else observe_module(model, example_inputs)
 
 
-def host_for(model: nn.Module, example_inputs: Any = None, *, observed: Mapping[str, Any] | None = None, private: bool = False) -> Host:
+def host_for(
+    model: nn.Module, example_inputs: Any = None, *, observed: Observation | None = None, private: bool = False, effective_weights: bool = False
+) -> Host:
     """The host for a model: node for node where it is a flat ``GraphModule``, in place on the modules of any other."""
     if isinstance(model, fx.GraphModule):
-        return GraphHost(model, example_inputs, observed=observed, private=private)
-    return ModuleHost(model, example_inputs, observed=observed, private=private)
+        return GraphHost(model, example_inputs, observed=observed, private=private, effective_weights=effective_weights)
+    return ModuleHost(model, example_inputs, observed=observed, private=private, effective_weights=effective_weights)

@@ -18,6 +18,7 @@ from passes.kinds import kind_of
 __all__ = [
     "Chain",
     "ChainInfo",
+    "chain_module",
     "changed_since_cut",
     "cut_chain",
     "cut_layer",
@@ -25,6 +26,7 @@ __all__ = [
     "merged_piece",
     "original_layer",
     "pieces_of",
+    "plain_layer",
     "weightless",
     "without_hooks",
 ]
@@ -41,6 +43,8 @@ HOOKS = (
 )
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+BUILT: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS.values(), *TRANSPOSED.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,6 +106,29 @@ class Chain(nn.Sequential):
         return super().__getitem__(index)
 
 
+class TransposedChain(Chain):
+    """The chain of a transposed convolution, which callers may ask for an output size."""
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """As ``nn.ConvTranspose2d``: ``output_size`` is that of the pixels, or of the whole output."""
+        if output_size is None:
+            return super().forward(input)  # type: ignore[no-untyped-call,no-any-return]
+        dims = Geometry.of(self.__dict__["_surgery"].original).dims
+        for layer in self._modules.values():
+            geometry = Geometry.of(layer)  # type: ignore[arg-type]
+            if not geometry.transposed:
+                input = layer(input)  # type: ignore[misc]
+                continue
+            wanted = zip(output_size[-dims:], input.shape[-dims:], geometry.kernel, geometry.stride, strict=True)
+            input = layer(input, [size if k > 1 or s > 1 else now for size, now, k, s in wanted])  # type: ignore[misc]
+        return input
+
+
+def chain_module(layers: dict[str, nn.Module], info: ChainInfo) -> Chain:
+    """The chain of these layers."""
+    return (TransposedChain if Geometry.of(info.original).transposed else Chain)(layers, info)
+
+
 def pieces_of(layers: dict[str, nn.Module]) -> tuple[Piece, ...]:
     """The layers of a chain as plain data; weights are the parameters themselves."""
     return tuple(Piece(name, Geometry.of(layer), layer.weight, layer.bias) for name, layer in layers.items())  # type: ignore[arg-type]
@@ -116,9 +143,9 @@ def merged_piece(chain: Chain) -> Piece:
 def merge(pieces: Sequence[Piece], info: ChainInfo) -> Piece:
     """As ``merged_piece``, from the pieces."""
     wide = [Piece(p.name, p.geometry, p.weight.double(), None) for p in pieces]
-    weight = kind_of(info.factorization).merge(wide).to(pieces[0].weight.dtype)
     geometry = Geometry.of(info.original)
-    return Piece("", geometry, weight.reshape(geometry.weight_shape), pieces[-1].bias)
+    weight = kind_of(info.factorization).merge(wide, geometry).to(pieces[0].weight.dtype)
+    return Piece("", geometry, weight, pieces[-1].bias)
 
 
 def weightless(layer: nn.Module) -> nn.Module:
@@ -139,9 +166,7 @@ def without_hooks(layer: nn.Module) -> nn.Module:
 
 def changed_since_cut(layers: dict[str, nn.Module], info: ChainInfo) -> str | None:
     """Why the layers of a chain no longer are what its factorization says, or None where they are."""
-    plain = all(
-        type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) and layer._parameters.get("weight") is not None for layer in layers.values()
-    )
+    plain = all(type(layer) in BUILT and layer._parameters.get("weight") is not None for layer in layers.values())
     if plain and layers and not any(has_hooks(layer) for layer in layers.values()):
         bias = list(layers.values())[-1]._parameters.get("bias") is not None
         shapes = kind_of(info.factorization).shapes(Geometry.of(info.original), info.factorization, bias)
@@ -180,9 +205,11 @@ def original_layer(info: ChainInfo, piece: Piece, layers: dict[str, nn.Module], 
     layer = copy.copy(info.original)
     core = max(layers.values(), key=lambda m: m.weight.numel())  # type: ignore[operator,union-attr]
     trainable = any(m.weight.requires_grad for m in layers.values())  # type: ignore[union-attr]
-    weight = _in_format_of(piece.weight.detach(), core.weight)  # type: ignore[arg-type]
+    weight = piece.weight
+    if not isinstance(weight, nn.Parameter):
+        weight = nn.Parameter(_in_format_of(weight.detach(), core.weight), requires_grad=trainable)  # type: ignore[arg-type]
     own = dict(info.original._parameters)
-    own["weight"] = nn.Parameter(weight, requires_grad=trainable)
+    own["weight"] = weight
     own["bias"] = list(layers.values())[-1]._parameters["bias"]
     layer.__dict__["_parameters"] = own
     layer.training = core.training
@@ -192,20 +219,34 @@ def original_layer(info: ChainInfo, piece: Piece, layers: dict[str, nn.Module], 
     return layer
 
 
-def _build_layer(piece: Piece, layer: nn.Module, weight: Tensor) -> nn.Module:
+def plain_layer(piece: Piece, bias: Tensor | None) -> nn.Module:
+    """The layer of torch with a piece's geometry and weight, and this bias; a weight or bias that is a parameter is shared, not copied."""
     g = piece.geometry
-    has_bias = piece.bias is not None
+    has_bias = bias is not None
     built: nn.Module
     if g.is_linear:
         built = nn.Linear(g.in_channels, g.out_channels, has_bias, device="meta")
+    elif g.transposed:
+        channels, padding = (g.in_channels, g.out_channels), (g.padding, g.output_padding)
+        built = TRANSPOSED[g.dims](*channels, g.kernel, g.stride, *padding, g.groups, has_bias, g.dilation, g.padding_mode, device="meta")
     else:
         built = CONVOLUTIONS[g.dims](
             g.in_channels, g.out_channels, g.kernel, g.stride, g.padding, g.dilation, g.groups, has_bias, g.padding_mode, device="meta"
         )
-    numbers = _in_format_of(piece.weight.detach().to(device=weight.device, dtype=weight.dtype), weight)
-    built._parameters["weight"] = nn.Parameter(numbers, requires_grad=weight.requires_grad)
-    built._parameters["bias"] = layer._parameters["bias"] if has_bias else None
-    return built.train(layer.training)
+    built._parameters["weight"] = _parameter(piece.weight)
+    built._parameters["bias"] = None if bias is None else _parameter(bias)
+    return built
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+def _build_layer(piece: Piece, layer: nn.Module, weight: Tensor) -> nn.Module:
+    if not isinstance(piece.weight, nn.Parameter):
+        numbers = _in_format_of(piece.weight.detach().to(device=weight.device, dtype=weight.dtype), weight)
+        piece = Piece(piece.name, piece.geometry, nn.Parameter(numbers, requires_grad=weight.requires_grad), piece.bias)
+    return plain_layer(piece, layer._parameters["bias"] if piece.bias is not None else None).train(layer.training)
 
 
 def _in_format_of(tensor: Tensor, like: Tensor) -> Tensor:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from passes.blockwise import Blockwise
 from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Decision, Factorization, Keep
 from passes.geometry import Piece
-from passes.host import Host
-from passes.kind import Kind
+from passes.host import Host, tied_pieces
 from passes.kinds import kind_of
 from passes.result import Outcome, PassResult
 from passes.site import Site
@@ -27,8 +27,8 @@ class Decompose:
     """Layer -> chain, for every site that ``assignment`` names.
 
     Assumes nothing of the model; what it cannot cut it keeps, with a reason. A chain that is named is merged and cut again, at ranks up to its
-    own; a mode given as None keeps the chain's rank. A second run changes nothing. Everything is computed before anything is put in place,
-    except on a private host.
+    own; a mode given as None keeps the chain's rank. A layer that is tied to another gets the same chain, with the same parameters. A second run
+    changes nothing. Everything is computed before anything is put in place, except on a private host.
 
     Args:
         assignment: a factorization or ``Keep`` for each site name; sites not named are kept. Each is looked up when its site's turn comes.
@@ -46,7 +46,8 @@ class Decompose:
         sites = host.sites()
         _check_names(self.assignment, sites)
         spectra = self._own_spectra(sites) if self.spectra is None else self.spectra
-        outcomes = tuple(self._treat(host, site, spectra) for site in sites)
+        done: dict[str, _Done] = {}
+        outcomes = tuple(self._treat(host, site, spectra, done) for site in sites)
         model = host.commit()
         return PassResult(model, any(o.status == "applied" for o in outcomes), outcomes)
 
@@ -54,17 +55,34 @@ class Decompose:
         decisions = [(site, self.assignment.get(site.name)) for site in sites if site.keep is None]
         return Spectra([(site, kind_of(d)) for site, d in decisions if isinstance(d, Factorization)], self.device)
 
-    def _treat(self, host: Host, site: Site, spectra: Spectra) -> Outcome:
+    def _treat(self, host: Host, site: Site, spectra: Spectra, done: dict[str, _Done]) -> Outcome:
         if self.progress is not None:
             self.progress(site)
+        if site.tied_to is not None:
+            return self._treat_alike(host, site, done[site.tied_to])
         decision = self.assignment.get(site.name, Keep(ALREADY if site.chain else "not assigned"))
         reason = _reason_to_keep(site, decision)
         if reason is None:
             factorization = settled(site, decision)  # type: ignore[arg-type]
             pieces, error = self._split(site, factorization, spectra)
-            host.replace(site, factorization, pieces)
+            placed = host.replace(site, factorization, pieces)
+            outcome = Outcome(site.name, "applied", None, error)
+            done[site.name] = _Done(decision, outcome, placed, factorization)
+        else:
+            outcome = Outcome(site.name, "kept", reason)
+            done[site.name] = _Done(decision, outcome)
         spectra.let_go(site)
-        return Outcome(site.name, "applied", None, error) if reason is None else Outcome(site.name, "kept", reason)
+        return outcome
+
+    def _treat_alike(self, host: Host, site: Site, first: _Done) -> Outcome:
+        """As the first layer with this weight was treated: the same factors, the very same parameters."""
+        if self.assignment.get(site.name, first.decision) != first.decision:
+            raise SurgeryValueError(
+                f"{site}: shares its weight with {site.tied_to}, which gets {first.decision}; assign the same to both, or to the first only"
+            )
+        if first.factorization is not None:
+            host.replace(site, first.factorization, tied_pieces(site, first.factorization, first.pieces))
+        return replace(first.outcome, site=site.name)
 
     def _split(self, site: Site, factorization: Factorization, spectra: Spectra) -> tuple[tuple[Piece, ...], float]:
         kind = kind_of(factorization)
@@ -74,8 +92,18 @@ class Decompose:
         if not all(bool(torch.isfinite(p.weight.abs().amax())) for p in rounded):
             raise SurgeryValueError(f"{site}: the factors of its weight overflow {site.dtype}; decompose in a wider dtype or exclude this layer")
         rounded = [Piece(p.name, p.geometry, p.weight.double(), None) for p in rounded]
-        norm, gap = float(weight.norm()), float((kind.merge(rounded) - weight).norm())
+        norm, gap = float(weight.norm()), float((kind.merge(rounded, site.geometry) - weight).norm())
         return pieces, gap / norm if norm > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Done:
+    """What became of a site: the chain's layers and factorization, where it was cut."""
+
+    decision: Decision
+    outcome: Outcome
+    pieces: tuple[Piece, ...] = ()
+    factorization: Factorization | None = None
 
 
 def _reason_to_keep(site: Site, decision: Decision) -> str | None:
@@ -97,6 +125,9 @@ def refusal_of(site: Site, factorization: Factorization) -> str | None:
     reason = kind.refuses(site.geometry)
     if reason is not None:
         return reason
+    refused = kind.refuses_ranks(site.geometry, factorization.ranks)
+    if refused is not None:
+        return refused
     whose = "the chain's own rank" if _cut_again(site, kind) else "its full rank"
     for mode, rank, most in zip(kind.modes, factorization.ranks, most_ranks(site, kind), strict=True):
         if rank is not None and rank > most:
@@ -104,7 +135,7 @@ def refusal_of(site: Site, factorization: Factorization) -> str | None:
     return None
 
 
-def most_ranks(site: Site, kind: Kind) -> tuple[int, ...]:
+def most_ranks(site: Site, kind: Blockwise) -> tuple[int, ...]:
     """For each mode the largest rank that a cut can have: the full rank; for a chain of the same kind its own, since nothing more is there."""
     full = kind.full_ranks(site.geometry)
     if not _cut_again(site, kind):
@@ -121,7 +152,7 @@ def settled(site: Site, factorization: Factorization) -> Factorization:
     return kind.from_ranks(site.geometry, ranks)
 
 
-def _cut_again(site: Site, kind: Kind) -> bool:
+def _cut_again(site: Site, kind: Blockwise) -> bool:
     return site.chain is not None and kind_of(site.chain) is kind
 
 

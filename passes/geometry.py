@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -78,6 +79,31 @@ class Geometry:
         """How many numbers the weight holds."""
         return prod(self.weight_shape)
 
+    @property
+    def is_depthwise(self) -> bool:
+        """Each output is made from one input channel only, out of several."""
+        return self.groups > 1 and self.in_channels == self.groups
+
+    @property
+    def one_group(self) -> Geometry:
+        """One of the layer's groups, as a layer of its own."""
+        return replace(self, in_channels=self.in_channels // self.groups, out_channels=self.out_channels // self.groups, groups=1)
+
+    def times(self, count: int) -> Geometry:
+        """So many of this layer side by side, none seeing the others' channels."""
+        return replace(self, in_channels=self.in_channels * count, out_channels=self.out_channels * count, groups=self.groups * count)
+
+    def forward_blocks(self, weight: Tensor) -> Tensor:
+        """A stored weight as (groups, C_out / groups, C_in / groups, *kernel): forward direction also where torch stores the channels swapped."""
+        one = self.one_group
+        if self.transposed:
+            return weight.reshape(self.groups, one.in_channels, one.out_channels, *self.kernel).transpose(1, 2)
+        return weight.reshape(self.groups, one.out_channels, one.in_channels, *self.kernel)
+
+    def stored(self, blocks: Tensor) -> Tensor:
+        """The inverse of ``forward_blocks``."""
+        return (blocks.transpose(1, 2) if self.transposed else blocks).flatten(0, 1)
+
     def pointwise(self, in_channels: int, out_channels: int) -> Geometry:
         """A layer without any spatial extent of its own between the given channels: a 1x1 convolution, or linear."""
         ones, zeros = (1,) * self.dims, (0,) * self.dims
@@ -94,6 +120,24 @@ class Geometry:
     def between(self, in_channels: int, out_channels: int) -> Geometry:
         """The same kernel, stride and padding between other numbers of channels."""
         return replace(self, in_channels=in_channels, out_channels=out_channels)
+
+    def along(self, axes: Collection[int], in_channels: int, out_channels: int, groups: int = 1) -> Geometry:
+        """The kernel, stride, padding and dilation of this layer in the given dimensions, and a single pixel in all others."""
+
+        def only(values: tuple[int, ...], otherwise: int) -> tuple[int, ...]:
+            return tuple(value if axis in axes else otherwise for axis, value in enumerate(values))
+
+        return replace(
+            self,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            groups=groups,
+            kernel=only(self.kernel, 1),
+            stride=only(self.stride, 1),
+            padding=self.padding if isinstance(self.padding, str) else only(self.padding, 0),
+            dilation=only(self.dilation, 1),
+            output_padding=only(self.output_padding, 0),
+        )
 
     def output_size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial size of the output for a spatial size of the input."""
@@ -159,7 +203,7 @@ class PieceShape:
         return Piece(self.name, self.geometry, weight, bias)
 
     def filled(self, weight: Tensor, bias: Tensor | None) -> Piece:
-        """The piece with these numbers; ``bias`` is taken only where the shape has one."""
+        """The piece with these numbers, the weight as torch stores it; ``bias`` is taken only where the shape has one."""
         return Piece(self.name, self.geometry, weight.reshape(self.geometry.weight_shape), bias if self.bias else None)
 
 

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.capture import observe_shapes
 from passes.chain import Chain, ChainInfo, changed_since_cut, cut_chain, cut_layer, has_hooks, merge, original_layer, pieces_of
+from passes.effective import effective_layer
 from passes.factorization import Factorization
+from passes.fusing import Fusion, layers_of_chains
 from passes.geometry import Geometry, Piece
 from passes.graph_meta import CHAINS
 from passes.host import Host, Undo, site_of
 from passes.kinds import kind_of
+from passes.neighbours import Neighbour, read_neighbours
 from passes.site import Call, Found, Site, find_layers
+from passes.watching import Observation, observe_graph
 
 __all__ = ["GraphHost"]
 
@@ -30,26 +33,35 @@ class GraphHost(Host):
     Args:
         model: the graph module.
         example_inputs: with them, shapes are measured anew.
-        observed: the shapes, where they are known already (see ``observe_shapes``).
+        observed: what the inputs tell, where it is known already (see ``observe_graph``).
         private: see ``Host``.
+        effective_weights: as for ``ModuleHost``.
     """
 
     def __init__(
-        self, model: fx.GraphModule, example_inputs: Any = None, *, observed: Mapping[str, Any] | None = None, private: bool = False
+        self,
+        model: fx.GraphModule,
+        example_inputs: Any = None,
+        *,
+        observed: Observation | None = None,
+        private: bool = False,
+        effective_weights: bool = False,
     ) -> None:
         self.model = model
+        self._plain = effective_layer if effective_weights else None
         self._private = private
-        self._observed = observe_shapes(model, example_inputs) if observed is None and example_inputs is not None else observed or {}
+        seen = observe_graph(model, example_inputs) if observed is None and example_inputs is not None else observed
+        self._observed: Mapping[str, Any] = {} if seen is None else seen.shapes
         self._undo = Undo()
+        self._neighbours: dict[str, Neighbour] | None = None
         self._read()
 
     def sites(self) -> tuple[Site, ...]:
         return tuple(self._chain_site(name) if name in self._chains else self._layer_site(name, keep) for name, keep in self._order)
 
-    def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> None:
+    def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> tuple[Piece, ...]:
         if site.chain is None:
-            layer = self.model.get_submodule(site.name)
-            layers, info = cut_layer(layer, factorization, pieces)
+            layers, info = cut_layer(self._layer(site.name), factorization, pieces)
             runs = [[node] for alias in site.aliases for node in self._nodes.get(alias, ())]
         else:
             layers, info = cut_chain(self._layers(site.name), self._chains[site.name], factorization, pieces)
@@ -59,15 +71,46 @@ class GraphHost(Host):
             container.add_module(name, layer)
         self._rewrite(runs, [(f"{site.name}.{piece.name}", piece.geometry) for piece in pieces])
         self._prepare(site.name, container.train(next(iter(layers.values())).training), info)
+        return pieces_of(layers)
 
-    def restore(self, site: Site, piece: Piece) -> None:
+    def restore(self, site: Site, piece: Piece) -> Piece:
         layer = original_layer(self._chains[site.name], piece, self._layers(site.name))
         self._rewrite(self._runs(site.name)[0], [(site.name, site.geometry)])
         self._prepare(site.name, layer, None)
+        return pieces_of({"": layer})[0]
+
+    def neighbours(self) -> dict[str, Neighbour]:
+        if self._neighbours is None:
+            chains = layers_of_chains({name: self.model.get_submodule(name) for name in self._chains})
+            self._neighbours = read_neighbours(self.model, self._graph, chains=chains, containers=False)
+        return self._neighbours
+
+    def fuse(self, names: Sequence[str], at: str, layer: nn.Module) -> dict[str, str]:
+        fusion = Fusion.of(self.neighbours(), names, at, layer)
+        runs = [[node] for alias in fusion.members[0].aliases for node in self._nodes.get(alias, ())]
+        for run in runs:
+            while len(run) < len(names):
+                run.extend(run[-1].users)
+        self._rewrite(runs, [(at, Geometry.of(layer))])
+        for member in fusion.members:
+            if member.name != at:
+                self._removed += member.aliases
+        self._opened.update(fusion.opened)
+        self._prepare(at, layer, None)
+        return fusion.effects("its nodes are gone")
+
+    def drop(self, name: str) -> str | None:
+        member = self.neighbours()[name]
+        for alias in member.aliases:
+            for node in self._nodes.get(alias, ()):
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                self._graph.erase_node(node)
+        self._removed += member.aliases
+        return None
 
     def commit(self) -> nn.Module:
         self._undo = undo = Undo()
-        if not self._prepared:
+        if not self._prepared and not self._removed:
             return self.model
         model = self.model
         try:
@@ -77,8 +120,14 @@ class GraphHost(Host):
                 chains.pop(name, None)
                 if info is not None:
                     chains[name] = info
+            for name in self._removed:
+                self._unplace(name, undo)
+            for name in self._opened:
+                chains.pop(name, None)
             self._graph.lint()
-            meta, graph = dict(model.meta), model.graph
+            meta, graph, observed = dict(model.meta), model.graph, self._observed
+            undo.later(lambda: setattr(self, "_observed", observed))
+            self._observed = {}  # from here on the nodes know, and their names are given anew
             undo.later(lambda: setattr(model, "meta", meta))
             undo.later(lambda: setattr(model, "graph", graph))
             model.graph = self._graph
@@ -103,18 +152,37 @@ class GraphHost(Host):
             path, _, child = alias.rpartition(".")
             undo.assign(self.model.get_submodule(path)._modules, child, module)
 
+    def _unplace(self, alias: str, undo: Undo) -> None:
+        """Take out a module that no node calls any more, and the containers that it leaves empty."""
+        path, _, child = alias.rpartition(".")
+        undo.remove(self.model.get_submodule(path)._modules, child)
+        holder = self.model.get_submodule(path)
+        while path and type(holder) is nn.Module and not (holder._modules or holder._parameters or holder._buffers):
+            path, _, child = path.rpartition(".")
+            holder = self.model.get_submodule(path)
+            undo.remove(holder._modules, child)
+
     def _read(self) -> None:
         """Everything that is derived from the model, anew."""
         self._chains: Mapping[str, ChainInfo] = self.model.meta.get(CHAINS, {})
         self._graph = copy.deepcopy(self.model.graph)
         self._nodes: dict[str, list[fx.Node]] = {}
+        self._readers: dict[str, str] = {}  # by name of a layer, the node that reads its weight or bias by itself
         for node in self._graph.nodes:
             if node.name in self._observed:
                 node.meta["tensor_meta"] = self._observed[node.name]
             if node.op == "call_module":
                 self._nodes.setdefault(node.target, []).append(node)
+            elif node.op == "get_attr":
+                layer, _, key = node.target.rpartition(".")
+                self._readers.setdefault(layer, f"its {key} is read by node {node.name} (get_attr)")
         self._prepared: dict[str, tuple[nn.Module, ChainInfo | None]] = {}
-        found = find_layers(self.model)
+        self._removed: list[str] = []
+        self._opened: set[str] = set()
+        self._neighbours = None
+        found = find_layers(self.model, self._plain)
+        self._amount_to = {f.names[0]: f.module for f in found if f.module is not self.model.get_submodule(f.names[0])}
+        self._tied: dict[str, str] = {}
         self._aliases = {f.names[0]: f.names for f in found}
         self._order: list[tuple[str, str | None]] = []  # names and reasons only: no layer is to be kept alive by this list
         owners = {f"{name}.{child}": name for name in self._chains for child, _ in self.model.get_submodule(name).named_children()}
@@ -124,6 +192,8 @@ class GraphHost(Host):
             if name not in seen:
                 self._order.append((name, item.keep))
                 seen.add(name)
+                if item.tied_to is not None:
+                    self._tied[name] = owners.get(item.tied_to, item.tied_to)
                 if name in self._chains:
                     child = item.names[0].removeprefix(name)
                     self._aliases[name] = tuple(alias.removesuffix(child) for alias in item.names)
@@ -132,8 +202,9 @@ class GraphHost(Host):
         return dict(self.model.get_submodule(name).named_children())
 
     def _layer_site(self, name: str, keep: str | None) -> Site:
-        module, names = self.model.get_submodule(name), self._aliases[name]
+        module, names = self._layer(name), self._aliases[name]
         nodes = [node for alias in names for node in self._nodes.get(alias, ())]
+        keep = keep or next((self._readers[alias] for alias in names if alias in self._readers), None)
         if not nodes:
             keep = keep or "no node of the graph calls it: it is unused, or inside a module that the graph calls as a whole"
         elif has_hooks(module):
@@ -142,7 +213,11 @@ class GraphHost(Host):
             keep = keep or "a node calls it with more than its input"
         elif isinstance(module, Chain):
             keep = "the graph calls this chain as a whole; trace the model anew to see its layers"
-        return site_of(Found(module, names, keep), _calls([[n] for n in nodes]), lambda: self.model.get_submodule(name))
+        return site_of(Found(module, names, keep, self._tied.get(name)), _calls([[n] for n in nodes]), lambda: self._layer(name))
+
+    def _layer(self, name: str) -> nn.Module:
+        """The layer of this name, or the plain one that it amounts to."""
+        return self._amount_to.get(name) or self.model.get_submodule(name)
 
     def _chain_site(self, name: str) -> Site:
         info = self._chains[name]
@@ -150,6 +225,7 @@ class GraphHost(Host):
         weight = next(iter(layers.values()))._parameters["weight"]
         bias = list(layers.values())[-1]._parameters["bias"]
         runs, broken = self._runs(name)
+        read = next((self._readers[f"{a}.{child}"] for a in self._aliases[name] for child in layers if f"{a}.{child}" in self._readers), None)
         return Site(
             name=name,
             aliases=self._aliases[name],
@@ -159,7 +235,8 @@ class GraphHost(Host):
             dtype=weight.dtype,  # type: ignore[union-attr]
             device=weight.device,  # type: ignore[union-attr]
             calls=_calls(runs),
-            keep=broken or changed_since_cut(layers, info),
+            keep=broken or read or changed_since_cut(layers, info),
+            tied_to=self._tied.get(name),
             chain=info.factorization,
             read_weight=lambda: merge(pieces_of(self._layers(name)), info).weight.detach(),
             read_pieces=lambda: pieces_of(self._layers(name)),
@@ -193,7 +270,7 @@ class GraphHost(Host):
             value = first.all_input_nodes[0]
             shape = value.meta.get("tensor_meta")
             for target, geometry in steps:
-                with self._graph.inserting_before(last):
+                with self._graph.inserting_before(first):  # where the input is what it was, whatever works in place on it later
                     # created by hand: the target's module comes only with the commit
                     value = self._graph.create_node("call_module", target, (value,))
                 value.meta = {k: v for k, v in last.meta.items() if k != "tensor_meta"}

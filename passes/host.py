@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from passes.chain import Chain, ChainInfo, changed_since_cut, merged_piece, pieces_of
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
+from passes.kinds import kind_of
+from passes.neighbours import Neighbour
 from passes.site import Call, Found, Site
 
-__all__ = ["Host", "Undo", "site_of"]
+__all__ = ["Host", "Undo", "site_of", "tied_pieces"]
 
 
 class Host(Protocol):
@@ -25,11 +27,28 @@ class Host(Protocol):
     def sites(self) -> tuple[Site, ...]:
         """All layers and chains, in the model's order, each once."""
 
-    def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> None:
-        """Prepare a chain of these pieces in the place of the site's layer or chain."""
+    def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+        """Prepare a chain of these pieces in the place of the site's layer or chain.
 
-    def restore(self, site: Site, piece: Piece) -> None:
-        """Prepare the original layer, with the numbers of ``piece``, in the place of the site's chain."""
+        Returns:
+            The chain's layers with their own parameters. A piece whose weight is a parameter is shared, not copied: so tied chains are made.
+        """
+
+    def restore(self, site: Site, piece: Piece) -> Piece:
+        """Prepare the original layer, with the numbers of ``piece``, in the place of the site's chain; parameters as for ``replace``."""
+
+    def neighbours(self) -> Mapping[str, Neighbour]:
+        """All modules that the model calls, by first name, each with the one that alone reads its output, where that is proved."""
+
+    def fuse(self, names: Sequence[str], at: str, layer: nn.Module) -> Mapping[str, str]:
+        """Prepare ``layer`` in the place of ``at``, for all modules of ``names``, each the reader of the one before.
+
+        Returns:
+            What becomes of the others, and of the chains whose layers they are, by name.
+        """
+
+    def drop(self, name: str) -> str | None:
+        """Prepare a module that gives its input back to be called no more; or why that cannot be."""
 
     def commit(self) -> nn.Module:
         """Put everything that was prepared in its place and return the model; after an error the model is as before."""
@@ -48,6 +67,16 @@ class Undo:
         before = slots[key]
         self.later(lambda: slots.__setitem__(key, before))
         slots[key] = module
+
+    def remove(self, slots: dict[str, nn.Module | None], key: str) -> None:
+        before = dict(slots)
+
+        def put_back() -> None:  # all of them, so that the order holds
+            slots.clear()
+            slots.update(before)
+
+        self.later(put_back)
+        del slots[key]
 
     def later(self, step: Callable[[], None]) -> None:
         """Have this done when everything is taken back."""
@@ -74,10 +103,18 @@ def site_of(found: Found, calls: tuple[Call, ...] | None, module_now: Callable[[
         device=weight.device,  # type: ignore[union-attr,arg-type]
         calls=calls,
         keep=found.keep or (None if info is None else changed_since_cut(dict(module.named_children()), info)),
+        tied_to=found.tied_to,
         chain=None if info is None else info.factorization,
         read_weight=lambda: _weight_of(module_now()),
         read_pieces=lambda: _pieces_of(module_now()),
     )
+
+
+def tied_pieces(site: Site, factorization: Factorization, first: Sequence[Piece]) -> tuple[Piece, ...]:
+    """The pieces of a site that is tied to one which has these: its own geometry and bias, the same parameters."""
+    shapes = kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None)
+    weights = {piece.name: piece.weight for piece in first}
+    return tuple(Piece(shape.name, shape.geometry, weights[shape.name], site.bias if shape.bias else None) for shape in shapes)
 
 
 def _weight_of(module: nn.Module) -> Tensor:

@@ -5,34 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from passes.blockwise import Blockwise
+from passes.channel import CHANNEL
+from passes.cp import CP_KIND
+from passes.depthwise import DEPTHWISE
 from passes.errors import SurgeryValueError, nearest
 from passes.factorization import Decision, Factorization, Keep
 from passes.geometry import Geometry
-from passes.kind import Kind
+from passes.spatial import SPATIAL
 from passes.svd import SVD_KIND
 from passes.tucker import TUCKER
 
 __all__ = ["KINDS", "decision_from_json", "kind_named", "kind_of", "usual_kind"]
 
-KINDS: tuple[Kind, ...] = (TUCKER, SVD_KIND)
+KINDS = tuple(Blockwise(kind) for kind in (TUCKER, SVD_KIND, SPATIAL, CHANNEL, DEPTHWISE, CP_KIND))
 
 
-def kind_named(name: str) -> Kind:
+def kind_named(name: str) -> Blockwise:
     """The kind of this name, as plans and ``method=`` write it."""
-    known = {kind.factorization.kind: kind for kind in KINDS}
+    known = {kind.name: kind for kind in KINDS}
     if name not in known:
         raise SurgeryValueError(f"unknown kind of factorization {name!r}: {nearest(str(name), known)}")
     return known[name]
 
 
-def kind_of(factorization: Factorization) -> Kind:
+def kind_of(factorization: Factorization) -> Blockwise:
     """The kind that a factorization belongs to."""
     return kind_named(factorization.kind)
 
 
-def usual_kind(geometry: Geometry, method: str) -> Kind:
+def usual_kind(geometry: Geometry, method: str) -> Blockwise:
     """The kind for a layer under ``method``: a layer of one pixel has two modes only and always takes SVD."""
-    return SVD_KIND if geometry.is_pointwise else kind_named(method)
+    return kind_named("svd" if geometry.is_pointwise else method)
 
 
 def decision_from_json(data: Mapping[str, Any]) -> Decision:

@@ -16,7 +16,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Spectrum", "channels_apart", "clean_signs", "hooi", "mode_product", "spectra", "spectrum", "tail_energy"]
+__all__ = [
+    "Spectrum",
+    "channels_apart",
+    "clean_signs",
+    "hooi",
+    "lying",
+    "mode_product",
+    "pooled",
+    "relative_tails",
+    "spectra",
+    "spectrum",
+    "tail_energy",
+    "two_factors",
+]
 
 HOOI_SWEEPS = 50
 HOOI_TOLERANCE = 2e-5  # relative change of the error over one sweep of both modes at which the iteration stops
@@ -27,23 +40,50 @@ TRUSTED = 1e4  # an eigenvalue of a Gram matrix is used only if it is this many 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spectrum:
-    """Singular values of one unfolding, largest first, and its left singular vectors.
+    """Singular values of one unfolding, largest first, and its left singular vectors; or of several unfoldings which share a rank, pooled.
 
     Attributes:
-        mode: which channels the rows are, ``"out"``, ``"in"`` or ``"channels"``.
-        values: (full,) float64 with ``full = min(rows, columns)``.
-        basis: (rows, full) float64 with orthonormal columns, in the order of ``values``.
+        mode: name of the rank that it is about; for channels ``"out"``, ``"in"`` or ``"channels"``.
+        values: (full,) float64 with ``full = min(rows, columns)``. Of a pool: the root mean square of the unfoldings' values; where the rank is a
+            total over groups each value appears once for every group, as in the block-diagonal unfolding of the whole layer.
+        basis: (rows, full) float64 with orthonormal columns, in the order of ``values``; of a pool empty.
         shape: (rows, columns) of the unfolding.
+        groups: how often each value appears.
+        blocks: what a pool was made from; nothing otherwise.
     """
 
     mode: str
     values: Tensor
     basis: Tensor
     shape: tuple[int, int]
+    groups: int = 1
+    blocks: tuple[Spectrum, ...] = ()
 
     @property
     def full(self) -> int:
         return len(self.values)
+
+    def part(self, number: int, parts: int) -> Spectrum:
+        """One of ``parts`` equal parts of a pool, whose rank is then no total."""
+        if not self.blocks:
+            return self
+        size = len(self.blocks) // parts
+        return pooled(self.blocks[number * size : (number + 1) * size], 1)
+
+
+def pooled(blocks: Sequence[Spectrum], groups: int) -> Spectrum:
+    """One spectrum for unfoldings of one shape that share a rank: a single one is itself, of several the energies are averaged.
+
+    Args:
+        blocks: at least one.
+        groups: how often each value is to appear.
+    """
+    first = blocks[0]
+    if len(blocks) == 1 and groups == 1:
+        return first
+    values = torch.stack([block.values for block in blocks]).square().mean(0).sqrt().repeat_interleave(groups)
+    rows, columns = first.shape
+    return Spectrum(first.mode, values, first.basis.new_empty(0), (rows * groups, columns * groups), groups, tuple(blocks))
 
 
 def channels_apart(weight: Tensor) -> Tensor:
@@ -164,6 +204,31 @@ def _leading(rows: Tensor, rank: int) -> tuple[float, Tensor]:
         values, vectors = _by_triangular_factor(rows)
         squares = values.square()
     return float(squares[:rank].sum()), vectors[:, :rank]
+
+
+def lying(matrix: Tensor) -> Tensor:
+    """The matrix (or a stack of matrices), transposed where it is higher than wide."""
+    return matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+
+
+def two_factors(matrix: Tensor, rank: int, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The best ``left @ right`` of this rank, (rows, rank) and (rank, columns) (Eckart and Young 1936).
+
+    Args:
+        matrix: (..., rows, columns), any float dtype.
+        rank: at most min(rows, columns).
+        basis: (..., min(rows, columns), full), the left singular vectors of ``lying(matrix)``; the factor on that side is orthonormal.
+    """
+    matrix, basis = matrix.double(), basis[..., :rank]
+    if matrix.shape[-2] <= matrix.shape[-1]:
+        return basis, basis.mT @ matrix
+    return matrix @ basis, basis.mT
+
+
+def relative_tails(values: Tensor) -> Tensor:
+    """|W - W'|_F / |W|_F for every number of leading singular values kept, 0 to all of them: (full + 1,)."""
+    tails = tail_energy(values.square())
+    return (tails / tails[0].clamp(min=torch.finfo(tails.dtype).tiny)).sqrt()
 
 
 def tail_energy(energy: Tensor) -> Tensor:

@@ -6,16 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from passes.capture import observe_calls
-from passes.chain import Chain, ChainInfo, cut_chain, cut_layer, original_layer
+from passes.capture import trace
+from passes.chain import Chain, ChainInfo, chain_module, cut_chain, cut_layer, original_layer, pieces_of
+from passes.effective import effective_layer
+from passes.errors import SurgeryError, SurgeryValueError
 from passes.factorization import Factorization
+from passes.fusing import Fusion, layers_of_chains, place_in_modules
 from passes.geometry import Piece
 from passes.graph_host import GraphHost
 from passes.graph_meta import decomposed_graphs
 from passes.host import Host, Undo, site_of
-from passes.site import Call, Found, Site, find_layers
+from passes.neighbours import Neighbour, read_neighbours, sequence_graph, unproved
+from passes.parity import assert_parity
+from passes.running import private_copy, run
+from passes.site import Call, Found, Site, find_layers, named_groups
+from passes.watching import Observation, observe_module
 
 __all__ = ["ModuleHost"]
 
@@ -25,18 +33,33 @@ class ModuleHost(Host):
 
     Args:
         model: the module; if it is itself a layer or a chain, ``commit`` returns its replacement.
-        example_inputs: with them, sites know their calls. A tensor, a tuple of positional or a mapping of keyword arguments.
-        observed: the calls, where they are known already (see ``observe_calls``).
+        example_inputs: with them, sites know their calls and who else reads their weights, and a verified trace can prove who reads what. A
+            tensor, a tuple of positional or a mapping of keyword arguments.
+        observed: what the inputs tell, where it is known already (see ``observe_module``).
         private: see ``Host``.
+        effective_weights: layers whose weight is computed are sites with the weight that it amounts to now (see ``effective_layer``).
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: Any = None, *, observed: Mapping[str, tuple[Call, ...]] | None = None, private: bool = False
+        self,
+        model: nn.Module,
+        example_inputs: Any = None,
+        *,
+        observed: Observation | None = None,
+        private: bool = False,
+        effective_weights: bool = False,
     ) -> None:
         self.model = model
+        self._plain = effective_layer if effective_weights else None
         self._private = private
-        self._calls = observe_calls(model, example_inputs) if observed is None and example_inputs is not None else observed
-        self._graphs = {name: GraphHost(graph, private=private) for name, graph in decomposed_graphs(model).items()}
+        self._inputs = example_inputs
+        seen = observe_module(model, example_inputs) if observed is None and example_inputs is not None else observed
+        self._calls: Mapping[str, tuple[Call, ...]] | None = None if seen is None else seen.calls
+        self._readers: Mapping[str, str] = {} if seen is None else seen.readers
+        self._graphs = {
+            name: GraphHost(graph, private=private, effective_weights=effective_weights) for name, graph in decomposed_graphs(model).items()
+        }
+        self._neighbours: dict[str, Neighbour] | None = None
         self._find()
         self._prepared: dict[str, nn.Module] = {}
         self._undo = Undo()
@@ -51,38 +74,56 @@ class ModuleHost(Host):
                 sites.append(site_of(self._found[name], self._calls_of(name, name), self._module_at(name)))
         return tuple(sites)
 
-    def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> None:
+    def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> tuple[Piece, ...]:
         graph = self._graph_around(site.name)
         if graph is not None:
-            self._graphs[graph].replace(_inward(graph, site), factorization, pieces)
-            return
+            return self._graphs[graph].replace(_inward(graph, site), factorization, pieces)
         module = self._found[site.name].module
         if isinstance(module, Chain):
             layers, info = cut_chain(dict(module.named_children()), module.__dict__["_surgery"], factorization, pieces)
         else:
             layers, info = cut_layer(module, factorization, pieces)
-        self._prepare(site.name, Chain(layers, info).train(module.training))
+        self._prepare(site.name, chain_module(layers, info).train(module.training))
+        return pieces_of(layers)
 
-    def restore(self, site: Site, piece: Piece) -> None:
+    def restore(self, site: Site, piece: Piece) -> Piece:
         graph = self._graph_around(site.name)
         if graph is not None:
-            self._graphs[graph].restore(_inward(graph, site), piece)
-            return
+            return self._graphs[graph].restore(_inward(graph, site), piece)
         chain = self._found[site.name].module
         info: ChainInfo = chain.__dict__["_surgery"]
-        self._prepare(site.name, original_layer(info, piece, dict(chain.named_children()), hooks_from=chain))
+        layer = original_layer(info, piece, dict(chain.named_children()), hooks_from=chain)
+        self._prepare(site.name, layer)
+        return pieces_of({"": layer})[0]
+
+    def neighbours(self) -> dict[str, Neighbour]:
+        if self._neighbours is None:
+            self._neighbours = self._prove_neighbours()
+        return self._neighbours
+
+    def fuse(self, names: Sequence[str], at: str, layer: nn.Module) -> dict[str, str]:
+        fusion = Fusion.of(self.neighbours(), names, at, layer)
+        self._fusions.append(fusion)
+        return fusion.effects("now an Identity: its parent calls it")
+
+    def drop(self, name: str) -> str | None:
+        return "its parent calls it; on the graph (surgery.trace) its node can go"
 
     def commit(self) -> nn.Module:
         self._undo = undo = Undo()
+        expected = self._output() if self._fusions and self._traced else None
         try:
             for graph in self._graphs.values():
                 graph.commit()
                 undo.later(graph.rollback)
             for name, module in self._prepared.items():
                 self._place(name, module, undo)
+            self._place_fusions(expected, undo)
         except BaseException:
             undo()
             raise
+        if self._prepared or self._graphs or self._private:
+            self._neighbours = None
         self._prepared = {}
         return self.model
 
@@ -94,18 +135,72 @@ class ModuleHost(Host):
         """Layers and chains outside decomposed graphs by name, and the order of all: the graphs' own stand where their first layer does."""
         self._found: dict[str, Found] = {}
         self._order: list[str] = []
+        self._neighbours = None
+        self._fusions: list[Fusion] = []
+        self._traced = False
         self._astride: set[str] = set()  # names of layers that are both inside a decomposed graph and outside of it
-        for found in find_layers(self.model):
+        for found in find_layers(self.model, self._plain):
             name, graphs = found.names[0], {self._graph_around(name) for name in found.names}
             graph = graphs.pop()
             if graphs:
                 self._astride.update(found.names)
                 found = replace(found, keep=f"it is both in a decomposed graph and outside of it ({', '.join(found.names)})")
             if graphs or graph is None:
-                self._found[name] = found
+                read = None if isinstance(found.module, Chain) else self._readers.get(name)
+                self._found[name] = replace(found, keep=found.keep or read)
                 self._order.append(name)
             elif graph not in self._order:
                 self._order.append(graph)
+
+    def _prove_neighbours(self) -> dict[str, Neighbour]:
+        """By a verified trace where there are inputs and it can be had, else by structure, else not at all."""
+        chains = layers_of_chains({n[0]: m for m, n in named_groups(self.model) if isinstance(m, Chain)})
+        graph, reason = sequence_graph(self.model), "not provable without example_inputs: code of its own may read what goes between its layers"
+        self._traced = False
+        if self._inputs is not None:
+            try:
+                graph, self._traced = trace(self.model, self._inputs).graph, True
+            except SurgeryValueError:  # it does not accept the inputs
+                raise
+            except SurgeryError as error:
+                reason = f"not provable: {str(error).partition(';')[0]}"
+        if graph is None:
+            return unproved(self.model, reason, chains)
+        inner = {n[0]: graph for _, n in named_groups(self.model) for graph in (self._graph_around(n[0]),) if graph is not None}
+        keep = {name: f"it is a layer of the decomposed graph {graph}; clean that graph up by itself" for name, graph in inner.items()}
+        return read_neighbours(self.model, graph, chains=chains, containers=True, keep=keep, calls=self._calls)
+
+    def _place_fusions(self, expected: Any, undo: Undo) -> None:
+        """Fused layers in their places, believed where a trace was the proof only if the model still computes what it did."""
+        if not self._fusions:
+            return
+        place_in_modules(self.model, self._fusions, undo)
+        if expected is not None:
+            try:
+                assert_parity(self._output(), expected, training=True, what="the model before and after")
+            except SurgeryError as error:
+                raise SurgeryError(
+                    f"{type(self.model).__name__} no longer computes the same with {', '.join(f.at for f in self._fusions)} fused ({error}): its "
+                    "code reads more of these layers than their outputs; work on its graph instead (surgery.trace)"
+                ) from error
+        if self._calls is not None:
+            before, calls = self._calls, dict(self._calls)
+            undo.later(lambda: setattr(self, "_calls", before))
+            for fusion in self._fusions:
+                calls |= {m.name: m.calls for n in fusion.opened for m in self.neighbours().values() if m.chain == n and m.calls is not None}
+            for fusion in self._fusions:
+                for member in fusion.members:
+                    calls.pop(member.name, None)
+                if fusion.calls is not None:
+                    calls[fusion.at] = fusion.calls
+            self._calls = calls
+        self._find()
+
+    def _output(self) -> Any:
+        """The model's output on its example inputs, from a copy, always with the same random numbers."""
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            return run(private_copy(self.model), self._inputs)
 
     def _prepare(self, name: str, module: nn.Module) -> None:
         if self._private:
@@ -134,9 +229,10 @@ class ModuleHost(Host):
         name = f"{graph}.{site.name}"
         ends = (site.pieces[0].name, site.pieces[-1].name) if site.chain is not None else None
         calls = self._calls_of(*((f"{name}.{end}" for end in ends) if ends else (name, name)))
+        tied_to = None if site.tied_to is None else f"{graph}.{site.tied_to}"
         shared = next((other for other in sorted(self._astride) if other.startswith(name + ".")), None)
-        keep = site.keep or (f"its layer {shared} is also used outside of its graph" if shared else None)
-        return replace(site, name=name, aliases=tuple(f"{graph}.{alias}" for alias in site.aliases), calls=calls, keep=keep)
+        keep = site.keep or (f"its layer {shared} is also used outside of its graph" if shared else self._readers.get(name))
+        return replace(site, name=name, aliases=tuple(f"{graph}.{alias}" for alias in site.aliases), calls=calls, keep=keep, tied_to=tied_to)
 
     def _calls_of(self, first: str, last: str) -> tuple[Call, ...] | None:
         """Calls with the inputs of one module and the outputs of another, as observed."""

@@ -23,14 +23,18 @@ class Reconstruct:
     """
 
     def __call__(self, host: Host) -> PassResult:
-        outcomes = tuple(self._treat(host, site) for site in host.sites() if site.chain is not None)
+        restored: dict[str, Piece] = {}
+        outcomes = tuple(self._treat(host, site, restored) for site in host.sites() if site.chain is not None)
         model = host.commit()
         return PassResult(model, any(o.status == "applied" for o in outcomes), outcomes)
 
-    def _treat(self, host: Host, site: Site) -> Outcome:
+    def _treat(self, host: Host, site: Site, restored: dict[str, Piece]) -> Outcome:
         if site.keep is not None:
             return Outcome(site.name, "kept", site.keep)
-        with torch.no_grad():
-            weight = site.weight
-        host.restore(site, Piece("", site.geometry, weight, None))
+        if site.tied_to in restored:
+            weight = restored[site.tied_to].weight
+        else:
+            with torch.no_grad():
+                weight = site.weight
+        restored[site.name] = host.restore(site, Piece("", site.geometry, weight, None))
         return Outcome(site.name, "applied")

@@ -12,12 +12,27 @@ __all__ = ["Outcome", "PassResult"]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one site. ``error`` is |W - W'|_F / |W|_F for a weight that was replaced by W', else None."""
+    """What became of one site.
+
+    Attributes:
+        site: its name.
+        status: ``"applied"`` or ``"kept"``.
+        reason: why it was kept; for a fused layer what it stands for, for the others what became of them.
+        error: |W - W'|_F / |W|_F for a weight that was replaced by W', else None.
+        params_before: parameters of all modules that a fused layer stands for, else None.
+        params_after: its own.
+        macs_before: MACs of those modules in one forward pass of the example inputs; None where their calls are not known.
+        macs_after: its own.
+    """
 
     site: str
     status: Literal["applied", "kept"]
     reason: str | None = None
     error: float | None = None
+    params_before: int | None = None
+    params_after: int | None = None
+    macs_before: int | None = None
+    macs_after: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

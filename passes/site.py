@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +14,7 @@ from passes.errors import SurgeryValueError
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
 
-__all__ = ["Call", "Found", "Site", "find_layers", "is_layer", "named_groups", "reason_to_keep"]
+__all__ = ["Call", "Found", "Site", "computes_weight", "find_layers", "held_outside", "is_layer", "named_groups", "reason_to_keep"]
 
 PLAIN_LAYERS: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
@@ -59,6 +59,7 @@ class Site:
         device: of its weight.
         calls: its calls in one forward pass of the example inputs; None where none were given.
         keep: why it must stay as it is, whatever is asked; None where it may be cut.
+        tied_to: name of the first site with the very same weight (parameters, not numbers); None where it is the first or the only one.
         chain: the factorization of the chain that stands here; None for a layer.
         read_weight: gives the effective weight, detached; for a chain the weight of the layer it stands for.
         read_pieces: gives a chain's layers as plain data; nothing for a layer.
@@ -73,6 +74,7 @@ class Site:
     device: torch.device
     calls: tuple[Call, ...] | None
     keep: str | None
+    tied_to: str | None
     chain: Factorization | None
     read_weight: Callable[[], Tensor]
     read_pieces: Callable[[], tuple[Piece, ...]]
@@ -91,11 +93,19 @@ class Site:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """A convolution, linear layer or chain in a model: the module, its names, its parents and why it must stay, if so."""
+    """A convolution, linear layer or chain in a model.
+
+    Attributes:
+        module: it, or the plain layer that it amounts to where its weight is computed.
+        names: all its qualified names.
+        keep: why it must stay, if so.
+        tied_to: first name of the first of all layers or chains that hold the very same weights; None where this is it.
+    """
 
     module: nn.Module
     names: tuple[str, ...]
     keep: str | None
+    tied_to: str | None = None
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -112,42 +122,92 @@ def named_groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]
         yield module, tuple(found)
 
 
-def find_layers(model: nn.Module) -> tuple[Found, ...]:
+def find_layers(model: nn.Module, plain: Callable[[nn.Module], nn.Module | str] | None = None) -> tuple[Found, ...]:
     """All convolutions, linear layers and chains of the model, in order, each once.
+
+    Args:
+        model: to be looked at.
+        plain: gives for a layer whose weight is computed the plain layer that it amounts to, or why there is none; without it all are kept.
 
     Raises:
         SurgeryValueError: a lazy layer has no shape yet.
     """
     groups = list(named_groups(model))
     inside_chains = {id(child) for module, _ in groups if isinstance(module, Chain) for child in module.children()}
+    holders, owners, readers = dict(held_outside(groups)), _owners(groups), _readers(groups)
+    found = []
+    for module, names in groups:
+        keep = holders.get(id(module))
+        if isinstance(module, Chain):
+            found.append(Found(module, names, keep))
+        elif is_layer(module) and id(module) not in inside_chains:
+            if id(module) in readers:
+                keep = keep or f"its weight is read by {readers[id(module)]}"
+            computed = computes_weight(module, names[0])
+            if computed is not None and keep is None and plain is not None:
+                shared = next((owners[id(p)] for p in module.parameters() if len(owners[id(p)]) > 1), None)
+                amounts_to = f"its weight is computed from one shared by {' and '.join(shared)}" if shared else plain(module)
+                computed, module = (amounts_to, module) if isinstance(amounts_to, str) else (None, amounts_to)
+            found.append(Found(module, names, computed or keep or _unusable(module)))
+    return _with_ties(found, owners)
+
+
+def _owners(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> dict[int, list[str]]:
+    """First names of the modules that hold a parameter, by its identity."""
     owners: dict[int, list[str]] = {}
-    readers: dict[int, str] = {}
     for module, names in groups:
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(names[0])
+    return owners
+
+
+def _readers(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> dict[int, str]:
+    """Layers whose weight some module of torch takes without calling them, by identity."""
+    readers: dict[int, str] = {}
+    for module, names in groups:
         for reader, children in READERS.items():
             if isinstance(module, reader):
                 readers |= {id(getattr(module, child)): f"{names[0] or 'the model'} ({reader.__name__})" for child in children}
-    holders = dict(_held_outside(groups))
-    found = []
-    for module, names in groups:
-        held = holders.get(id(module))
-        if isinstance(module, Chain):
-            found.append(Found(module, names, held))
-        elif is_layer(module) and id(module) not in inside_chains:
-            reason = reason_to_keep(module, names[0]) or held
-            weight = module._parameters.get("weight")
-            if reason is None and id(module) in readers:
-                reason = f"its weight is read by {readers[id(module)]}"
-            if reason is None and len(owners[id(weight)]) > 1:
-                other = next(n for n in owners[id(weight)] if n != names[0])
-                reason = f"its weight is shared with {other}"
-            found.append(Found(module, names, reason))
-    return tuple(found)
+    return readers
 
 
-def _held_outside(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> Iterator[tuple[int, str]]:
+def _with_ties(found: Sequence[Found], owners: Mapping[int, Sequence[str]]) -> tuple[Found, ...]:
+    """Who shares its weight with layers of the same shape is tied to the first of them; who shares it otherwise is kept."""
+    alike: dict[tuple[object, ...], list[Found]] = {}
+    for item in found:
+        alike.setdefault(_tie(item.module), []).append(item)
+    tied = []
+    for item in found:
+        twins = alike[_tie(item.module)]
+        where = {name for weight in _weights(item.module).values() for name in owners.get(id(weight), ())}
+        mine = {".".join(part for part in (twin.names[0], child) if part) for twin in twins for child in _weights(twin.module)}
+        other = next((name for name in sorted(where) if name not in mine), None)
+        other = other or next((twin.names[0] for twin in twins if twin is not item and twin.keep is not None), None)
+        if other is not None:
+            item = replace(item, keep=item.keep or f"its weight is shared with {other}")
+        elif twins[0].names != item.names:
+            item = replace(item, tied_to=twins[0].names[0])
+        tied.append(item)
+    return tuple(tied)
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor | None]:
+    """The weight of a layer, or those of a chain's layers by name."""
+    if not isinstance(module, Chain):
+        return {"": module._parameters.get("weight")}
+    return {name: layer._parameters.get("weight") for name, layer in module.named_children()}
+
+
+def _tie(module: nn.Module) -> tuple[object, ...]:
+    """Equal for layers, or chains, that hold the same weights and can share the factors of one: stride and padding may differ."""
+    info = module.__dict__.get("_surgery") if isinstance(module, Chain) else None
+    g = Geometry.of(module if info is None else info.original)
+    shape = (g.in_channels, g.out_channels, g.kernel, g.groups, g.transposed)
+    return (*(id(weight) for weight in _weights(module).values()), shape, None if info is None else info.factorization)
+
+
+def held_outside(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> Iterator[tuple[int, str]]:
     """Modules that are also held in a plain list, tuple, set or dict of some module, where a replacement would not reach, and why to keep them."""
     for holder, names in groups:
         for attribute, value in vars(holder).items():
@@ -166,8 +226,12 @@ def _modules_in(value: object, depth: int) -> Iterator[nn.Module]:
             yield from _modules_in(item, depth + 1)
 
 
-def reason_to_keep(layer: nn.Module, name: str) -> str | None:
-    """Why this layer's weight is not simply a parameter that its forward convolves or multiplies with; None where it is."""
+def computes_weight(layer: nn.Module, name: str) -> str | None:
+    """Why this layer's weight is not simply a parameter that its forward convolves or multiplies with; None where it is.
+
+    Raises:
+        SurgeryValueError: a lazy layer has no shape yet.
+    """
     parameters = [p for p in layer._parameters.values() if p is not None]
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in parameters):
         raise SurgeryValueError(f"{name or 'the model'}: {type(layer).__name__} has no shape yet; run the model once, then decompose")
@@ -179,11 +243,20 @@ def reason_to_keep(layer: nn.Module, name: str) -> str | None:
     changed = plain is None or any(getattr(type(layer), m, None) is not getattr(plain, m, None) or m in vars(layer) for m in COMPUTING_METHODS)
     if changed:
         return f"{type(layer).__name__} computes its output in its own way"
-    if layer._parameters["weight"].numel() == 0:  # type: ignore[union-attr]
-        return "its weight is empty"
     if set(layer._parameters) - {"weight", "bias"} or layer._modules or layer._buffers:
         return f"{type(layer).__name__} holds more than a weight and a bias"
-    dtype = layer._parameters["weight"].dtype  # type: ignore[union-attr]
-    if dtype not in COMPUTING_DTYPES:
-        return f"its weight is {dtype}, not floating point of 16 bits or more"
+    return None
+
+
+def reason_to_keep(layer: nn.Module, name: str) -> str | None:
+    """Why nothing can be made of this layer's own weight; None where something can."""
+    return computes_weight(layer, name) or _unusable(layer)
+
+
+def _unusable(layer: nn.Module) -> str | None:
+    weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
+    if weight.numel() == 0:
+        return "its weight is empty"
+    if weight.dtype not in COMPUTING_DTYPES:
+        return f"its weight is {weight.dtype}, not floating point of 16 bits or more"
     return None

@@ -8,8 +8,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from passes.blockwise import Blockwise
 from passes.errors import SurgeryValueError
-from passes.kind import Kind
 from passes.linalg import Spectrum, spectra
 from passes.site import Site
 
@@ -29,22 +29,24 @@ class Spectra:
         together: compute same-shaped sites together on any device, or on none.
     """
 
-    def __init__(self, wanted: Iterable[tuple[Site, Kind]] = (), device: torch.device | str | None = None, *, together: bool | None = None) -> None:
+    def __init__(
+        self, wanted: Iterable[tuple[Site, Blockwise]] = (), device: torch.device | str | None = None, *, together: bool | None = None
+    ) -> None:
         self._device, self._together = device, together
         self._found: dict[tuple[str, str], tuple[Spectrum, ...]] = {}
-        self._waiting: dict[tuple[object, ...], dict[str, tuple[Site, Kind]]] = {}
+        self._waiting: dict[tuple[object, ...], dict[str, tuple[Site, Blockwise]]] = {}
         self._room = 0
         for site, kind in wanted:
             self._waiting.setdefault(_group(site, kind), {})[site.name] = (site, kind)
             self._room = max(self._room, site.geometry.weights)
 
-    def of(self, site: Site, kind: Kind) -> tuple[Spectrum, ...]:
+    def of(self, site: Site, kind: Blockwise) -> tuple[Spectrum, ...]:
         """The spectra of a site's weight, one for each unfolding of the kind.
 
         Raises:
             SurgeryValueError: the weight has values that are not finite, or has none (meta device).
         """
-        key = (site.name, kind.factorization.kind)
+        key = (site.name, kind.name)
         if key not in self._found:
             self._compute(self._companions(site, kind), kind)
         return self._found[key]
@@ -54,7 +56,7 @@ class Spectra:
         for key in [key for key in self._found if key[0] == site.name]:
             del self._found[key]
 
-    def _companions(self, site: Site, kind: Kind) -> list[Site]:
+    def _companions(self, site: Site, kind: Blockwise) -> list[Site]:
         """The site, and those waiting sites that are computed together with it."""
         waiting = self._waiting.get(_group(site, kind), {})
         waiting.pop(site.name, None)
@@ -64,16 +66,16 @@ class Spectra:
         names = list(waiting)[:more]
         return [site, *(waiting.pop(name)[0] for name in names)]
 
-    def _compute(self, sites: list[Site], kind: Kind) -> None:
+    def _compute(self, sites: list[Site], kind: Blockwise) -> None:
         unfoldings = [kind.unfoldings(usable_weight(site, self._device), site.geometry) for site in sites]
         found: list[list[Spectrum]] = [[] for _ in sites]
-        for number, mode in enumerate(kind.modes):
-            matrices = [each[number] for each in unfoldings]
-            stack = matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
-            for spectrum, mine in zip(spectra(stack, mode), found, strict=True):
-                mine.append(spectrum)
+        for mode, stacks in zip(kind.modes if kind.has_spectra else (), zip(*unfoldings, strict=True), strict=True):
+            together = spectra(stacks[0] if len(stacks) == 1 else torch.cat(stacks), mode)
+            blocks = len(together) // len(sites)
+            for number, (site, mine) in enumerate(zip(sites, found, strict=True)):
+                mine.append(kind.spectrum(together[number * blocks : (number + 1) * blocks], site.geometry))
         for site, mine in zip(sites, found, strict=True):
-            self._found[site.name, kind.factorization.kind] = tuple(mine)
+            self._found[site.name, kind.name] = tuple(mine)
 
 
 def usable_weight(site: Site, device: torch.device | str | None = None) -> Tensor:
@@ -95,5 +97,5 @@ def usable_weight(site: Site, device: torch.device | str | None = None) -> Tenso
     return weight.to(device=device, dtype=torch.float64)
 
 
-def _group(site: Site, kind: Kind) -> tuple[object, ...]:
-    return kind.factorization.kind, site.geometry.weight_shape, site.geometry.transposed, site.device
+def _group(site: Site, kind: Blockwise) -> tuple[object, ...]:
+    return kind.name, site.geometry.weight_shape, site.geometry.transposed, site.geometry.groups, site.device

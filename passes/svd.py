@@ -1,23 +1,22 @@
 """Truncated singular value decomposition of a layer of one pixel: a 1x1 convolution or a linear layer.
 
 Conv C_in -> C_out, 1x1  ->  reduce: Conv C_in -> rank, 1x1; expand: Conv rank -> C_out, 1x1; the same with linear layers.
-Stride and padding are the first layer's, so that both run on as few pixels as the original; the bias is the second's. Source: Eckart and
-Young 1936; Elhoushi et al. 2019, equations 1 and 2.
+Stride and padding are the first layer's (a transposed layer's are the last's), so that both run on as few pixels as they can; the bias is the
+second's. Source: Eckart and Young 1936; Elhoushi et al. 2019, equations 1 and 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from passes.factorization import Factorization
-from passes.geometry import Geometry, Piece, PieceShape
+from passes.geometry import Geometry
 from passes.kind import Kind, Rank
-from passes.linalg import Spectrum, tail_energy
+from passes.linalg import Spectrum, lying, relative_tails, two_factors
 
 __all__ = ["SVD", "SVD_KIND"]
 
@@ -32,7 +31,7 @@ class SVD(Factorization):
 
 
 class SVDKind(Kind):
-    """1x1  ->  1x1, 1x1. Assumes one group and a kernel of one pixel."""
+    """1x1  ->  1x1, 1x1. Assumes a kernel of one pixel."""
 
     factorization = SVD
     modes = ("channels",)
@@ -40,10 +39,6 @@ class SVDKind(Kind):
     def refuses(self, geometry: Geometry) -> str | None:
         if not geometry.is_pointwise:
             return f"SVD factorizes 1x1 convolutions and linear layers only, this kernel is {'x'.join(map(str, geometry.kernel))}"
-        if geometry.transposed:
-            return "transposed convolution"
-        if geometry.groups != 1:
-            return f"grouped convolution (groups={geometry.groups})"
         return None
 
     def full_ranks(self, geometry: Geometry) -> tuple[int, ...]:
@@ -53,43 +48,28 @@ class SVDKind(Kind):
         (rank,) = ranks
         return SVD(self.full_ranks(geometry)[0] if rank is None else rank)
 
-    def unfoldings(self, weight: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
-        matrix = weight.flatten(1)
-        return (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T,)
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return (lying(weight.flatten(1)),)
 
-    def shapes(self, geometry: Geometry, factorization: Factorization, bias: bool) -> tuple[PieceShape, ...]:
-        rank = cast(SVD, factorization).rank
-        first = geometry.between(geometry.in_channels, rank)
-        second = geometry.pointwise(rank, geometry.out_channels)
-        return PieceShape("reduce", first, False), PieceShape("expand", second, bias)
+    def shapes(self, geometry: Geometry, factorization: Factorization) -> Mapping[str, Geometry]:
+        (rank,) = factorization.ranks
+        into, out = geometry.in_channels, geometry.out_channels
+        if geometry.transposed:
+            return {"reduce": geometry.pointwise(into, rank), "expand": geometry.between(rank, out)}  # type: ignore[arg-type]
+        return {"reduce": geometry.between(into, rank), "expand": geometry.pointwise(rank, out)}  # type: ignore[arg-type]
 
-    def split(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: Geometry,
-        factorization: Factorization,
-        spectra: Sequence[Spectrum],
-    ) -> tuple[Piece, ...]:
-        first, second = self.shapes(geometry, factorization, bias is not None)
-        matrix = weight.flatten(1).double()
-        basis = spectra[0].basis[:, : cast(SVD, factorization).rank]
-        if matrix.shape[0] <= matrix.shape[1]:  # the basis spans the outputs
-            reduce, expand = basis.T @ matrix, basis
-        else:
-            reduce, expand = basis.T, matrix @ basis
-        return first.filled(reduce, None), second.filled(expand, bias)
+    def split(self, weight: Tensor, factorization: Factorization, spectra: Sequence[Spectrum]) -> Mapping[str, Tensor]:
+        expand, reduce = two_factors(weight.flatten(1), factorization.ranks[0], spectra[0].basis)  # type: ignore[arg-type]
+        ones = weight.shape[2:]
+        return {"reduce": reduce.reshape(*reduce.shape, *ones), "expand": expand.reshape(*expand.shape, *ones)}
 
-    def error_surface(self, weight: Tensor, geometry: Geometry, spectra: Sequence[Spectrum]) -> Tensor:
+    def error_surface(self, weight: Tensor, spectra: Sequence[Spectrum]) -> Tensor:
         """Exact (Eckart and Young 1936): the singular values that are left out."""
-        tails = tail_energy(spectra[0].values.square())
-        return (tails / tails[0].clamp(min=torch.finfo(tails.dtype).tiny)).sqrt()
+        return relative_tails(spectra[0].values)
 
-    def merge(self, pieces: Sequence[Piece]) -> Tensor:
-        reduce, expand = pieces
-        return (expand.weight.flatten(1) @ reduce.weight.flatten(1)).reshape(
-            expand.geometry.out_channels, reduce.geometry.in_channels, *reduce.geometry.kernel
-        )
+    def merge(self, weights: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
+        reduce, expand = weights["reduce"], weights["expand"]
+        return (expand.flatten(1) @ reduce.flatten(1)).reshape(geometry.out_channels, geometry.in_channels, *geometry.kernel)
 
 
 SVD_KIND: Kind = SVDKind()

@@ -7,7 +7,7 @@ layer is absent (Tucker-1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from passes.factorization import Factorization
-from passes.geometry import Geometry, Piece, PieceShape
+from passes.geometry import Geometry
 from passes.kind import Kind, Rank
 from passes.linalg import Spectrum, channels_apart, hooi, mode_product, tail_energy
 
@@ -34,19 +34,13 @@ class Tucker(Factorization):
 
 
 class TuckerKind(Kind):
-    """Conv k  ->  1x1, k, 1x1. Assumes one group and a kernel of more than one pixel."""
+    """Conv k  ->  1x1, k, 1x1. Assumes a kernel of more than one pixel."""
 
     factorization = Tucker
     modes = ("out", "in")
 
     def refuses(self, geometry: Geometry) -> str | None:
-        if geometry.is_pointwise:
-            return "a layer of one pixel has two modes only: SVD factorizes it"
-        if geometry.transposed:
-            return "transposed convolution"
-        if geometry.groups != 1:
-            return f"grouped convolution (groups={geometry.groups})"
-        return None
+        return "a layer of one pixel has two modes only: SVD factorizes it" if geometry.is_pointwise else None
 
     def full_ranks(self, geometry: Geometry) -> tuple[int, ...]:
         pixels = prod(geometry.kernel)
@@ -62,38 +56,29 @@ class TuckerKind(Kind):
             rank_in = min(rank_in, pixels * (geometry.out_channels if rank_out is None else rank_out))
         return Tucker(rank_out, rank_in)
 
-    def unfoldings(self, weight: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         apart = channels_apart(weight)  # the order of an unfolding's columns changes nothing of its spectrum
         return apart.flatten(1), apart.flatten(0, 1).mT
 
-    def shapes(self, geometry: Geometry, factorization: Factorization, bias: bool) -> tuple[PieceShape, ...]:
+    def shapes(self, geometry: Geometry, factorization: Factorization) -> Mapping[str, Geometry]:
         rank_out, rank_in = factorization.ranks
         into = geometry.in_channels if rank_in is None else rank_in
         out = geometry.out_channels if rank_out is None else rank_out
-        pieces = [PieceShape("core", geometry.between(into, out), bias and rank_out is None)]
-        if rank_in is not None:
-            pieces.insert(0, PieceShape("reduce", geometry.pointwise(geometry.in_channels, rank_in), False))
-        if rank_out is not None:
-            pieces.append(PieceShape("expand", geometry.pointwise(rank_out, geometry.out_channels), bias))
-        return tuple(pieces)
+        reduce = {} if rank_in is None else {"reduce": geometry.pointwise(geometry.in_channels, rank_in)}
+        expand = {} if rank_out is None else {"expand": geometry.pointwise(rank_out, geometry.out_channels)}
+        return reduce | {"core": geometry.between(into, out)} | expand
 
-    def split(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: Geometry,
-        factorization: Factorization,
-        spectra: Sequence[Spectrum],
-    ) -> tuple[Piece, ...]:
+    def split(self, weight: Tensor, factorization: Factorization, spectra: Sequence[Spectrum]) -> Mapping[str, Tensor]:
         core, (basis_out, basis_in) = hooi(weight, factorization.ranks, spectra)
+        ones = (1,) * (weight.ndim - 2)
         weights = {"core": core}
         if basis_in is not None:
-            weights["reduce"] = basis_in.T
+            weights["reduce"] = basis_in.mT.reshape(*basis_in.mT.shape, *ones)
         if basis_out is not None:
-            weights["expand"] = basis_out
-        return tuple(shape.filled(weights[shape.name], bias) for shape in self.shapes(geometry, factorization, bias is not None))
+            weights["expand"] = basis_out.reshape(*basis_out.shape, *ones)
+        return weights
 
-    def error_surface(self, weight: Tensor, geometry: Geometry, spectra: Sequence[Spectrum]) -> Tensor:
+    def error_surface(self, weight: Tensor, spectra: Sequence[Spectrum]) -> Tensor:
         """Of the truncated higher-order SVD, from the energies of the core rotated into both bases.
 
         Never more than sqrt(2) times the error of the best factorization of these ranks (De Lathauwer et al. 2000, property 10), and so of
@@ -106,11 +91,10 @@ class TuckerKind(Kind):
         tails = tail_energy(rotated.square().sum(1))
         return (tails / tails[0, 0].clamp(min=torch.finfo(tails.dtype).tiny)).sqrt()
 
-    def merge(self, pieces: Sequence[Piece]) -> Tensor:
-        weights = {piece.name: piece.weight for piece in pieces}
+    def merge(self, weights: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
         weight = weights["core"]
         if "reduce" in weights:
-            weight = mode_product(weight, weights["reduce"].flatten(1).T, 1)
+            weight = mode_product(weight, weights["reduce"].flatten(1).mT, 1)
         if "expand" in weights:
             weight = mode_product(weight, weights["expand"].flatten(1), 0)
         return weight

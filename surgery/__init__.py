@@ -6,30 +6,65 @@ print(surgery.report(net))
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from passes.chain import Chain
+from passes.channel import Channel
+from passes.cp import CP
+from passes.depthwise import Depthwise
 from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.factorization import Factorization, Keep
+from passes.recording import RecordedGraph
+from passes.spatial import Spatial
 from passes.svd import SVD
 from passes.tucker import Tucker
 from surgery import ranks
 from surgery.benchmark import Benchmark, benchmark
-from surgery.checkpoint import load, save
 from surgery.decompose import decompose
 from surgery.decompose import plan as _plan
-from surgery.export import ExportReport, export_onnx, export_torchscript
+from surgery.deploy import deploy
 from surgery.plan import Plan
 from surgery.reconstruct import reconstruct
 from surgery.report import LayerReport, Report, report
 from surgery.tracing import capture, trace
 from surgery.version import __version__
 
+if TYPE_CHECKING:
+    from surgery.checkpoint import load, save
+    from surgery.export import ExportReport, export_onnx, export_torchscript
+
 plan = _plan  # the function, not the module of the same name
+
+LATER = {
+    "ExportReport": "surgery.export",
+    "export_onnx": "surgery.export",
+    "export_torchscript": "surgery.export",
+    "load": "surgery.checkpoint",
+    "save": "surgery.checkpoint",
+}
+"""Names that are imported when they are first used, and from where, so that ``import surgery`` stays cheap."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    from importlib import import_module
+
+    globals()[name] = found = getattr(import_module(LATER[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [
+    "CP",
     "SVD",
     "Benchmark",
     "Chain",
+    "Channel",
+    "Depthwise",
     "ExportReport",
     "Factorization",
     "Keep",
@@ -37,7 +72,9 @@ __all__ = [
     "MissingExtra",
     "ParityError",
     "Plan",
+    "RecordedGraph",
     "Report",
+    "Spatial",
     "SurgeryError",
     "SurgeryTypeError",
     "SurgeryValueError",
@@ -46,6 +83,7 @@ __all__ = [
     "benchmark",
     "capture",
     "decompose",
+    "deploy",
     "export_onnx",
     "export_torchscript",
     "load",

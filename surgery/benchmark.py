@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.capture import private_copy, run
 from passes.errors import SurgeryValueError
 from passes.parity import tensors_in
+from passes.running import private_copy, run
 from surgery.cost import count_macs
 from surgery.decompose import usable_model
 
@@ -181,6 +180,8 @@ def _time(runtime: str, networks: Sequence[nn.Module], example_inputs: Any, repe
             for which in order:
                 times[which].append(_sample(calls[which], loops))
     ratios = [b / a for b, a in zip(*times, strict=True)]
+    import statistics
+
     low, middle, high = statistics.quantiles(ratios, n=4)
     return RuntimeResult(
         runtime=runtime,

@@ -11,17 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes import Host, host_for
-from passes.capture import private_copy
+from passes import CLEANUP_PASSES, Host, host_for
 from passes.decompose import refusal_of
 from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Factorization, Keep
+from passes.geometry import Piece
+from passes.host import tied_pieces
 from passes.kinds import kind_of
+from passes.running import private_copy
 from passes.site import Call, Site
+from passes.watching import FunctionUse
 from surgery.decompose import usable_model
 from surgery.files import temporary_beside
 from surgery.plan import Plan
-from surgery.record import SiteRecord, SurgeryRecord, records_by_name, whole_record, write_record
+from surgery.record import SiteRecord, SurgeryRecord, passes_of, records_by_name, whole_record, write_record
 from surgery.report import NOT_DECOMPOSED
 
 __all__ = ["PLAN_FILE", "WEIGHTS_FILE", "load", "read_architecture", "save"]
@@ -38,12 +41,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         SurgeryTypeError: a wrapped model, or one whose state dict holds something other than tensors.
-        SurgeryValueError: ``path`` exists and is not a folder that ``save`` wrote.
+        SurgeryValueError: ``path`` exists and is not a folder that ``save`` wrote, or clean-up passes have changed the model's architecture.
         OSError: the folder cannot be written.
     """
     from safetensors.torch import save_file
 
     usable_model(model)
+    _check_architecture(model)
     folder = Path(path).resolve()
     _check_replaceable(folder)
     records = records_by_name(model)
@@ -97,6 +101,17 @@ def read_architecture(path: str | os.PathLike[str]) -> str | None:
     return _record_from_text(_open(file, lambda f: f.metadata() or {}).get(METADATA, "{}"), file).architecture
 
 
+def _check_architecture(model: nn.Module) -> None:
+    """A network that clean-up passes have changed could not be filled into a fresh instance of its class."""
+    names = {step.__name__ for step in CLEANUP_PASSES}
+    ran = [name for name in passes_of(model) if name in names]
+    if ran:
+        raise SurgeryValueError(
+            f"model: {' and '.join(dict.fromkeys(ran))} changed its architecture, and load could not rebuild it from a fresh instance; export it "
+            "(surgery.export_onnx, surgery.export_torchscript), or save the network from before"
+        )
+
+
 def _check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
@@ -135,22 +150,25 @@ def _tensors_to_write(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _with_empty_chains(model: nn.Module, plan: Plan, file: Path) -> nn.Module:
-    host = host_for(model)
+    host = host_for(model, effective_weights=True)  # whatever the plan cuts; the numbers come from the file
     sites = {site.name: site for site in host.sites()}
+    placed: dict[str, tuple[Piece, ...]] = {}
     for name, decision in plan.items():
         if name not in sites:
             raise SurgeryValueError(f"{file}: it names {name!r}, which is no layer of this {type(model).__name__}: {nearest(name, sites)}")
         if isinstance(decision, Factorization):
-            _replace_empty(host, sites[name], decision, file)
+            placed[name] = _replace_empty(host, sites[name], decision, file, placed)
     return host.commit()
 
 
-def _replace_empty(host: Host, site: Site, factorization: Factorization, file: Path) -> None:
+def _replace_empty(host: Host, site: Site, factorization: Factorization, file: Path, placed: Mapping[str, tuple[Piece, ...]]) -> tuple[Piece, ...]:
     reason = "it is already decomposed; give a fresh model" if site.chain else site.keep or refusal_of(site, factorization)
     if reason is not None:
         raise SurgeryValueError(f"{file}: {site.name!r} cannot be {factorization}: {reason}")
+    if site.tied_to is not None and site.tied_to in placed:
+        return host.replace(site, factorization, tied_pieces(site, factorization, placed[site.tied_to]))
     shapes = kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None)
-    host.replace(site, factorization, [shape.empty(site.weight) for shape in shapes])
+    return host.replace(site, factorization, [shape.empty(site.weight) for shape in shapes])
 
 
 def _read_weights(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -212,7 +230,18 @@ def _record_to_data(record: SurgeryRecord) -> dict[str, Any]:
         for site in record.sites
     ]
     rest = {name: getattr(record, name) for name in ("passes", "macs", "input_shapes", "architecture")}
-    return {"version": 1, "sites": sites} | rest
+    functions = [
+        {
+            "module": function.module,
+            "function": function.function,
+            "weight": function.weight,
+            "weight_shape": function.weight_shape,
+            "calls": [[c.input_shape, c.output_shape] for c in function.calls],
+            "macs": function.macs,
+        }
+        for function in record.functions
+    ]
+    return {"version": 1, "sites": sites, "functions": functions} | rest
 
 
 def _record_from_text(text: str, file: Path) -> SurgeryRecord:
@@ -233,6 +262,17 @@ def _record_from_text(text: str, file: Path) -> SurgeryRecord:
             macs=None if data.get("macs") is None else _of(int, data["macs"]),
             input_shapes=None if data.get("input_shapes") is None else tuple(_shape(s) for s in data["input_shapes"]),
             architecture=None if data.get("architecture") is None else _of(str, data["architecture"]),
+            functions=tuple(
+                FunctionUse(
+                    module=_of(str, item["module"]),
+                    function=_of(str, item["function"]),
+                    weight=_of(str, item["weight"]),
+                    weight_shape=_shape(item["weight_shape"]),
+                    calls=tuple(Call(_shape(a), _shape(b)) for a, b in item["calls"]),
+                    macs=_of(int, item["macs"]),
+                )
+                for item in data.get("functions", [])
+            ),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SurgeryValueError(f"{file}: its surgery record is damaged ({type(error).__name__}: {error})") from error

@@ -155,7 +155,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _rank_options(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("method", "include", "exclude", "guard", "round_to", "device")}
+    return {name: getattr(options, name) for name in ("method", "include", "exclude", "guard", "round_to", "device", "effective_weights")}
 
 
 def _show_report(options: argparse.Namespace, model: nn.Module) -> None:
@@ -211,11 +211,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     ranks_help = "evbmf, evbmf:weaken=W, energy:P, stable, a fraction in (0, 1], a JSON object of layers, or a plan's file (default: %(default)s)"
     parser.add_argument("--ranks", type=parse_ranks_text, default="evbmf", help=ranks_help)
-    parser.add_argument("--method", default=DEFAULT.method, help="tucker or svd (default: %(default)s)")
+    parser.add_argument("--method", default=DEFAULT.method, help="tucker, spatial, channel, depthwise, cp, auto or svd (default: %(default)s)")
     parser.add_argument("--include", action="append", metavar="NAME", help="cut only these layers; a name or re:PATTERN, repeatable")
     parser.add_argument("--exclude", action="append", metavar="NAME", help="keep these layers; a name or re:PATTERN, repeatable")
     parser.add_argument("--guard", default=DEFAULT.guard, help="macs or none (default: %(default)s)")
     parser.add_argument("--round-to", type=int, default=DEFAULT.round_to, help="round ranks up to a multiple of this (default: %(default)s)")
+    parser.add_argument("--effective-weights", action="store_true", help="cut also layers whose weight is computed, by what it amounts to now")
     parser.add_argument("--device", default=DEFAULT.device, help="where to compute, for example cuda (default: the model's device)")
 
 

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes import Decompose, host_for, observe
-from passes.capture import private_copy
+from passes import Decompose, Observation, host_for, observe
 from passes.chain import Chain
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.factorization import Keep
 from passes.kinds import kind_of
 from passes.parity import tensors_in
+from passes.running import private_copy
 from passes.site import Site, is_layer
 from surgery.cost import chain_macs, count_macs, site_macs
 from surgery.plan import Plan
 from surgery.planning import Draft, Options
 from surgery.progress import site_progress
 from surgery.ranks.rules import Rule
-from surgery.record import SurgeryRecord, merged_sites, read_record, records_by_name, unwrap, write_record
+from surgery.record import SurgeryRecord, functions_of, merged_sites, read_record, records_by_name, unwrap, write_record
 
 __all__ = ["Ranks", "decompose", "plan", "usable_model"]
 
@@ -43,6 +43,7 @@ def decompose(
     guard: str = DEFAULT.guard,
     round_to: int = DEFAULT.round_to,
     device: torch.device | str | None = DEFAULT.device,
+    effective_weights: bool = DEFAULT.effective_weights,
     inplace: bool = False,
     progress: bool = False,
 ) -> nn.Module:
@@ -57,13 +58,17 @@ def decompose(
             ``"stable"``, a fraction in (0, 1] of the full rank, a dict from layer names or ``"re:..."`` patterns to ranks, a ``Plan`` or the
             path of one, or a callable ``(site, spectra) -> ranks``. Pairs are (rank_out, rank_in).
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; with them MACs are known and guarded.
-        method: ``"tucker"``, or ``"svd"`` to cut 1x1 convolutions and linear layers only.
+        method: kind for convolutions with a kernel: ``"tucker"``, ``"spatial"``, ``"channel"``, ``"depthwise"``, ``"cp"`` (ranks by name only), or
+            ``"auto"``, which takes for each layer the kind with the smallest error at the MACs of the Tucker ranks that a rule asks for. 1x1
+            convolutions and linear layers take SVD; with ``"svd"`` they alone are cut.
         include: names or patterns; only these layers are cut, linear ones too.
         exclude: names or patterns of layers to keep.
         guard: ``"macs"``: a cut by a rule must lower parameters and, with example inputs, MACs; ``"none"``: anything goes.
             What is named in a dict or a plan is always done.
         round_to: a rule's ranks are rounded up to a multiple of this.
         device: where to compute, for example ``"cuda"``; results go back to each weight's device.
+        effective_weights: cut also layers whose weight is computed (weight and spectral norm, parametrizations, pruning, weight standardisation), by
+            the weight that it amounts to now. What computed it is gone from then on: ``reconstruct`` gives a plain layer.
         inplace: work on ``model`` itself; otherwise it is left untouched and a copy is returned.
         progress: show progress on stderr where that is a terminal.
 
@@ -78,14 +83,16 @@ def decompose(
 
     Source: Elhoushi et al. 2019; Kim et al. 2016.
     """
-    options = Options(method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device)
+    options = Options(
+        method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device, effective_weights=effective_weights
+    )
     usable_model(model)
     if inplace and (is_layer(model) or isinstance(model, Chain)):
         raise SurgeryValueError("inplace=True: the model itself is a layer and has no parent to hold its chain; use the model that is returned")
     with torch.inference_mode(False):  # what is made here must be fit for training
         seen = look(model, example_inputs)
         target = model if inplace else private_copy(model)
-        host = host_for(target, observed=seen.observed, private=not inplace)
+        host = host_for(target, observed=seen.observed, private=not inplace, effective_weights=effective_weights)
         sites = host.sites()
         draft = Draft(sites, ranks, options)
         before, old = records_by_name(target), read_record(target) or SurgeryRecord()
@@ -96,9 +103,12 @@ def decompose(
                 record = SurgeryRecord(
                     sites=merged_sites(before, sites, result.outcomes),
                     passes=old.passes + (("Decompose",) if result.modified else ()),
-                    macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites),
+                    macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (old.fused_macs or 0),
                     input_shapes=seen.input_shapes or old.input_shapes,
                     architecture=old.architecture,
+                    fused_params=old.fused_params,
+                    fused_macs=old.fused_macs,
+                    functions=functions_of(target) if seen.observed is None else seen.observed.functions,
                 )
                 write_record(result.model, record)
             except BaseException:
@@ -119,14 +129,17 @@ def plan(
     guard: str = DEFAULT.guard,
     round_to: int = DEFAULT.round_to,
     device: torch.device | str | None = DEFAULT.device,
+    effective_weights: bool = DEFAULT.effective_weights,
     progress: bool = False,
 ) -> Plan:
     """What ``decompose`` would do with the same arguments, as a ``Plan`` to read, edit, save and replay. The model is not touched."""
-    options = Options(method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device)
+    options = Options(
+        method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device, effective_weights=effective_weights
+    )
     usable_model(model)
     chosen = Plan()
     with torch.inference_mode(False):
-        sites = host_for(model, observed=look(model, example_inputs).observed).sites()
+        sites = host_for(model, observed=look(model, example_inputs).observed, effective_weights=effective_weights).sites()
         draft = Draft(sites, ranks, options)
         with _progress(progress, len(sites), "planning") as step:
             for site in sites:
@@ -159,7 +172,7 @@ def usable_model(model: Any) -> None:
 class Seen:
     """One forward pass of the example inputs: what a host learns from it, the MACs that ran, and the shapes of the inputs; None without inputs."""
 
-    observed: Mapping[str, Any] | None = None
+    observed: Observation | None = None
     macs: int | None = None
     input_shapes: tuple[tuple[int, ...], ...] | None = None
 

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, replace
+from math import ceil, lcm
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 
+from passes.blockwise import Blockwise
 from passes.decompose import ALREADY, most_ranks, refusal_of, settled
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Decision, Factorization, Keep
-from passes.kind import Kind
-from passes.kinds import KINDS, kind_of, usual_kind
+from passes.kinds import KINDS, kind_named, kind_of, usual_kind
 from passes.site import Site
 from passes.spectra import Spectra
 from surgery.cost import chain_macs, chain_params, site_macs, site_params
 from surgery.plan import Plan
+from surgery.ranks.auto import best_kind
 from surgery.ranks.request import Named, Names, as_names, parse_ranks
 from surgery.ranks.rules import Rule, fraction_of
 
 __all__ = ["Draft", "Options"]
 
 GUARDS = ("macs", "none")
+AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +34,15 @@ class Options:
     """What, beside the ranks, decides on a plan. The defaults here are those of the API and the command line.
 
     Attributes:
-        method: kind for layers with a kernel of more than one pixel; the others take SVD. With ``"svd"`` linear layers are cut too.
+        method: kind for layers with a kernel of more than one pixel; the others take SVD. With ``"svd"`` linear layers are cut too. With ``"auto"``
+            a rule's Tucker ranks set each layer's MACs, and the kind with the smallest error within them is taken; explicit ranks are Tucker's.
         include: names or ``"re:..."`` patterns; only these layers are cut. Also the way to name linear layers.
         exclude: names or patterns of layers that are kept.
         guard: ``"macs"``: what a rule cuts must lower parameters and, where the calls are known, MACs; ``"none"``: nothing is asked.
         round_to: ranks of rules are rounded up to a multiple of this, at most to the full rank.
         device: where to compute; each weight's own by default.
+        effective_weights: layers whose weight is computed (weight norm, parametrizations, standardisation) are cut by the weight that it amounts
+            to now; by default they are kept.
     """
 
     method: str = "tucker"
@@ -46,9 +51,10 @@ class Options:
     guard: str = "macs"
     round_to: int = 1
     device: torch.device | str | None = None
+    effective_weights: bool = False
 
     def __post_init__(self) -> None:
-        methods = [kind.factorization.kind for kind in KINDS]
+        methods = [*(kind.name for kind in KINDS), AUTO]
         if self.method not in methods:
             raise SurgeryValueError(f"method: {self.method!r} is none of {methods}; {nearest(str(self.method), methods)}")
         if self.guard not in GUARDS:
@@ -57,6 +63,8 @@ class Options:
             raise SurgeryTypeError(f"round_to: expected an int, got {self.round_to!r}")
         if self.round_to < 1:
             raise SurgeryValueError(f"round_to: must be at least 1, got {self.round_to}")
+        if not isinstance(self.effective_weights, bool):
+            raise SurgeryTypeError(f"effective_weights: expected True or False, got {self.effective_weights!r}")
         if self.device is not None:
             _check_device(self.device)
 
@@ -90,6 +98,9 @@ class Draft(Mapping[str, Decision]):
         request = parse_ranks(ranks)
         linear_too = options.method == "svd"
         self._options = options
+        self._tied = {site.name: site.tied_to for site in sites if site.tied_to is not None}
+        self._names = [site.name for site in sites]
+        sites = [_with_ties(site, sites) for site in sites if site.tied_to is None]
         self._sites = {site.name: site for site in sites}
         self._replay = isinstance(request, Plan)
         self._table: Names | None = None
@@ -98,6 +109,11 @@ class Draft(Mapping[str, Decision]):
             self._table = Names("ranks (the plan)", dict(request.items()), sites)
         elif isinstance(request, Mapping):
             self._table = Names("ranks", request, sites, linear_too=linear_too)
+        elif options.method != AUTO and not kind_named(options.method).has_spectra:
+            raise SurgeryValueError(
+                f"method: {options.method!r} has no spectra that a rank rule could look at; give its ranks by name, "
+                f'for example ranks={{"re:.*conv.*": 16}}'
+            )
         else:
             self._rule = request
         self._include = None if options.include is None else Names("include", as_names("include", options.include), sites, linear_too=linear_too)
@@ -109,18 +125,19 @@ class Draft(Mapping[str, Decision]):
         )
 
     def __getitem__(self, name: str) -> Decision:
+        name = self._tied.get(name, name)
         if name not in self._decided:
             self._decided[name] = self._by_rule(self._sites[name])
         return self._decided[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._sites)
+        return len(self._names)
 
-    def _kind(self, site: Site) -> Kind:
-        return usual_kind(site.geometry, self._options.method)
+    def _kind(self, site: Site) -> Blockwise:
+        return usual_kind(site.geometry, "tucker" if self._options.method == AUTO else self._options.method)
 
     def _at_once(self, site: Site) -> Decision | None:
         """The decision, or None where a rule has to look at the weight first."""
@@ -171,12 +188,16 @@ class Draft(Mapping[str, Decision]):
             share = float(value)
             if not 0 < share <= 1:
                 raise SurgeryValueError(f"ranks: {named.key!r}: a fraction must be in (0, 1], got {value}")
-            return _settled(site, kind.from_ranks(site.geometry, [fraction_of(m, share) for m in most]))
+            unit = kind.unit(site.geometry)
+            return _settled(site, kind.from_ranks(site.geometry, [unit * fraction_of(m // unit, share) for m in most]))
         ranks = _as_ranks(value, kind, f"ranks: {named.key!r} ({site})")
         for mode, rank, limit in zip(kind.modes, ranks, most, strict=True):
             if rank is not None and rank > limit:
                 whose = "its full rank" if site.chain is None else "the chain's own rank"
                 raise SurgeryValueError(f"ranks: {named.key!r}: rank {rank} of mode {mode!r} of {site} ({site.geometry}) is above {whose} {limit}")
+        refused = kind.refuses_ranks(site.geometry, ranks)
+        if refused is not None:
+            raise SurgeryValueError(f"ranks: {named.key!r}: {refused} ({site}: {site.geometry})")
         if all(rank is None for rank in ranks):
             raise SurgeryValueError(f"ranks: {named.key!r}: no mode is cut; to keep the layer give None")
         return _settled(site, kind.from_ranks(site.geometry, ranks))
@@ -198,9 +219,13 @@ class Draft(Mapping[str, Decision]):
         kind = self._kind(site)
         rule: Any = self._rule
         decision = self._answer(site, kind, rule(site, self.spectra.of(site, kind)))
-        return self._guard(site, decision) if isinstance(decision, Factorization) else decision
+        if isinstance(decision, Factorization):
+            decision = self._guard(site, decision)
+        if isinstance(decision, Factorization) and self._options.method == AUTO:
+            return self._guard(site, best_kind(site, decision, self.spectra, self._options.round_to))
+        return decision
 
-    def _answer(self, site: Site, kind: Kind, answer: Any) -> Decision:
+    def _answer(self, site: Site, kind: Blockwise, answer: Any) -> Decision:
         """A rule's answer as a factorization: rounded up, and uncut in a mode that is full or in which nothing was seen."""
         if isinstance(answer, Keep):
             return answer
@@ -212,12 +237,12 @@ class Draft(Mapping[str, Decision]):
                 raise SurgeryValueError(f"the rank rule answered {answer} for {site}: {refusal}")
             return self._rounded_up(site, answer)
         what = f"the rank rule's answer for {site}"
-        full = kind.full_ranks(site.geometry)
+        full, unit = kind.full_ranks(site.geometry), kind.unit(site.geometry)
         ranks: list[int | None] = []
         for rank, most in zip(_as_ranks(answer, kind, what, zero=True), full, strict=True):
             if rank is not None and rank > most:
                 raise SurgeryValueError(f"{what}: rank {rank} is above the full rank {most}")
-            rounded = None if not rank else self._round(rank)
+            rounded = None if not rank else self._round(rank, unit)
             ranks.append(None if rounded is None or rounded >= most else rounded)
         if all(rank is None for rank in ranks):
             return Keep(f"at full rank ({', '.join(map(str, full))}) a chain saves nothing")
@@ -225,12 +250,13 @@ class Draft(Mapping[str, Decision]):
 
     def _rounded_up(self, site: Site, factorization: Factorization) -> Factorization:
         kind = kind_of(factorization)
-        full = kind.full_ranks(site.geometry)
-        ranks = [None if r is None else min(self._round(r), f) for r, f in zip(factorization.ranks, full, strict=True)]
+        full, unit = kind.full_ranks(site.geometry), kind.unit(site.geometry)
+        ranks = [None if r is None else min(self._round(r, unit), f) for r, f in zip(factorization.ranks, full, strict=True)]
         return kind.from_ranks(site.geometry, ranks)
 
-    def _round(self, rank: int) -> int:
-        return self._options.round_to * ceil(rank / self._options.round_to)
+    def _round(self, rank: int, unit: int) -> int:
+        step = lcm(self._options.round_to, unit)
+        return step * ceil(rank / step)
 
     def _guard(self, site: Site, factorization: Factorization) -> Decision:
         if self._options.guard == "none":
@@ -245,10 +271,10 @@ class Draft(Mapping[str, Decision]):
         return factorization
 
 
-def _as_ranks(value: Any, kind: Kind, what: str, *, zero: bool = False) -> list[int | None]:
+def _as_ranks(value: Any, kind: Blockwise, what: str, *, zero: bool = False) -> list[int | None]:
     """One rank a mode: an int where the kind has one mode, else a sequence of ints and None."""
     modes = kind.modes
-    name = kind.factorization.kind
+    name = kind.name
     if isinstance(value, Integral) and not isinstance(value, bool):
         value = [value]
     if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) != len(modes):
@@ -263,6 +289,13 @@ def _as_ranks(value: Any, kind: Kind, what: str, *, zero: bool = False) -> list[
         if rank < least:
             raise SurgeryValueError(f"{what}: a rank is at least {least}, got {rank}")
     return [None if rank is None else int(rank) for rank in value]
+
+
+def _with_ties(first: Site, sites: Sequence[Site]) -> Site:
+    """The first of tied sites with the names and calls of all: they are decided together."""
+    alike = [site for site in sites if site is first or site.tied_to == first.name]
+    calls = None if first.calls is None else tuple(call for site in alike for call in site.calls or ())
+    return replace(first, aliases=tuple(alias for site in alike for alias in site.aliases), calls=calls)
 
 
 def _settled(site: Site, factorization: Factorization) -> Factorization:

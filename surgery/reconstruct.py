@@ -2,57 +2,120 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from passes import Reconstruct, host_for
-from passes.capture import private_copy
+from passes import FuseLinearRuns, Host, PassResult, Reconstruct, host_for, name_of
 from passes.chain import Chain
 from passes.errors import SurgeryValueError
 from passes.result import Outcome
-from surgery.decompose import usable_model
-from surgery.record import SurgeryRecord, merged_sites, read_record, records_by_name, write_record
+from passes.running import private_copy
+from surgery.decompose import look, saved_macs, usable_model
+from surgery.record import SiteRecord, SurgeryRecord, merged_sites, read_record, records_by_name, write_record
 
 __all__ = ["reconstruct"]
 
 REASON = "reconstructed"
+NOT_FUSED = "not fused: "
 
 
-def reconstruct(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def reconstruct(model: nn.Module, *, foreign: bool = False, example_inputs: Any = None, inplace: bool = False) -> nn.Module:
     """Fuse every chain that ``decompose`` made back into one layer: same classes, same ``state_dict`` keys, order and shapes as the original.
 
     The function stays the same to rounding. What truncation took away does not come back: the weights are those of the chains.
 
+    With ``foreign`` linear runs that somebody wrote by hand are fused too, whatever that costs, with eval semantics: 1x1, k x k, 1x1; k x 1, 1 x k;
+    a layer and its batch norm (see ``passes.FuseLinearRuns``). Only what is proved is fused: on a ``GraphModule`` by its graph, else by a verified
+    trace on ``example_inputs``, else where all is plain ``nn.Sequential`` from the root down. On a graph the other nodes disappear, in a module
+    their places hold an ``nn.Identity``. The report has the reason for every layer, and totals before and after. A network that was changed so
+    can be exported, but not saved.
+
     Args:
-        model: a decomposed model, or a ``GraphModule`` with decomposed nodes; with no chains it is returned unchanged.
+        model: a decomposed model, or a ``GraphModule`` with decomposed nodes; with nothing to fuse it is returned unchanged.
+        foreign: also fuse what this project did not cut.
+        example_inputs: for ``foreign`` only: a tensor, a tuple of positional or a mapping of keyword arguments; with them MACs are known.
         inplace: work on ``model`` itself; otherwise it is left untouched and a copy is returned.
 
     Raises:
         SurgeryTypeError: a model that is wrapped or cannot be copied.
-        SurgeryValueError: ``inplace=True`` on a model that is itself a chain.
+        SurgeryValueError: ``inplace=True`` on a model that is itself a chain; ``example_inputs`` without ``foreign``, or not fit for the model.
+        SurgeryError: the fused model computes something else, because code of its own reads more of its layers than their outputs.
 
     Source: Elhoushi et al. 2019, section 3, step 5.
     """
     usable_model(model)
     if inplace and isinstance(model, Chain):
         raise SurgeryValueError("inplace=True: the model itself is a chain and has no parent to hold its layer; use the layer that is returned")
+    if example_inputs is not None and not foreign:
+        raise SurgeryValueError("example_inputs: they prove what foreign chains may be fused; give foreign=True with them")
+    hosts: list[Host] = []
     with torch.inference_mode(False):
         target = model if inplace else private_copy(model)
-        host = host_for(target, private=not inplace)
-        sites, before, old = host.sites(), records_by_name(target), read_record(target) or SurgeryRecord()
         try:
-            result = Reconstruct()(host)
-            if result.modified:
-                outcomes = tuple(
-                    Outcome(o.site, o.status, REASON if o.status == "applied" else o.reason, before[o.site].error if o.site in before else None)
-                    for o in result.outcomes
-                )
-                record = replace(old, sites=merged_sites(before, sites, outcomes), passes=(*old.passes, "Reconstruct"))
-                write_record(result.model, record)
+            target = _fuse_own(target, hosts, inplace)
+            return _fuse_foreign(target, example_inputs, hosts, inplace) if foreign else target
         except BaseException:
-            if inplace:
+            for host in reversed(hosts if inplace else []):
                 host.rollback()
             raise
+
+
+def _fuse_own(target: nn.Module, hosts: list[Host], inplace: bool) -> nn.Module:
+    host = host_for(target, private=not inplace)
+    hosts.append(host)
+    sites, before, old = host.sites(), records_by_name(target), read_record(target) or SurgeryRecord()
+    result = Reconstruct()(host)
+    if result.modified:
+        outcomes = tuple(
+            Outcome(o.site, o.status, REASON if o.status == "applied" else o.reason, before[o.site].error if o.site in before else None)
+            for o in result.outcomes
+        )
+        record = replace(old, sites=merged_sites(before, sites, outcomes), passes=(*old.passes, "Reconstruct"))
+        write_record(result.model, record)
     return result.model
+
+
+def _fuse_foreign(target: nn.Module, example_inputs: Any, hosts: list[Host], inplace: bool) -> nn.Module:
+    seen = look(target, example_inputs)
+    host = host_for(target, example_inputs, observed=seen.observed, private=not inplace)
+    hosts.append(host)
+    before, old, sites = records_by_name(target), read_record(target) or SurgeryRecord(), host.sites()
+    result = FuseLinearRuns()(host)
+    saved, fused = _saved(result), {o.site for o in result.outcomes if o.status == "applied"}
+    before = {name: replace(known, calls=None) if name in fused else known for name, known in before.items()}  # they were another layer's
+    record = replace(
+        old,
+        sites=merged_sites(before, host.sites(), _told(result, before)),
+        passes=old.passes + ((name_of(FuseLinearRuns()),) if result.modified else ()),
+        macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (old.fused_macs or 0),
+        input_shapes=seen.input_shapes or old.input_shapes,
+        fused_params=old.fused_params + saved[0],
+        fused_macs=None if old.fused_macs is None or saved[1] is None else old.fused_macs + saved[1],
+    )
+    write_record(result.model, record)
+    return result.model
+
+
+def _saved(result: PassResult) -> tuple[int, int | None]:
+    """Parameters and MACs that fusing took away."""
+    params, macs, known = 0, 0, True
+    for o in result.outcomes:
+        params += (o.params_before or 0) - (o.params_after or 0)
+        if o.params_after is not None:
+            known = known and o.macs_before is not None and o.macs_after is not None
+            macs += (o.macs_before or 0) - (o.macs_after or 0)
+    return params, macs if known else None
+
+
+def _told(result: PassResult, before: Mapping[str, SiteRecord]) -> tuple[Outcome, ...]:
+    """Outcomes for the report's rows: what was known of a layer that was not fused, and why it was not."""
+    return tuple(o if o.status == "applied" else replace(o, reason=_with_reason(before.get(o.site), o.reason)) for o in result.outcomes)
+
+
+def _with_reason(known: SiteRecord | None, reason: str | None) -> str:
+    earlier = (known.reason if known is not None and known.reason else "").partition(NOT_FUSED)[0].removesuffix("; ")
+    return "; ".join(part for part in (earlier, f"{NOT_FUSED}{reason}") if part)

@@ -9,8 +9,9 @@ from torch import fx, nn
 
 from passes.result import Outcome
 from passes.site import Call, Site, named_groups
+from passes.watching import COMPUTED, FunctionUse
 
-__all__ = ["SiteRecord", "SurgeryRecord", "read_record", "records_by_name", "unwrap", "whole_record", "write_record"]
+__all__ = ["SiteRecord", "SurgeryRecord", "functions_of", "read_record", "records_by_name", "unwrap", "whole_record", "write_record"]
 
 KEY = "surgery_record"
 
@@ -35,6 +36,9 @@ class SurgeryRecord:
         macs: of one forward pass of the original network; None where no example inputs were given.
         input_shapes: shapes of all tensors in the example inputs.
         architecture: the registry name that the model was made from, if it was.
+        fused_params: parameters that clean-up passes took away, beyond what the rows of chains show; negative where they added some.
+        fused_macs: the same of MACs; None where they are not known.
+        functions: convolutions and linear maps that the example inputs met as functions, which are never cut.
     """
 
     sites: tuple[SiteRecord, ...] = ()
@@ -42,6 +46,9 @@ class SurgeryRecord:
     macs: int | None = None
     input_shapes: tuple[tuple[int, ...], ...] | None = None
     architecture: str | None = None
+    fused_params: int = 0
+    fused_macs: int | None = 0
+    functions: tuple[FunctionUse, ...] = ()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -87,12 +94,36 @@ def passes_of(model: nn.Module) -> tuple[str, ...]:
     return (*(p for r in inner for p in r.passes), *(own.passes if own else ()))
 
 
+def functions_of(model: nn.Module) -> tuple[FunctionUse, ...]:
+    """Convolutions and linear maps called as functions, by the model's record or, where it was not run as a whole, by those of its submodules."""
+    own = read_record(model)
+    if own is not None and (own.functions or own.input_shapes is not None):
+        return own.functions
+    functions: list[FunctionUse] = []
+    seen: list[str] = []  # submodules that were run as a whole: their records say more than those inside them
+    for module, names in named_groups(model):
+        record, prefix = read_record(module), names[0]
+        if record is None or any(prefix.startswith(outer + ".") for outer in seen):
+            continue
+        functions += [_under(prefix, function) for function in record.functions]
+        if prefix and record.input_shapes is not None:
+            seen.append(prefix)
+    return tuple(functions)
+
+
+def _under(prefix: str, function: FunctionUse) -> FunctionUse:
+    def joined(name: str) -> str:
+        return ".".join(part for part in (prefix, name) if part)
+
+    return replace(function, module=joined(function.module), weight=function.weight if function.weight == COMPUTED else joined(function.weight))
+
+
 def whole_record(model: nn.Module) -> SurgeryRecord | None:
     """One record of everything that was done to the model and its submodules; None where nothing is known."""
     own, sites = read_record(model), tuple(records_by_name(model).values())
     if own is None and not sites:
         return None
-    return replace(own or SurgeryRecord(), sites=sites, passes=passes_of(model))
+    return replace(own or SurgeryRecord(), sites=sites, passes=passes_of(model), functions=functions_of(model))
 
 
 def merged_sites(before: dict[str, SiteRecord], sites: tuple[Site, ...], outcomes: tuple[Outcome, ...]) -> tuple[SiteRecord, ...]:

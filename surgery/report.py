@@ -14,8 +14,9 @@ from passes.errors import SurgeryTypeError
 from passes.factorization import Factorization
 from passes.kinds import kind_of
 from passes.site import Site
+from passes.watching import FunctionUse
 from surgery.cost import chain_macs, chain_params, site_params
-from surgery.record import SiteRecord, passes_of, read_record, records_by_name, unwrap
+from surgery.record import SiteRecord, functions_of, passes_of, read_record, records_by_name, unwrap
 
 __all__ = ["LayerReport", "Report", "report"]
 
@@ -63,7 +64,11 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """All layers in the model's order, the totals of the network (every parameter once, attention's MACs included), and the passes that ran."""
+    """All layers in the model's order, the totals of the network (every parameter once, attention's MACs included), and the passes that ran.
+
+    ``functions`` are convolutions and linear maps that are no layers: called as functions with weights of their own or computed ones, they are
+    never cut. They are known where example inputs were given.
+    """
 
     layers: tuple[LayerReport, ...]
     params_before: int
@@ -71,6 +76,7 @@ class Report:
     macs_before: int | None
     macs_after: int | None
     passes: tuple[str, ...]
+    functions: tuple[FunctionUse, ...] = ()
 
     @property
     def compression(self) -> float:
@@ -94,9 +100,9 @@ class Report:
         for row in self.layers:
             item = {f.name: getattr(row, f.name) for f in fields(row)}
             layers.append(item | {"factorization": row.factorization.to_json() if row.factorization else None})
-        totals = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+        totals = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "functions")}
         ratios = {"compression": self.compression, "speedup": self.speedup}
-        return {"format": FORMAT, "version": VERSION} | totals | ratios | {"layers": layers}
+        return {"format": FORMAT, "version": VERSION} | totals | ratios | {"layers": layers, "functions": [_function_data(f) for f in self.functions]}
 
     def to_json(self) -> str:
         """Deterministic text with format and version."""
@@ -130,26 +136,34 @@ def report(model: nn.Module) -> Report:
         else:
             saved_macs += row.macs_before - row.macs_after
     params = sum(p.numel() for p in inner.parameters())
-    macs = record.macs if record is not None and not unknown else None
+    fused_params, fused_macs = (record.fused_params, record.fused_macs) if record is not None else (0, 0)
+    macs = record.macs if record is not None and not unknown and fused_macs is not None else None
     return Report(
         layers=tuple(rows),
-        params_before=params + saved_params,
+        params_before=params + saved_params + fused_params,
         params_after=params,
         macs_before=macs,
-        macs_after=None if macs is None else macs - saved_macs,
+        macs_after=None if macs is None else macs - saved_macs - (fused_macs or 0),
         passes=passes_of(inner),
+        functions=functions_of(inner),
     )
+
+
+def _function_data(function: FunctionUse) -> dict[str, Any]:
+    shapes = {"input_shapes": [c.input_shape for c in function.calls], "output_shapes": [c.output_shape for c in function.calls]}
+    return {f.name: getattr(function, f.name) for f in fields(function)} | {"calls": len(function.calls)} | shapes
 
 
 def _row(site: Site, known: SiteRecord | None) -> LayerReport:
     calls = known.calls if known is not None and known.calls is not None else site.calls
-    params = site_params(site)
+    params = site_params(site) - (site.geometry.weights if site.tied_to else 0)  # a tied weight counts where it comes first
     macs = None if calls is None else sum(site.geometry.macs(c.input_shape) for c in calls)
     params_after, macs_after, compression = params, macs, 1.0
     reason: str | None = (known.reason if known is not None else None) or NOT_DECOMPOSED
     if site.chain is not None:
         shapes = kind_of(site.chain).shapes(site.geometry, site.chain, site.bias is not None)
         params_after, macs_after = chain_params(shapes), chain_macs(shapes, calls)
+        params_after -= sum(s.geometry.weights for s in shapes) if site.tied_to else 0
         compression = prod(site.geometry.weight_shape) / sum(prod(s.geometry.weight_shape) for s in shapes)
         reason = None
     return LayerReport(

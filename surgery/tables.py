@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from passes.watching import COMPUTED
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from passes.watching import FunctionUse
     from surgery.benchmark import Benchmark
     from surgery.plan import Plan
     from surgery.report import Report
@@ -46,6 +49,7 @@ def report_table(report: Report) -> RenderableType:
     cut = len(report.layers) - len(kept)
     lines = [f"{cut} of {len(report.layers)} layers decomposed" + (f"; passes: {', '.join(report.passes)}" if report.passes else "")]
     lines += [f"kept {row.name or '(the model)'}: {row.reason}" for row in kept]
+    lines += [f"function in {f.module or '(the model)'}: {_function_text(f)}" for f in report.functions]
     from rich.console import Group
 
     return Group(table, "", *lines)
@@ -143,6 +147,13 @@ def _report_cells(row: Any) -> tuple[str, ...]:
         ratio(row.compression) if cut else "",
         ratio(row.speedup) if cut else "",
     )
+
+
+def _function_text(function: FunctionUse) -> str:
+    shape = "x".join(map(str, function.weight_shape))
+    weight = f"a computed weight {shape}" if function.weight == COMPUTED else f"{function.weight} {shape}"
+    calls = "1 call" if len(function.calls) == 1 else f"{len(function.calls)} calls"
+    return f"{function.function} with {weight}, {calls}, {count(function.macs)} MACs; not a layer, so never cut"
 
 
 def _ranks(ranks: tuple[int | None, ...] | None) -> str:

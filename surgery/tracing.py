@@ -40,7 +40,20 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
 
 
 def capture(model: nn.Module, example_inputs: Any) -> fx.Graph:
-    """The model as an ``fx.Graph`` whose nodes know their shapes, with the arguments and errors of ``trace``."""
+    """The model as an ``fx.Graph`` whose nodes know their shapes, in the mode (train or eval) that it is in; any model that runs.
+
+    It is the graph of ``trace`` where that succeeds. Where it fails (control flow on data, a trace that computes something else), one real forward
+    pass is recorded, and the graph is a ``RecordedGraph``: one execution, good for shapes, calls, drawing and finding neighbours, never a licence to
+    fuse.
+
+    Args:
+        model: any module but a single layer.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+
+    Raises:
+        SurgeryTypeError: the model is wrapped, is itself a layer or a chain, or cannot be copied.
+        SurgeryValueError: it does not accept the inputs.
+    """
     usable_model(model)
     with torch.inference_mode(False):
         return passes.capture(model, example_inputs)

@@ -14,7 +14,9 @@ from tests.networks import Small
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("SURGERY_DATA", ROOT.parent / "shared" / "data"))
 
-settings.register_profile("suite", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "suite", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
 settings.load_profile("suite")
 
 
@@ -51,7 +53,7 @@ def data(name: str) -> Path:
 
 @pytest.fixture
 def small() -> Small:
-    """A small network in eval mode: plain, strided, pointwise, and grouped convolutions, batch norm, a shortcut, a linear layer."""
+    """A small network in eval mode: plain, strided, pointwise, and depthwise convolutions, batch norm, a shortcut, a linear layer."""
     return Small().eval()
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 
 class Small(nn.Module):
-    """Six layers of all sorts: conv1 plain, conv2 strided with bias, mix 1x1, wide grouped, conv3 in a Sequential, head linear."""
+    """Six layers of all sorts: conv1 plain, conv2 strided with bias, mix 1x1, wide depthwise, conv3 in a Sequential, head linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -16,7 +16,7 @@ class Small(nn.Module):
         self.bn1 = nn.BatchNorm2d(16)
         self.conv2 = nn.Conv2d(16, 24, 3, stride=2, padding=1)
         self.mix = nn.Conv2d(24, 32, 1)
-        self.wide = nn.Conv2d(32, 32, 3, padding=1, groups=4)
+        self.wide = nn.Conv2d(32, 32, 3, padding=1, groups=32)
         self.tail = nn.Sequential(nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
         self.head = nn.Linear(32, 5)
 
@@ -25,6 +25,27 @@ class Small(nn.Module):
         x = self.mix(functional.relu(self.conv2(x)))
         x = x + self.tail(self.wide(x))
         return self.head(x.mean((2, 3)))
+
+
+class Kinds(nn.Module):
+    """Layers that decompose by groups or backwards: grouped, transposed, both, one and three dimensions, dilated, padded in every way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
+        self.grouped = nn.Conv2d(8, 12, (3, 5), stride=(1, 2), padding=(1, 2), groups=2, bias=False)
+        self.up = nn.ConvTranspose2d(12, 8, 4, stride=2, padding=1)
+        self.both = nn.ConvTranspose2d(8, 8, 3, stride=2, padding=1, output_padding=1, groups=4)
+        self.mix = nn.Conv2d(8, 6, 1, groups=2)
+        self.line = nn.Conv1d(6, 10, 3, padding="same", dilation=2, padding_mode="circular")
+        self.space = nn.Conv3d(2, 4, 3, padding=1, padding_mode="replicate")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.grouped(self.plain(x)))
+        x = self.mix(functional.relu(self.both(self.up(x))))
+        y = self.line(functional.adaptive_avg_pool2d(x, (4, 5)).flatten(2))
+        z = self.space(y.reshape(y.shape[0], 2, 5, 4, 5))
+        return z.mean((2, 3)) + x.mean()
 
 
 class Twice(nn.Module):

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.capture import private_copy, run
 from passes.errors import SurgeryValueError
 from passes.parity import assert_parity, private_inputs, tensors_in
+from passes.running import private_copy, run
 from surgery.decompose import usable_model
 from surgery.files import temporary_beside
 

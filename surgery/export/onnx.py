@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.capture import arguments
 from passes.errors import MissingExtra, SurgeryError, SurgeryValueError
 from passes.parity import tensors_in
+from passes.running import arguments
 from surgery.export.common import (
     ExportReport,
     check_network,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.capture import arguments
 from passes.errors import SurgeryError
 from passes.parity import private_inputs
+from passes.running import arguments
 from surgery.export.common import ExportReport, check_network, installed, network_to_export, quiet, tensors_or_error, total_size
 
 __all__ = ["export_torchscript"]

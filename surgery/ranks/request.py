@@ -68,7 +68,7 @@ class Names:
         for other in named[1:]:
             if other.value != named[0].value:
                 raise SurgeryValueError(
-                    f"{argument}: {named[0].key!r} and {other.key!r} are one layer under two names, but get {named[0].value!r} and {other.value!r}"
+                    f"{argument}: {named[0].key!r} and {other.key!r} are one layer or one weight, but get {named[0].value!r} and {other.value!r}"
                 )
 
     def find(self, site: Site) -> Named | None:

@@ -1,7 +1,8 @@
 """Rank rules: how many channels to leave in each mode of a layer, from its spectra.
 
 A rule is any callable ``(site, spectra) -> answer``. ``spectra`` has one entry a mode (for Tucker the output channels, then the input channels; for
-a layer of one pixel a single one) with ``values``, ``full``, ``mode`` and ``shape``. The answer is one rank a mode (an int where there is one mode),
+a layer of one pixel a single one) with ``values``, ``full``, ``mode`` and ``shape``. Of a grouped layer values and ranks are those of all groups
+together: ranks are totals, and are rounded up to multiples of the groups. The answer is one rank a mode (an int where there is one mode),
 None in the place of a mode that stays uncut, or a ``Keep`` with a reason. Rank 0 says that the rule saw nothing in that mode.
 """
 
@@ -33,7 +34,7 @@ class Evbmf:
     weaken: float = 0.0
 
     def __call__(self, site: Site, spectra: Sequence[Spectrum]) -> Answer:
-        ranks = [evbmf_rank(s.values, s.shape) for s in spectra]
+        ranks = [_evbmf(s) for s in spectra]
         if not any(ranks):
             return Keep("EVBMF sees nothing but noise in its weight (rank 0)")
         return [r and ceil(r + self.weaken * (s.full - r) - 1e-9) for r, s in zip(ranks, spectra, strict=True)]
@@ -73,6 +74,12 @@ class Stable:
         if any(float(s.values[0]) <= 0 for s in spectra):
             return Keep("its weight is zero")
         return [ceil(float(s.values.square().sum() / s.values[0].square()) - 1e-9) for s in spectra]
+
+
+def _evbmf(spectrum: Spectrum) -> int:
+    """Of one group, times the groups: the solution is one for matrices without blocks of zeros."""
+    groups = spectrum.groups
+    return groups * evbmf_rank(spectrum.values[::groups], (spectrum.shape[0] // groups, spectrum.shape[1] // groups))
 
 
 def fraction_of(full: int, share: float) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 from passes.errors import SurgeryValueError
 from passes.geometry import Geometry
 from passes.kinds import kind_named
-from passes.linalg import spectrum
+from passes.linalg import spectra
 from surgery.ranks.evbmf import usable
 
 __all__ = ["error_surface"]
@@ -42,5 +42,6 @@ def error_surface(weight: Tensor, method: str = "tucker") -> Tensor:
     if reason is not None:
         raise SurgeryValueError(f"error_surface: {method} does not take a weight of shape {tuple(weight.shape)}: {reason}")
     weight = weight.detach().double()
-    matrices = kind.unfoldings(weight, geometry)
-    return kind.error_surface(weight, geometry, [spectrum(matrix, mode) for matrix, mode in zip(matrices, kind.modes, strict=True)])
+    stacks = kind.unfoldings(weight, geometry) if kind.has_spectra else ()
+    found = [kind.spectrum(spectra(stack, mode), geometry) for mode, stack in zip(kind.modes, stacks, strict=kind.has_spectra)]
+    return kind.error_surface(weight, geometry, found)

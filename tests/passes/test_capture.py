@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 import surgery
-from passes.capture import observe_calls, private_copy, run
+from passes import observe
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import assert_parity, difference
+from passes.running import private_copy, run
 from tests.networks import Branching, Keyword, Mistraced, Twice
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(9))
@@ -117,7 +118,7 @@ def test_a_list_is_one_argument():
 
 
 def test_calls_by_first_name():
-    calls = observe_calls(Twice(), torch.randn(1, 8, 8, 8))
+    calls = observe(Twice(), torch.randn(1, 8, 8, 8)).calls
     assert [c.input_shape[-1] for c in calls["conv"]] == [8, 4]
     assert [c.output_shape for c in calls["other"]] == [(1, 8, 4, 4)]
 
@@ -175,21 +176,22 @@ class Writing(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3)
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)
 
     def forward(self, x):
-        self.conv.weight.data.mul_(0.5)
-        return self.conv(x)
+        self.norm.weight.data.mul_(0.5)
+        return self.norm(self.conv(x))
 
 
 @pytest.mark.parametrize("act", [surgery.plan, surgery.decompose])
 def test_a_forward_that_writes_to_parameters_writes_to_nobodys(act):
     model = Writing()
-    before = model.conv.weight.clone()
+    before = model.norm.weight.clone()
     result = act(model, {"conv": 1.0}, example_inputs=X)
-    assert torch.equal(model.conv.weight, before)
+    assert torch.equal(model.norm.weight, before)
     if act is surgery.decompose:
-        assert difference(result.conv.weight, before) < 1e-5
+        assert torch.equal(result.norm.weight, before)
+        assert difference(result.conv.weight, model.conv.weight) < 1e-5
 
 
 class Odd(nn.Conv2d):
@@ -276,3 +278,17 @@ def test_inputs_by_any_keyword():
 
 def test_an_empty_batch_says_nothing_about_macs(small):
     assert surgery.plan(small, 0.5, example_inputs=X[:0]) == surgery.plan(small, 0.5)
+
+
+def test_a_trace_with_tensors_made_on_the_way():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x) + torch.arange(10).float()
+
+    model = Positions()
+    assert_parity(surgery.trace(model, X)(X), model(X))
+    assert not [name for name in vars(model) if "constant" in name]

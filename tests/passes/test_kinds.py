@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
+import tensorly
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -19,7 +23,9 @@ from passes.spectra import Spectra
 from surgery.cost import chain_macs, chain_params
 from tests.geometries import layers
 
-every_kind = pytest.mark.parametrize("kind", KINDS, ids=[k.factorization.kind for k in KINDS])
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=[k.name for k in KINDS])
+with_spectra = pytest.mark.parametrize("kind", [k for k in KINDS if k.has_spectra], ids=[k.name for k in KINDS if k.has_spectra])
+MOST_OF_CP = 2  # alternating least squares takes time at every rank
 
 
 def split(layer, kind, ranks):
@@ -31,16 +37,19 @@ def split(layer, kind, ranks):
 
 
 def relative_error(layer, kind, pieces):
-    merged = kind.merge([Piece(p.name, p.geometry, p.weight.double(), None) for p in pieces])
+    merged = kind.merge([Piece(p.name, p.geometry, p.weight.double(), None) for p in pieces], Geometry.of(layer))
     weight = layer.weight.detach()
     return float((merged - weight).norm() / weight.norm())
 
 
-def draw_ranks(data, full):
-    return [data.draw(st.integers(1, f)) for f in full]
+def draw_ranks(data, kind, geometry):
+    """Ranks up to full, as multiples of what ranks are multiples of."""
+    unit = kind.unit(geometry)
+    most = [f // unit if kind.has_spectra else min(f // unit, MOST_OF_CP) for f in kind.full_ranks(geometry)]
+    return [unit * data.draw(st.integers(1, m)) for m in most]
 
 
-@every_kind
+@with_spectra
 @given(drawn=layers())
 def test_full_rank_is_the_layer(kind, drawn):
     layer, inputs = drawn
@@ -60,9 +69,10 @@ def test_error_never_grows_with_rank(kind, drawn, data):
     geometry = Geometry.of(layer)
     assume(kind.refuses(geometry) is None)
     full = kind.full_ranks(geometry)
-    low = draw_ranks(data, full)
+    low = draw_ranks(data, kind, geometry)
     mode = data.draw(st.integers(0, len(full) - 1))
-    high = [min(r + (i == mode), f) for i, (r, f) in enumerate(zip(low, full, strict=True))]
+    unit = kind.unit(geometry)
+    high = [min(r + unit * (i == mode), f) for i, (r, f) in enumerate(zip(low, full, strict=True))]
     errors = [relative_error(layer, kind, split(layer, kind, ranks)[1]) for ranks in (low, high)]
     assert errors[1] <= errors[0] + 1e-4
 
@@ -73,7 +83,7 @@ def test_shapes_are_those_of_the_pieces_and_of_the_chain(kind, drawn, data):
     layer, inputs = drawn
     geometry = Geometry.of(layer)
     assume(kind.refuses(geometry) is None)
-    factorization, pieces = split(layer, kind, draw_ranks(data, kind.full_ranks(geometry)))
+    factorization, pieces = split(layer, kind, draw_ranks(data, kind, geometry))
     shapes = kind.shapes(geometry, factorization, layer.bias is not None)
     assert [(s.name, s.geometry, s.bias) for s in shapes] == [(p.name, p.geometry, p.bias is not None) for p in pieces]
     assert all(tuple(p.weight.shape) == p.geometry.weight_shape for p in pieces)
@@ -91,13 +101,13 @@ def test_shapes_are_those_of_the_pieces_and_of_the_chain(kind, drawn, data):
 def test_ranks_are_clipped_to_what_the_chain_can_use(kind, drawn, data):
     geometry = Geometry.of(drawn[0])
     assume(kind.refuses(geometry) is None)
-    ranks = draw_ranks(data, kind.full_ranks(geometry))
+    ranks = draw_ranks(data, kind, geometry)
     clipped = kind.from_ranks(geometry, ranks)
     assert all(c <= r for c, r in zip(clipped.ranks, ranks, strict=True))
     assert kind.from_ranks(geometry, clipped.ranks) == clipped
 
 
-@every_kind
+@with_spectra
 @given(drawn=layers(), data=st.data())
 def test_the_error_surface_bounds_what_a_split_reaches(kind, drawn, data):
     """The surface is where the iteration starts from: a split reaches at most that error, and with one mode exactly that."""
@@ -108,13 +118,14 @@ def test_the_error_surface_bounds_what_a_split_reaches(kind, drawn, data):
     spectra = Spectra().of(site, kind)
     full = kind.full_ranks(geometry)
     surface = kind.error_surface(layer.weight.detach(), geometry, spectra)
-    assert tuple(surface.shape) == tuple(f + 1 for f in full)
-    factorization, pieces = split(layer, kind, draw_ranks(data, full))
-    reached, told = relative_error(layer, kind, pieces), float(surface[factorization.ranks])
+    unit = kind.unit(geometry)
+    assert tuple(surface.shape) == tuple(f // unit + 1 for f in full)
+    factorization, pieces = split(layer, kind, draw_ranks(data, kind, geometry))
+    reached, told = relative_error(layer, kind, pieces), float(surface[tuple(r // unit for r in factorization.ranks)])
     assert reached <= told + 1e-9
     if len(full) == 1:
         assert told == pytest.approx(reached, rel=1e-9, abs=1e-9)
-    assert float(surface[full]) < 1e-12
+    assert float(surface[tuple(f // unit for f in full)]) < 1e-12
     assert bool((surface[0] == 1).all())
     for dim in range(surface.ndim):
         assert bool((surface.diff(dim=dim) <= 1e-15).all())
@@ -125,7 +136,7 @@ def test_the_error_surface_bounds_what_a_split_reaches(kind, drawn, data):
 def test_json_round_trip(kind, drawn, data):
     geometry = Geometry.of(drawn[0])
     assume(kind.refuses(geometry) is None)
-    factorization = kind.from_ranks(geometry, draw_ranks(data, kind.full_ranks(geometry)))
+    factorization = kind.from_ranks(geometry, draw_ranks(data, kind, geometry))
     assert decision_from_json(factorization.to_json()) == factorization
     assert kind_of(factorization) is kind
 
@@ -135,24 +146,44 @@ def test_refusals_say_why(kind):
     square = {"kernel": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "output_padding": (0, 0)}
     pointwise = square | {"kernel": (1, 1), "padding": (0, 0)}
     for base in (square, pointwise):
-        grouped = Geometry(in_channels=8, out_channels=8, groups=2, **base)
-        transposed = Geometry(in_channels=8, out_channels=8, transposed=True, **base)
-        assert kind.refuses(grouped)
-        assert kind.refuses(transposed)
+        depthwise = Geometry(in_channels=8, out_channels=16, groups=8, **base)
+        assert "depthwise" in kind.refuses(depthwise)
     fits = [kind.refuses(Geometry(in_channels=8, out_channels=8, **base)) for base in (square, pointwise)]
     assert fits.count(None) == 1
 
 
 @every_kind
+def test_ranks_of_groups_are_totals(kind):
+    conv = torch.nn.Conv2d(12, 8, 1 if kind.name == "svd" else 3, groups=4, dtype=torch.float64)
+    geometry = Geometry.of(conv)
+    if kind.unit(geometry) == 1:
+        pytest.skip("its rank counts no channels")
+    wrong = kind.factorization(*[6] * len(kind.modes))
+    assert "no multiple of its 4 groups" in kind.refuses_ranks(geometry, wrong.ranks)
+    _, pieces = split(conv, kind, [4] * len(kind.modes))
+    assert {p.geometry.groups % 4 for p in pieces} == {0}
+    alone = []
+    for block in conv.weight.detach().split(2):
+        part = torch.nn.Conv2d(3, 2, conv.kernel_size, bias=False, dtype=torch.float64)
+        part.weight.data = block.clone()
+        alone.append(relative_error(part, kind, split(part, kind, [1] * len(kind.modes))[1]) * float(block.norm()))
+    assert relative_error(conv, kind, pieces) * float(conv.weight.norm()) == pytest.approx(float(torch.tensor(alone).norm()), rel=1e-6)
+
+
+@with_spectra
 @given(drawn=layers(), scale=st.sampled_from([1e-4, 1.0, 1e4]))
 def test_unfoldings_have_the_norm_of_the_weight(kind, drawn, scale):
     layer, _ = drawn
     geometry = Geometry.of(layer)
     assume(kind.refuses(geometry) is None)
     weight = layer.weight.detach() * scale
-    for matrix, full in zip(kind.unfoldings(weight, geometry), kind.full_ranks(geometry), strict=True):
-        assert min(matrix.shape) == full
-        assert float(matrix.norm()) == pytest.approx(float(weight.norm()))
+    for stack, full in zip(kind.unfoldings(weight, geometry), kind.full_ranks(geometry), strict=True):
+        assert min(stack.shape[1:]) * kind.unit(geometry) == full
+        assert float(stack.norm()) == pytest.approx(float(weight.norm()))
+    (site,) = ModuleHost(layer).sites()
+    for spectrum, full in zip(Spectra().of(site, kind), kind.full_ranks(geometry), strict=True):
+        assert spectrum.full == min(spectrum.shape) == full
+        assert bool((spectrum.values.diff() <= 1e-12).all())
 
 
 @given(drawn=layers())
@@ -161,19 +192,6 @@ def test_macs_by_formula_equal_a_counter(drawn):
     with FlopCounterMode(display=False) as counter:
         layer(inputs)
     assert Geometry.of(layer).macs(tuple(inputs.shape)) == counter.get_total_flops() // 2
-
-
-@pytest.mark.parametrize(
-    "layer", [torch.nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), torch.nn.ConvTranspose1d(4, 6, 5, 3), torch.nn.Conv2d(8, 4, 3, groups=4)]
-)
-def test_geometry_of_layers_that_no_kind_takes_yet(layer):
-    inputs = torch.randn(2, layer.in_channels, *[7] * (layer.weight.ndim - 2))
-    geometry = Geometry.of(layer)
-    assert geometry.weight_shape == tuple(layer.weight.shape)
-    assert geometry.output_shape(tuple(inputs.shape)) == tuple(layer(inputs).shape)
-    with FlopCounterMode(display=False) as counter:
-        layer(inputs)
-    assert geometry.macs(tuple(inputs.shape)) == counter.get_total_flops() // 2
 
 
 def test_one_pixel_takes_svd_whatever_the_method():
@@ -223,3 +241,43 @@ def test_wrong_factorizations_are_told_apart():
 def test_wrong_json_names_the_field(data, message):
     with pytest.raises(SurgeryError, match=message):
         decision_from_json(data)
+
+
+def test_cp_is_tensorly_s_sum_of_outer_products_and_finds_a_tensor_of_its_rank():
+    cp = kind_named("cp")
+    conv = torch.nn.Conv2d(9, 12, (3, 4), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    factors = [torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (12, 9, 3, 4)]
+    with torch.no_grad():
+        conv.weight.copy_(torch.einsum("az,bz,cz,dz->abcd", *factors))
+    state = np.random.get_state()[1].copy(), torch.get_rng_state()
+    errors = [relative_error(conv, cp, split(conv, cp, [rank])[1]) for rank in range(1, 7)]
+    assert errors[2] > 0.05
+    assert errors[3] < 1e-5
+    assert all(after <= before + 1e-12 for before, after in itertools.pairwise(errors))
+    assert np.array_equal(state[0], np.random.get_state()[1])
+    assert torch.equal(state[1], torch.get_rng_state())
+    _, pieces = split(conv, cp, [3])
+    assert [p.name for p in pieces] == ["reduce", "height", "width", "expand"]
+    assert [p.geometry.groups for p in pieces] == [1, 3, 3, 1]
+    out, into, height, width = (pieces[i].weight for i in (3, 0, 1, 2))
+    columns = [out.flatten(1), into.flatten(1).T, height.flatten(1).T, width.flatten(1).T]
+    whole = tensorly.cp_to_tensor((None, [c.numpy() for c in columns]))
+    assert np.allclose(whole, cp.merge(pieces, Geometry.of(conv)).numpy())
+
+
+def test_cp_of_a_random_weight_never_gets_worse_with_rank():
+    cp = kind_named("cp")
+    conv = torch.nn.Conv2d(6, 7, 3, dtype=torch.float64)
+    errors = [relative_error(conv, cp, split(conv, cp, [rank])[1]) for rank in range(1, 10)]
+    assert all(after <= before for before, after in itertools.pairwise(errors))
+    assert errors[-1] < 0.8 * errors[0]
+    first, again = (split(conv, cp, [4])[1] for _ in range(2))
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(first, again, strict=True))
+
+
+def test_cp_of_a_zero_weight_is_zero():
+    conv = torch.nn.Conv2d(4, 4, 3, dtype=torch.float64)
+    torch.nn.init.zeros_(conv.weight)
+    _, pieces = split(conv, kind_named("cp"), [2])
+    assert all(bool((p.weight == 0).all()) for p in pieces)

@@ -101,7 +101,7 @@ def test_nearly_singular_float32_weights_are_cut_as_exactly_as_by_svd():
     exact = torch.linalg.svdvals(conv.weight.detach().double().flatten(1))
     assert torch.allclose(found[0].values, exact, rtol=1e-6, atol=0)
     pieces = kind.split(conv.weight.detach().double(), None, site.geometry, kind.from_ranks(site.geometry, (6, 40)), found)
-    error = float((kind.merge(pieces) - conv.weight.detach().double()).norm())
+    error = float((kind.merge(pieces, site.geometry) - conv.weight.detach().double()).norm())
     assert error == pytest.approx(float(exact[6:].norm()), rel=1e-6)
 
 

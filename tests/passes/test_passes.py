@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from passes import Decompose, GraphHost, ModuleHost, Reconstruct, capture, host_
 from passes.errors import SurgeryValueError
 from passes.factorization import Keep
 from passes.graph_view import same_graph, to_networkx
-from passes.kinds import usual_kind
+from passes.kinds import KINDS, kind_of, usual_kind
 from passes.parity import assert_parity, difference
-from tests.networks import Small, Twice
+from surgery.cost import chain_macs, site_macs
+from tests.networks import Kinds, Small, Twice
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(7))
 
@@ -28,23 +30,36 @@ def on_graph(model, inputs):
     return trace(model, inputs)
 
 
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=[k.name for k in KINDS])
+IMAGE = torch.randn(2, 3, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+
+
+def macs_of(site):
+    if site.chain is None:
+        return site_macs(site)
+    return chain_macs(kind_of(site.chain).shapes(site.geometry, site.chain, site.bias is not None), site.calls)
+
+
 both_hosts = pytest.mark.parametrize("host_model", [on_module, on_graph], ids=["module", "graph"])
 
 
-def full_rank(host):
-    """Every site that a kind accepts, at full rank."""
+def full_rank(host, method="tucker"):
+    """Every site that the kind accepts, at full rank (at rank 3 of one group where the kind has no spectra: there is no telling its full rank)."""
     assignment = {}
     for site in host.sites():
-        kind = usual_kind(site.geometry, "tucker")
+        kind = usual_kind(site.geometry, method)
         if site.keep is None and kind.refuses(site.geometry) is None:
-            assignment[site.name] = kind.from_ranks(site.geometry, kind.full_ranks(site.geometry))
+            full = kind.full_ranks(site.geometry) if kind.has_spectra else [3 * kind.unit(site.geometry)]
+            assignment[site.name] = kind.from_ranks(site.geometry, full)
     return assignment
 
 
-def half_rank(host):
+def half_rank(host, method="tucker"):
     assignment = {}
-    for name, factorization in full_rank(host).items():
-        assignment[name] = type(factorization)(*(max(1, r // 2) for r in factorization.ranks))
+    units = {site.name: usual_kind(site.geometry, method).unit(site.geometry) for site in host.sites()}
+    for name, factorization in full_rank(host, method).items():
+        unit = units[name]
+        assignment[name] = type(factorization)(*(unit * max(1, r // unit // 2) for r in factorization.ranks))
     return assignment
 
 
@@ -63,6 +78,44 @@ def test_decompose_applies_and_computes_the_same(host_model, small):
     assert all(o.error is not None and o.error < 1e-6 for o in result.outcomes if o.status == "applied")
     names = [name for name in result.model.state_dict() if name.startswith("conv2")]
     assert names == [f"conv2.{n}" for n in ("reduce.weight", "core.weight", "expand.weight", "expand.bias")]
+
+
+@both_hosts
+@every_kind
+def test_every_kind_on_every_layer_there_and_back(host_model, kind):
+    """The contract: what is cut computes what the merged weights compute, has the shapes and MACs that were told, and goes back."""
+    net = Kinds().double().eval()
+    model = host_model(net, IMAGE)
+    result = cut(model, partial(full_rank, method=kind.name))
+    applied = {o.site for o in result.outcomes if o.status == "applied"}
+    assert applied >= ({"mix"} if kind.name == "svd" else {"grouped", "up", "both", "mix", "space"})
+    assert ("line" in applied) == (kind.name not in ("svd", "spatial"))
+    assert all(o.reason for o in result.outcomes if o.status == "kept")
+    if kind.has_spectra:
+        assert_parity(model(IMAGE), net(IMAGE), tolerance=1e-9)
+        assert max(o.error for o in result.outcomes if o.status == "applied") < 1e-9
+    with FlopCounterMode(display=False) as counter:
+        expected = model(IMAGE)
+    assert sum(macs_of(site) for site in host_for(model, IMAGE).sites()) == counter.get_total_flops() // 2
+    assert not cut(model, partial(full_rank, method=kind.name)).modified
+    back = Reconstruct()(host_for(model)).model
+    assert_parity(back(IMAGE), expected, tolerance=1e-9)
+    assert [(k, v.shape) for k, v in back.state_dict().items()] == [(k, v.shape) for k, v in net.state_dict().items()]
+    assert {name: type(m) for name, m in back.named_modules() if name in applied} == {name: type(net.get_submodule(name)) for name in applied}
+
+
+@every_kind
+def test_both_hosts_cut_alike_with_every_kind(kind):
+    net = Kinds().eval()
+    traced = trace(net, IMAGE.float())
+    half = partial(half_rank, method=kind.name)
+    assert cut(net, half).outcomes == cut(traced, half).outcomes
+    left, right = traced.state_dict(), net.state_dict()
+    assert set(left) == set(right)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    known = {n.name: n.meta["tensor_meta"].shape for n in traced.graph.nodes if "tensor_meta" in n.meta}
+    host_for(traced, IMAGE.float())  # measures all shapes anew
+    assert {n.name: n.meta["tensor_meta"].shape for n in traced.graph.nodes if "tensor_meta" in n.meta} == known
 
 
 @both_hosts
@@ -116,7 +169,7 @@ def test_reasons(host_model, small):
     reasons = {o.site: o.reason for o in Decompose(assignment=assignment)(host_for(model)).outcomes}
     assert reasons["conv1"] == "mine"
     assert reasons["mix"] == "not assigned"
-    assert reasons["wide"] == "grouped convolution (groups=4)"
+    assert reasons["wide"] == "depthwise convolution (groups=32): each output sees one input channel, so there is nothing to share"
     assert "SVD" in reasons["head"]
     assert reasons["tail.1"] == "rank 33 of mode 'out' is above its full rank 32"
 
@@ -318,13 +371,7 @@ def test_macs_of_a_chain_node_for_node_equal_a_counter(small):
     with FlopCounterMode(display=False) as counter:
         traced(X)
     sites = host_for(traced, X).sites()
-    from passes.kinds import kind_of
-    from surgery.cost import chain_macs, site_macs
-
-    total = sum(
-        site_macs(s) if s.chain is None else chain_macs(kind_of(s.chain).shapes(s.geometry, s.chain, s.bias is not None), s.calls) for s in sites
-    )
-    assert total == counter.get_total_flops() // 2
+    assert sum(map(macs_of, sites)) == counter.get_total_flops() // 2
 
 
 def test_train_mode_is_kept_on_both_hosts():

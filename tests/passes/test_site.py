@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import surgery
+from passes.chain import Chain
 from passes.errors import SurgeryValueError
 from passes.parity import difference
 from passes.site import find_layers
@@ -74,14 +75,30 @@ def test_quantization_aware_layers_are_left_alone():
     assert "in its own way" in reason(nn.Sequential(FakeQuantized(3, 4, 3)))
 
 
-def test_tied_weights_are_kept_and_stay_tied():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
-    model[1].weight = model[0].weight
+def test_weights_tied_with_anything_but_a_like_layer_are_kept_and_stay_tied():
+    model = nn.ModuleList([nn.Conv2d(6, 6, 3, padding=1), nn.ConvTranspose2d(6, 6, 3), nn.Embedding(5, 4), nn.Linear(4, 5), nn.Conv2d(6, 6, 3)])
+    model[1].weight = model[0].weight  # the other way round
+    model[3].weight = model[2].weight
     assert reason(model, "0") == "its weight is shared with 1"
     assert reason(model, "1") == "its weight is shared with 0"
-    assert reason(model, "2") is None
-    net = surgery.decompose(model, 0.25)
+    assert reason(model, "3") == "its weight is shared with 2"
+    assert reason(model, "4") is None
+    net = surgery.decompose(model, {"re:.*": 0.5})
     assert net[0].weight is net[1].weight
+    assert net[2].weight is net[3].weight
+    assert isinstance(net[4], Chain)
+
+
+def test_a_tied_layer_that_must_stay_keeps_the_others():
+    class Twisted(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x.flip(-1))
+
+    model = nn.ModuleList([nn.Conv2d(6, 6, 3), Twisted(6, 6, 3), nn.Conv2d(6, 6, 3)])
+    model[1].weight = model[2].weight = model[0].weight
+    assert reason(model, "0") == "its weight is shared with 1"
+    assert "in its own way" in reason(model, "1")
+    assert reason(model, "2") == "its weight is shared with 1"
 
 
 def test_a_shared_bias_stays_shared():

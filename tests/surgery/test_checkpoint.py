@@ -128,7 +128,7 @@ def edited(path, change):
         (lambda p: edited(p, lambda s: s.update(conv9=s["conv1"])), "'conv9', which is no layer of this Small: did you mean"),
         (lambda p: edited(p, lambda s: s["conv2"].update(rank_out=5)), "'conv2.core.weight' has shape"),
         (lambda p: edited(p, lambda s: s["conv2"].update(rank_out=500)), "'conv2' cannot be Tucker.*above its full rank"),
-        (lambda p: edited(p, lambda s: s.update(wide=s["conv2"])), "'wide' cannot be Tucker.*grouped"),
+        (lambda p: edited(p, lambda s: s.update(wide=s["conv2"])), "'wide' cannot be Tucker.*depthwise"),
     ],
 )
 def test_damaged_folders(net, tmp_path, damage, message):

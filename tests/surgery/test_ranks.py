@@ -17,6 +17,7 @@ from surgery import SVD, Keep, Plan, Tucker
 from surgery.ranks.rules import fraction_of
 from tests.networks import Small, Twice, low_rank_conv
 
+DEPTHWISE = "depthwise convolution (groups=32): each output sees one input channel, so there is nothing to share"
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(11))
 
 
@@ -88,7 +89,7 @@ def test_a_mode_at_full_rank_is_left_uncut_by_rules_and_cut_when_named():
 
 def test_named_full_rank_cuts_every_convolution_and_no_linear_layer():
     assert list(cuts(Small(), {"re:.*": 1.0})) == ["conv1", "conv2", "mix", "tail.1"]
-    assert reasons(Small(), {"re:.*": 1.0}) == {"wide": "grouped convolution (groups=4)", "head": "not named"}
+    assert reasons(Small(), {"re:.*": 1.0}) == {"wide": DEPTHWISE, "head": "not named"}
 
 
 def test_a_dict():
@@ -211,7 +212,7 @@ def test_a_rule_sees_the_spectra():
         ({"mix": (3, 3)}, SurgeryTypeError, "svd takes an int"),
         ({"mix": Tucker(3, 3)}, SurgeryValueError, "'mix' cannot be cut as asked: .*SVD"),
         ({"conv1": SVD(3)}, SurgeryValueError, "'conv1' cannot be cut as asked"),
-        ({"wide": (3, 3)}, SurgeryValueError, "'wide' cannot be cut as asked: grouped"),
+        ({"wide": (3, 3)}, SurgeryValueError, "'wide' cannot be cut as asked: depthwise"),
         (Plan({"nothing": Keep("x")}), SurgeryValueError, "'nothing' is no layer"),
         (Plan({"conv1": Tucker(99, 2)}), SurgeryValueError, "above its full rank"),
         (lambda site, spectra: "many", SurgeryTypeError, "the rank rule's answer for conv1"),
@@ -251,7 +252,7 @@ def test_wrong_options_get_one_clear_error(options, error, message):
 
 def test_a_pattern_keeps_what_a_kind_refuses():
     plan = surgery.plan(Small(), {"re:wide|conv1": Tucker(3, 3), "re:mix|conv2": Tucker(3, 3)})
-    assert plan["wide"] == Keep("grouped convolution (groups=4)")
+    assert plan["wide"] == Keep(DEPTHWISE)
     assert plan["conv1"] == Tucker(3, 3)
     assert "SVD" in plan["mix"].reason
 
@@ -285,7 +286,7 @@ def test_round_to_holds_for_whatever_a_rule_answers():
 
 
 def test_names_of_one_layer_must_not_contradict():
-    with pytest.raises(SurgeryValueError, match=r"'conv' and 'again' are one layer under two names, but get 0\.5 and None"):
+    with pytest.raises(SurgeryValueError, match=r"'conv' and 'again' are one layer or one weight, but get 0\.5 and None"):
         surgery.plan(Twice(), {"conv": 0.5, "again": None})
     assert surgery.plan(Twice(), {"conv": 0.5, "again": 0.5})["conv"] == Tucker(4, 4)
 

@@ -1,0 +1,67 @@
+"""``method="auto"``: at the cost of the Tucker chain that a rule asks for, the kind with the smallest error."""
+
+from __future__ import annotations
+
+from math import lcm, sqrt
+
+from passes.blockwise import Blockwise
+from passes.factorization import Factorization
+from passes.kinds import KINDS, kind_of
+from passes.site import Site
+from passes.spectra import Spectra, usable_weight
+from surgery.cost import chain_macs
+
+__all__ = ["best_kind"]
+
+
+def best_kind(site: Site, asked: Factorization, spectra: Spectra, round_to: int) -> Factorization:
+    """``asked``, or the factorization of another kind that has a smaller error at no more MACs (weights, where the calls are not known).
+
+    Each kind that has spectra takes its largest rank within that cost, a multiple of ``round_to`` and of its unit. What alternating methods reach
+    is computed only where their bounds leave the choice open.
+    """
+    budget = _cost(site, asked)
+    best, least = asked, float("inf")
+    for kind in KINDS:
+        if kind is kind_of(asked) or not kind.has_spectra or kind.refuses(site.geometry) is not None:
+            continue
+        found = _largest_within(site, kind, budget, round_to)
+        if found is not None and (error := _error(site, found, spectra)) < least:
+            best, least = found, error
+    most = _error(site, asked, spectra)  # an upper bound, and at most sqrt(2) times what the iteration can reach
+    if best is asked or most <= least or (least >= most / sqrt(2) and _reached(site, asked, spectra) <= least):
+        return asked
+    return best
+
+
+def _cost(site: Site, factorization: Factorization) -> int:
+    shapes = kind_of(factorization).shapes(site.geometry, factorization, False)
+    macs = chain_macs(shapes, site.calls)
+    return macs if macs else sum(shape.params for shape in shapes)
+
+
+def _largest_within(site: Site, kind: Blockwise, budget: int, round_to: int) -> Factorization | None:
+    """The largest rank of a kind with one mode, by bisection: cost grows with rank."""
+    (full,) = kind.full_ranks(site.geometry)
+    step = lcm(round_to, kind.unit(site.geometry))
+    low, high = 0, full // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        within = _cost(site, kind.from_ranks(site.geometry, [middle * step])) <= budget
+        low, high = (middle, high) if within else (low, middle - 1)
+    return kind.from_ranks(site.geometry, [low * step]) if low else None
+
+
+def _error(site: Site, factorization: Factorization, spectra: Spectra) -> float:
+    """From the error surface; a mode that is uncut is at its full rank."""
+    kind = kind_of(factorization)
+    surface = kind.error_surface(usable_weight(site), site.geometry, spectra.of(site, kind))
+    unit = kind.unit(site.geometry)
+    full = kind.full_ranks(site.geometry)
+    return float(surface[tuple((f if r is None else r) // unit for r, f in zip(factorization.ranks, full, strict=True))])
+
+
+def _reached(site: Site, factorization: Factorization, spectra: Spectra) -> float:
+    kind, weight = kind_of(factorization), usable_weight(site)
+    pieces = kind.split(weight, None, site.geometry, factorization, spectra.of(site, kind))
+    return float((kind.merge(pieces, site.geometry) - weight).norm() / weight.norm())

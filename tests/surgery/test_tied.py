@@ -1,0 +1,132 @@
+"""Layers with one weight: one factorization, tied factors, there and back, on both hosts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import surgery
+from passes import Decompose, host_for
+from passes.errors import SurgeryValueError
+from passes.parity import assert_parity
+from surgery import Tucker
+
+X = torch.randn(2, 8, 10, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+class Siamese(nn.Module):
+    """Two convolutions with one weight, strides and biases of their own; one more convolution and a pair of tied linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Conv2d(8, 12, 3, padding=1)
+        self.right = nn.Conv2d(8, 12, 3, stride=2, padding=2, dilation=2)
+        self.other = nn.Conv2d(12, 12, 3, padding=1)
+        self.query, self.key = nn.Linear(12, 10), nn.Linear(12, 10, bias=False)
+        self.right.weight = self.left.weight
+        self.key.weight = self.query.weight
+
+    def forward(self, x):
+        y = self.other(self.left(x)).mean((2, 3)) + self.right(x).mean((2, 3))
+        return self.query(y) * self.key(y)
+
+
+def on_module(model):
+    return model
+
+
+def on_graph(model):
+    return surgery.trace(model, X)
+
+
+hosts = pytest.mark.parametrize("build", [on_module, on_graph], ids=["module", "graph"])
+
+
+@pytest.fixture
+def model():
+    return Siamese().double().eval()
+
+
+def same(net, first, second):
+    left, right = net.get_submodule(first), net.get_submodule(second)
+    return [name for name, p in left.named_parameters() if name.endswith("weight") and dict(right.named_parameters())[name] is p]
+
+
+@hosts
+@pytest.mark.parametrize("ranks", [{"left": (5, 4)}, {"right": (5, 4)}, {"re:left|right": (5, 4)}])
+def test_tied_layers_get_tied_factors_and_come_back_tied(build, model, ranks):
+    ranks = ranks | {"query": 4}
+    net = surgery.decompose(build(model), ranks, example_inputs=X)
+    assert same(net, "left", "right") == ["reduce.weight", "core.weight", "expand.weight"]
+    assert same(net, "query", "key") == ["reduce.weight", "expand.weight"]
+    assert net.get_submodule("right.core").stride == (2, 2)
+    assert net.get_submodule("left.expand").bias is not net.get_submodule("right.expand").bias
+    rows = {row.name: row for row in surgery.report(net).layers}
+    assert rows["left"].factorization == rows["right"].factorization == Tucker(5, 4)
+    assert rows["left"].error == rows["right"].error > 0
+    assert rows["right"].params_after == 12  # its bias: the weights count where they come first
+    report = surgery.report(net)
+    assert report.params_after == sum(p.numel() for p in net.parameters())
+    assert report.params_before == sum(p.numel() for p in model.parameters())
+    back = surgery.reconstruct(net)
+    assert same(back, "left", "right") == same(back, "query", "key") == ["weight"]
+    assert_parity(back(X), net(X))
+    assert [(k, v.shape) for k, v in back.state_dict().items()] == [(k, v.shape) for k, v in build(model).state_dict().items()]
+    assert same(model, "left", "right") == ["weight"]
+
+
+@hosts
+def test_rules_decide_once_on_all_calls(build, model):
+    seen = []
+
+    def rule(site, spectra):
+        seen.append((site.name, len(site.calls)))
+        return (6, 6)
+
+    net = surgery.decompose(build(model), rule, example_inputs=X, include=["re:left|right"])
+    assert seen == [("left", 2)]
+    assert same(net, "left", "right")
+    full = surgery.decompose(build(model), {"re:.*": 1.0})
+    assert_parity(full(X), model(X))
+
+
+def test_contradictions_are_errors(model):
+    with pytest.raises(SurgeryValueError, match="'left' and 'right' are one layer or one weight, but get"):
+        surgery.decompose(model, {"left": (5, 4), "right": (4, 4)})
+    with pytest.raises(SurgeryValueError, match=r"right: shares its weight with left, which gets Tucker\(rank_out=5, rank_in=4\)"):
+        Decompose(assignment={"left": Tucker(5, 4), "right": Tucker(4, 4)})(host_for(copy.deepcopy(model)))
+    plan = surgery.plan(model, {"left": (5, 4)})
+    assert plan["left"] == plan["right"] == Tucker(5, 4)
+    again = surgery.plan(surgery.decompose(model, plan))
+    assert again["left"] == again["right"] == Tucker(5, 4)
+
+
+@hosts
+def test_training_keeps_tied_factors_one_and_cutting_again_too(build, model):
+    net = surgery.decompose(build(model), {"left": (5, 4)})
+    net(X).sum().backward()
+    core = net.get_submodule("left.core").weight
+    with torch.no_grad():
+        core -= 0.1 * core.grad
+    again = surgery.decompose(net, {"left": (3, 2)})
+    assert same(again, "left", "right") == ["reduce.weight", "core.weight", "expand.weight"]
+    assert_parity(surgery.reconstruct(again)(X), again(X))
+
+
+def test_saving_and_loading_keeps_the_tie(model, tmp_path):
+    net = surgery.decompose(model, {"left": (5, 4), "query": 3})
+    surgery.save(net, tmp_path / "net")
+    again = surgery.load(tmp_path / "net", Siamese().double()).eval()
+    assert same(again, "left", "right") == ["reduce.weight", "core.weight", "expand.weight"]
+    assert torch.equal(again(X), net(X))
+
+
+def test_factors_shared_in_part_keep_the_chain(model):
+    net = surgery.decompose(model, {"left": (5, 4)})
+    net.right.core.weight = nn.Parameter(net.right.core.weight.detach().clone())
+    sites = {site.name: site for site in host_for(net).sites()}
+    assert "shared with" in sites["left"].keep
+    assert "shared with" in sites["right"].keep

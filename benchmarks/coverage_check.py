@@ -28,7 +28,7 @@ SEED = 0
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512, 640)
 FRAMES = (8, 16)
-BATCHES = (2, 4, 8, 16, 1)
+BATCHES = (2, 4, 1, 8, 16)
 ENOUGH = 16  # values that a batch norm should average over: with two of them it hardly depends on what it normalizes, or all too much
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # Operators whose result jumps where their input hardly moves; boxes, tokens and experts are chosen with them.
@@ -40,9 +40,10 @@ Inputs = Callable[[int], Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """What a network is called with: a text that says it, and the example inputs for a number of samples in a batch."""
+    """What a network is called with: a text that says it, its form without the size, and the example inputs for a number of samples in a batch."""
 
     text: str
+    form: str = ""
     inputs: Inputs
 
 
@@ -183,8 +184,8 @@ def find_inputs(model: nn.Module, given: Given | None) -> tuple[Given, int, str 
     """What the network runs on, how many samples, and why it cannot run in train mode, or None where it can.
 
     Tried in this order: one batch of images, a list of images, a batch of videos, two batches of images; each from small to large, and each with 2,
-    4, 8, 16 and 1 samples. The first on which the network runs in both modes and gives every batch norm ``ENOUGH`` values is taken; or else that
-    which gives them most; or else the first on which it runs in eval mode.
+    4, 1, 8 and 16 samples. The first on which the network runs in both modes and gives every batch norm ``ENOUGH`` values is taken; or else, in
+    the same form, that which gives them most; or else the first on which it runs in eval mode.
     """
     errors: list[str] = []
     refusal: str | None = None
@@ -192,6 +193,9 @@ def find_inputs(model: nn.Module, given: Given | None) -> tuple[Given, int, str 
     best: tuple[Given, int] | None = None
     most = 0
     for candidate in [given] if given is not None else candidates():
+        if first is not None and candidate.form != first[0].form:
+            break
+        ran = False
         for batch in BATCHES:
             inputs = candidate.inputs(batch)
             if first is None:
@@ -201,8 +205,11 @@ def find_inputs(model: nn.Module, given: Given | None) -> tuple[Given, int, str 
                     break
                 first = (candidate, batch)
             error, values = attempt(model, inputs, train=True)
+            ran = ran or error is None
             if error is not None:
                 refusal = refusal or error
+                if batch == 1 and not ran:
+                    break
             elif values > most and attempt(model, inputs)[0] is None:
                 best, most = (candidate, batch), values
                 if values >= ENOUGH:
@@ -214,14 +221,14 @@ def find_inputs(model: nn.Module, given: Given | None) -> tuple[Given, int, str 
 
 def candidates() -> Iterator[Given]:
     for size in SIZES:
-        yield Given(text=f"images {size}x{size}", inputs=lambda b, s=size: image(b, 3, s, s))
+        yield Given(form="images", text=f"images {size}x{size}", inputs=lambda b, s=size: image(b, 3, s, s))
     for size in SIZES:
-        yield Given(text=f"list of images {size}x{size}", inputs=lambda b, s=size: [image(3, s, s) for _ in range(b)])
+        yield Given(form="list of images", text=f"list of images {size}x{size}", inputs=lambda b, s=size: [image(3, s, s) for _ in range(b)])
     for size in SIZES:
         for frames in FRAMES:
-            yield Given(text=f"videos {frames}x{size}x{size}", inputs=lambda b, s=size, f=frames: image(b, 3, f, s, s))
+            yield Given(form="videos", text=f"videos {frames}x{size}x{size}", inputs=lambda b, s=size, f=frames: image(b, 3, f, s, s))
     for size in SIZES:
-        yield Given(text=f"pairs of images {size}x{size}", inputs=lambda b, s=size: (image(b, 3, s, s), image(b, 3, s, s)))
+        yield Given(form="pairs of images", text=f"pairs of images {size}x{size}", inputs=lambda b, s=size: (image(b, 3, s, s), image(b, 3, s, s)))
 
 
 def image(*shape: int) -> Tensor:

@@ -15,6 +15,7 @@ from surgery.zoo.torchvision_ops import import_torchvision
 
 __all__ = ["nms", "provide_kernels", "roi_align"]
 
+NMS = "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 ROI_ALIGN = (
     "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width, int sampling_ratio, bool aligned) -> Tensor"
 )
@@ -28,7 +29,9 @@ def provide_kernels() -> None:
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
     _libraries.append(library)
-    library.define(ROI_ALIGN)
+    for schema in (NMS, ROI_ALIGN):
+        if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
+            library.define(schema)
     library.impl("nms", nms, "CompositeExplicitAutograd")
     library.impl("roi_align", roi_align, "CompositeImplicitAutograd")
     for name, module in list(sys.modules.items()):

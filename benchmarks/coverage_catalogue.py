@@ -142,7 +142,15 @@ TRANSFORMERS: tuple[Row, ...] = (
     hf("IJepa", "ForImageClassification", PIXELS, **VIT),
     hf("Hiera", "ForImageClassification", PIXELS_224, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4]),
     hf("Yolos", "ForObjectDetection", PIXELS, **(VIT | {"image_size": [64, 64]}), num_detection_tokens=8),
-    hf("ImageGPT", "Model", given("input_ids 16", lambda b: {"input_ids": tokens(b, 16)}), vocab_size=WORDS, n_positions=32, n_embd=32, n_layer=2),
+    hf(
+        "ImageGPT",
+        "ForImageClassification",
+        given("input_ids 16", lambda b: {"input_ids": tokens(b, 16)}),
+        vocab_size=WORDS,
+        n_positions=32,
+        n_embd=32,
+        n_layer=2,
+    ),
     hf(
         "DPT",
         "ForDepthEstimation",

@@ -6,6 +6,7 @@ Nothing here knows a network by name: what is tried is the same for all of them,
 from __future__ import annotations
 
 import math
+import random
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,7 +97,9 @@ def check(network: Network) -> dict[str, Any]:
             inputs = given.inputs(batch)
             row["inputs"] = [list(t.shape) for t in tensors_in(inputs)]
             dtype = torch.float64
-            refusal, _ = attempt(private_copy(model).double(), to_dtype(inputs, dtype), train=False)
+            modes = (False, True) if row["train"] else (False,)
+            refusals = [attempt(private_copy(model).double(), to_dtype(inputs, dtype), train=train)[0] for train in modes]
+            refusal = next((r for r in refusals if r is not None), None)
             if refusal is not None:
                 dtype = torch.float32
                 row["notes"].append(f"refuses float64 ({refusal[:200]})")
@@ -284,14 +288,12 @@ def prepare(model: nn.Module, inputs: Any) -> None:
             if id(parameter) not in seen and parameter.is_floating_point() and parameter.numel() > 1:
                 seen.add(id(parameter))
                 _vary(name, parameter, generator)
+        twin = private_copy(model, share_parameters=True).eval()  # whatever a network keeps of a pass stays in the copy
         scaled: set[nn.Module] = set()
-        hooks = [module.register_forward_hook(partial(_unit_variance, scaled), with_kwargs=True) for _, module in layers_of(model)]
-        try:
-            torch.manual_seed(SEED)
-            call(model.eval(), inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for _, module in layers_of(twin):
+            module.register_forward_hook(partial(_unit_variance, scaled), with_kwargs=True)
+        torch.manual_seed(SEED)
+        call(twin, inputs)
 
 
 def _vary(name: str, parameter: Tensor, generator: torch.Generator) -> None:
@@ -393,10 +395,12 @@ def run(model: nn.Module, inputs: Any) -> Run:
 
 
 def seeded(model: nn.Module, inputs: Any) -> Any:
-    """The output without gradients, from a fixed random state; tensors that the network makes are by default of its own dtype."""
+    """The output without gradients, from fixed random states; tensors that the network makes are by default of its own dtype."""
     usual = torch.get_default_dtype()
     with torch.no_grad():
         torch.manual_seed(SEED)
+        random.seed(SEED)
+        numpy.random.seed(SEED)
         try:
             torch.set_default_dtype(dtype_of(model))
             return call(model, inputs)

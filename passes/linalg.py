@@ -198,7 +198,13 @@ def _still_to_come(gain: float, before: float) -> float:
 
 
 def _leading(rows: Tensor, rank: int) -> tuple[float, Tensor]:
-    """The energy of the ``rank`` leading left singular vectors of a matrix, and the vectors."""
+    """The energy of the ``rank`` leading left singular vectors of a matrix, and the vectors.
+
+    Of a matrix much higher than wide no Gram matrix of its rows is made: a layer may have thousands of times more outputs than inputs.
+    """
+    if len(rows) > 2 * rows.shape[1]:
+        values, vectors = _thin(rows)
+        return float(values[:rank].square().sum()), vectors[:, :rank]
     squares, vectors = _few(rows @ rows.mT, rank)
     if squares[rank - 1] <= TRUSTED * EPS * len(rows) * squares[0]:
         values, vectors = _by_triangular_factor(rows)

@@ -187,7 +187,7 @@ def test_only_the_leading_eigenpairs_of_a_wide_layer_are_computed(monkeypatch):
 
     from passes import linalg
 
-    tensor = torch.randn(40, 36, 3, dtype=torch.float64, generator=generator(12))
+    tensor = torch.randn(40, 36, 9, dtype=torch.float64, generator=generator(12))
     start = channel_spectra(tensor)
     whole = hooi(tensor, (4, 4), start)
     asked = []
@@ -201,6 +201,29 @@ def test_only_the_leading_eigenpairs_of_a_wide_layer_are_computed(monkeypatch):
     asked.clear()
     hooi(tensor, (9, 9), start)
     assert asked == []
+
+
+def test_no_gram_matrix_of_the_many_outputs_of_a_layer_with_few_inputs(monkeypatch):
+    """A layer that predicts the kernels of others has thousands of times more outputs than inputs."""
+    import passes.linalg
+
+    def gram_of_rows(matrix):
+        squares, vectors = passes.linalg._eigh(matrix @ matrix.mT)
+        return squares.clamp(min=0).sqrt(), vectors
+
+    tensor = torch.randn(600, 6, 3, generator=generator(15), dtype=torch.float64)
+    start = channel_spectra(tensor)
+    monkeypatch.setattr(passes.linalg, "_thin", gram_of_rows)
+    core, (basis_out, basis_in) = hooi(tensor, (5, 3), start)
+    monkeypatch.undo()
+    sizes = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: sizes.append(len(gram)) or eigh(gram))
+    narrow, (narrow_out, narrow_in) = hooi(tensor, (5, 3), start)
+    assert max(sizes) == 6
+    assert float(core.norm()) == pytest.approx(float(narrow.norm()), rel=1e-12)
+    assert difference(narrow_out @ narrow_out.mT, basis_out @ basis_out.mT) < 1e-8
+    assert difference(narrow_in @ narrow_in.mT, basis_in @ basis_in.mT) < 1e-8
 
 
 def test_same_shaped_layers_computed_together_have_the_spectra_that_each_has_alone():

@@ -5,22 +5,17 @@ This package computes what it is told; it never chooses a rank, never loops over
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
 from passes.capture import capture, trace
 from passes.decompose import Decompose
-from passes.drop_identities import DropIdentities
-from passes.fold_batch_norm import FoldBatchNorm
-from passes.fuse_linear_runs import FuseLinearRuns
 from passes.graph_host import GraphHost
 from passes.host import Host
-from passes.merge_pointwise import MergePointwise
 from passes.module_host import ModuleHost
 from passes.pipeline import Pass, name_of, run_pipeline
 from passes.reconstruct import Reconstruct
-from passes.recording import RecordedGraph, record
 from passes.result import Outcome, PassResult
 from passes.watching import FunctionUse, Observation, observe_graph, observe_module
 
@@ -50,8 +45,22 @@ __all__ = [
     "trace",
 ]
 
-CLEANUP_PASSES: tuple[type[Pass], ...] = (FuseLinearRuns, FoldBatchNorm, MergePointwise, DropIdentities)
-"""Passes after which a network no longer is the architecture that it was made as: it is exported, not saved."""
+if TYPE_CHECKING:
+    from passes.cleanup import CLEANUP_PASSES, DropIdentities, FoldBatchNorm, FuseLinearRuns, MergePointwise
+    from passes.recording import RecordedGraph, record
+
+LATER = dict.fromkeys(["CLEANUP_PASSES", "DropIdentities", "FoldBatchNorm", "FuseLinearRuns", "MergePointwise"], "passes.cleanup")
+LATER |= dict.fromkeys(["RecordedGraph", "record"], "passes.recording")
+"""Names that are imported when they are first used, and from where, so that ``import surgery`` stays cheap."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module 'passes' has no attribute {name!r}")
+    from importlib import import_module
+
+    globals()[name] = found = getattr(import_module(LATER[name]), name)
+    return found
 
 
 def observe(model: nn.Module, example_inputs: Any) -> Observation:

@@ -14,7 +14,6 @@ from passes.chain import Chain
 from passes.errors import ParityError, SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.graph_meta import CHAINS, chains_of_modules
 from passes.parity import assert_parity
-from passes.recording import record
 from passes.running import arguments, kept_random_states, private_copy, quiet_run, run
 from passes.site import is_layer
 from passes.watching import observe_graph
@@ -42,6 +41,8 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.Graph:
     except (SurgeryTypeError, SurgeryValueError):
         raise
     except SurgeryError:
+        from passes.recording import record
+
         return record(model, example_inputs)
 
 

@@ -14,7 +14,6 @@ from passes.cp import CP
 from passes.depthwise import Depthwise
 from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.factorization import Factorization, Keep
-from passes.recording import RecordedGraph
 from passes.spatial import Spatial
 from passes.svd import SVD
 from passes.tucker import Tucker
@@ -22,22 +21,26 @@ from surgery import ranks
 from surgery.benchmark import Benchmark, benchmark
 from surgery.decompose import decompose
 from surgery.decompose import plan as _plan
-from surgery.deploy import deploy
 from surgery.plan import Plan
 from surgery.ranks.budget import Budget
 from surgery.reconstruct import reconstruct
-from surgery.refinement import Refine
 from surgery.report import LayerReport, Report, report
 from surgery.tracing import capture, trace
 from surgery.version import __version__
 
 if TYPE_CHECKING:
+    from passes.recording import RecordedGraph
     from surgery.checkpoint import load, save
+    from surgery.deployment import deploy
     from surgery.export import ExportReport, export_onnx, export_torchscript
+    from surgery.refinement import Refine
 
 plan = _plan  # the function, not the module of the same name
 
 LATER = {
+    "RecordedGraph": "passes.recording",
+    "Refine": "surgery.refinement",
+    "deploy": "surgery.deployment",
     "ExportReport": "surgery.export",
     "export_onnx": "surgery.export",
     "export_torchscript": "surgery.export",

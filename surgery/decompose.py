@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,12 +16,11 @@ from passes.chain import Chain
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.factorization import Keep
 from passes.kinds import kind_of
+from passes.metric import Metric
 from passes.parity import tensors_in
 from passes.result import PassResult
 from passes.running import private_copy
 from passes.site import Site, is_layer
-from surgery.calibration import Calibration, batches_of, calibrate
-from surgery.correction import correct
 from surgery.cost import chain_macs, count_macs, site_macs
 from surgery.plan import Plan
 from surgery.planning import Draft, Options
@@ -29,8 +28,9 @@ from surgery.progress import site_progress
 from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.rules import Rule
 from surgery.record import SurgeryRecord, functions_of, merged_sites, read_record, records_by_name, unwrap, write_record
-from surgery.refinement import Refine
-from surgery.refinement import refine as refine_factors
+
+if TYPE_CHECKING:
+    from surgery.refinement import Refine
 
 __all__ = ["Ranks", "decompose", "plan", "usable_model"]
 
@@ -101,8 +101,7 @@ def decompose(
     )
     if refine is not None and calibration is None:
         raise SurgeryValueError("refine: needs calibration, batches to polish the factors on")
-    if refine is not None and not isinstance(refine, Refine):
-        raise SurgeryTypeError(f"refine: expected surgery.Refine(epochs=..., rate=...), got {refine!r}")
+    batches = None if calibration is None else usable_batches(calibration, refine)
     usable_model(model)
     if inplace and (is_layer(model) or isinstance(model, Chain)):
         raise SurgeryValueError("inplace=True: the model itself is a layer and has no parent to hold its chain; use the model that is returned")
@@ -111,10 +110,9 @@ def decompose(
         target = model if inplace else private_copy(model)
         host = host_for(target, observed=seen.observed, private=not inplace, effective_weights=effective_weights)
         sites = host.sites()
-        batches = None if calibration is None else batches_of(calibration)
-        learnt = Calibration() if batches is None else calibrate(model, batches, sites)
+        metrics, examples = ({}, 0) if batches is None else learn(model, batches, sites)
         teacher = None if batches is None else private_copy(model)
-        draft = Draft(sites, ranks, options, totals_of(target, seen), learnt.metrics)
+        draft = Draft(sites, ranks, options, totals_of(target, seen), metrics)
         before, old = records_by_name(target), read_record(target) or SurgeryRecord()
         with _progress(progress, len(sites), "decomposing") as step:
             cut = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)
@@ -127,7 +125,7 @@ def decompose(
                     macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (old.fused_macs or 0),
                     input_shapes=seen.input_shapes or old.input_shapes,
                     architecture=old.architecture,
-                    calibrated=learnt.examples if result.modified else old.calibrated,
+                    calibrated=examples if result.modified else old.calibrated,
                     fused_params=old.fused_params,
                     fused_macs=old.fused_macs,
                     functions=functions_of(target) if seen.observed is None else seen.observed.functions,
@@ -164,8 +162,8 @@ def plan(
     with torch.inference_mode(False):
         seen = look(model, example_inputs)
         sites = host_for(model, observed=seen.observed, effective_weights=effective_weights).sites()
-        learnt = Calibration() if calibration is None else calibrate(model, batches_of(calibration), sites)
-        draft = Draft(sites, ranks, options, totals_of(model, seen), learnt.metrics)
+        metrics = {} if calibration is None else learn(model, usable_batches(calibration), sites)[0]
+        draft = Draft(sites, ranks, options, totals_of(model, seen), metrics)
         with _progress(progress, len(sites), "planning") as step:
             for site in sites:
                 if step is not None:
@@ -216,14 +214,39 @@ def totals_of(model: nn.Module, seen: Seen) -> Totals:
     return Totals(params=sum(p.numel() for p in model.parameters()), macs=seen.macs)
 
 
+def usable_batches(calibration: Any, refine: Any = None) -> list[Any]:
+    """The batches that a user gave.
+
+    Raises:
+        SurgeryTypeError, SurgeryValueError: they are none, or ``refine`` is no ``Refine``.
+    """
+    from surgery.calibration import batches_of
+    from surgery.refinement import Refine
+
+    if refine is not None and not isinstance(refine, Refine):
+        raise SurgeryTypeError(f"refine: expected surgery.Refine(epochs=..., rate=...), got {refine!r}")
+    return batches_of(calibration)
+
+
+def learn(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> tuple[Mapping[str, Metric], int]:
+    """What matters in each layer's weight, by name, and on how many examples that was seen."""
+    from surgery.calibration import calibrate
+
+    learnt = calibrate(model, batches, sites)
+    return learnt.metrics, learnt.examples
+
+
 def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Refine | None) -> dict[str, float]:
     """Correct the chains that a cut has made, one after the other, then polish them together; output errors by layer, as ``correct`` has them."""
+    from surgery.correction import correct
+    from surgery.refinement import refine
+
     cut = {outcome.site for outcome in result.outcomes if outcome.status == "applied"}
     sites = [site for site in host_for(result.model).sites() if site.name in cut and site.tied_to is None and site.name]
     errors = correct(teacher, result.model, {site.name: f"{site.name}.{site.pieces[-1].name}" for site in sites}, batches) if sites else {}
     if how is not None and sites:
         names = [f"{site.name}.{piece.name}" for site in sites for piece in site.pieces]
-        refine_factors(teacher, result.model, [p for name in names for p in result.model.get_submodule(name).parameters()], batches, how)
+        refine(teacher, result.model, [p for name in names for p in result.model.get_submodule(name).parameters()], batches, how)
     return errors
 
 

@@ -21,9 +21,7 @@ from passes.site import Site
 from passes.spectra import Spectra
 from surgery.cost import chain_macs, chain_params, site_macs, site_params
 from surgery.plan import Plan
-from surgery.ranks.auto import best_kind
-from surgery.ranks.budget import Budget, Totals, solve
-from surgery.ranks.candidates import candidates_of
+from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.request import Named, Names, as_names, parse_ranks
 from surgery.ranks.rules import Rule, fraction_of
 
@@ -227,6 +225,9 @@ class Draft(Mapping[str, Decision]):
 
     def _by_budget(self, budget: Budget) -> dict[str, Decision]:
         """All layers that are not decided yet, at once."""
+        from surgery.ranks.candidates import candidates_of
+        from surgery.ranks.solve import solve
+
         free = [site for site in self._sites.values() if site.name not in self._decided]
         unit = budget.unit or ("macs" if self._totals.macs is not None else "params")
         if getattr(self._totals, unit) is None:
@@ -248,6 +249,8 @@ class Draft(Mapping[str, Decision]):
         if isinstance(decision, Factorization):
             decision = self._guard(site, decision)
         if isinstance(decision, Factorization) and self._options.method == AUTO:
+            from surgery.ranks.auto import best_kind
+
             return self._guard(site, best_kind(site, decision, self.spectra, self._options.round_to))
         return decision
 

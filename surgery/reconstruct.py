@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes import FuseLinearRuns, Host, PassResult, Reconstruct, host_for, name_of
+from passes import Host, PassResult, Reconstruct, host_for, name_of
 from passes.chain import Chain
 from passes.errors import SurgeryValueError
 from passes.result import Outcome
@@ -84,6 +84,8 @@ def _fuse_foreign(target: nn.Module, example_inputs: Any, hosts: list[Host], inp
     host = host_for(target, example_inputs, observed=seen.observed, private=not inplace)
     hosts.append(host)
     before, old, sites = records_by_name(target), read_record(target) or SurgeryRecord(), host.sites()
+    from passes.cleanup import FuseLinearRuns
+
     result = FuseLinearRuns()(host)
     saved, fused = _saved(result), {o.site for o in result.outcomes if o.status == "applied"}
     before = {name: replace(known, calls=None) if name in fused else known for name, known in before.items()}  # they were another layer's

@@ -13,7 +13,7 @@ import surgery
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import assert_parity, difference
 from passes.running import run
-from surgery.deploy import PASSES
+from surgery.deployment import PASSES
 from tests.networks import Branching, Keyword, Small
 from tests.passes.test_cleanup import Handmade, ReadsLayers, randomized
 

@@ -13,7 +13,7 @@ All torchvision models that are not quantized, of every module of timm's models 
 Equal means max |a - b| / max |b| of at most 1e-9 in float64; where a network refuses float64 or narrows it to float32 inside, at most 1e-4 of its
 output. Outputs that the data choose (boxes after suppression) need not be equal where all layers before the choice are. Every network runs in a
 process of its own. Each row is kept in the working folder, so that a run can be resumed; the table goes to ``benchmarks/results/coverage.json`` and
-``coverage.md``.
+``coverage.md``. The libraries: ``pip install -c constraints.txt ".[coverage]"``.
 """
 
 from __future__ import annotations

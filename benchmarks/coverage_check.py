@@ -97,9 +97,7 @@ def check(network: Network) -> dict[str, Any]:
             inputs = given.inputs(batch)
             row["inputs"] = [list(t.shape) for t in tensors_in(inputs)]
             dtype = torch.float64
-            modes = (False, True) if row["train"] else (False,)
-            refusals = [attempt(private_copy(model).double(), to_dtype(inputs, dtype), train=train)[0] for train in modes]
-            refusal = next((r for r in refusals if r is not None), None)
+            refusal = refuses_float64(model, inputs, (False, True) if row["train"] else (False,))
             if refusal is not None:
                 dtype = torch.float32
                 row["notes"].append(f"refuses float64 ({refusal[:200]})")
@@ -258,6 +256,22 @@ def attempt(model: nn.Module, inputs: Any, train: bool = False) -> tuple[str | N
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip()[:300]}", 0
     return None, fewest
+
+
+def refuses_float64(model: nn.Module, inputs: Any, modes: Sequence[bool]) -> str | None:
+    """Why the network cannot be run in float64 in one of the modes (train or not), or None where it can in all; on copies."""
+    for train in modes:
+        try:
+            wide = seeded(private_copy(model).double().train(train), to_dtype(inputs, torch.float64))
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).strip()[:300]}"
+        if not finite(wide) and finite(seeded(private_copy(model).train(train), inputs)):
+            return "its output is finite in float32 and not in float64"
+    return None
+
+
+def finite(output: Any) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors_in(output))
 
 
 def to_dtype(inputs: Any, dtype: torch.dtype) -> Any:

@@ -179,6 +179,29 @@ def test_train_mode_is_given_up_only_with_the_original_s_own_reason():
     assert row["notes"] == ["not run in train mode: the original network cannot (ValueError: targets are missing)"]
 
 
+class Narrow(Net):
+    """Runs in float32 only: it asks for it."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+class Overflowing(Net):
+    """In float64 a number too large for the float32 that it is multiplied in."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.zeros(1, dtype=torch.float32) * float(torch.finfo(x.dtype).min)
+
+
+@pytest.mark.parametrize(("make", "said"), [(Narrow, "refuses float64 (RuntimeError"), (Overflowing, "finite in float32 and not in float64")])
+def test_networks_that_refuse_float64_are_compared_in_float32(make, said):
+    row = check(network(make))
+    assert row["failures"] == []
+    assert row["dtype"] == "float32"
+    assert said in row["notes"][0]
+    assert row["full_eval"]["tolerance"] == 1e-4
+
+
 class Choosing(nn.Module):
     """The largest pixel goes through a second layer."""
 

@@ -114,13 +114,15 @@ class TransposedChain(Chain):
     def forward(self, input: Tensor, output_size: Optional[List[int]] = None) -> Tensor:  # noqa: UP006,UP045 - what TorchScript reads
         """As ``nn.ConvTranspose2d``: ``output_size`` is that of the pixels, or of the whole output. (A script cannot be asked for one.)"""
         if output_size is not None:
-            return self._of_size(input, output_size)
+            if torch.jit.is_scripting():  # type: ignore[attr-defined]
+                raise NotImplementedError("a scripted chain cannot be asked for an output size")
+            else:  # noqa: RET506 - what TorchScript then leaves out
+                return self._of_size(input, output_size)
         for layer in self:
             input = layer(input)
         return input
 
-    @torch.jit.unused
-    def _of_size(self, input: Tensor, output_size: List[int]) -> Tensor:  # noqa: UP006
+    def _of_size(self, input: Tensor, output_size: Sequence[int]) -> Tensor:
         """Each direction has the size that was asked for after the layer that extends in it, and until then the size that it has."""
         dims = Geometry.of(self.__dict__["_surgery"].original).dims
         if isinstance(output_size, Sequence):  # under symbolic tracing it may be something whose length is not known

@@ -226,6 +226,7 @@ def _record_to_data(record: SurgeryRecord) -> dict[str, Any]:
             "reason": site.reason,
             "error": site.error,
             "calls": None if site.calls is None else [[c.input_shape, c.output_shape] for c in site.calls],
+            "params": site.params,
         }
         for site in record.sites
     ]
@@ -255,6 +256,7 @@ def _record_from_text(text: str, file: Path) -> SurgeryRecord:
                     reason=None if item["reason"] is None else _of(str, item["reason"]),
                     error=None if item["error"] is None else float(item["error"]),
                     calls=None if item["calls"] is None else tuple(Call(_shape(a), _shape(b)) for a, b in item["calls"]),
+                    params=None if item.get("params") is None else _of(int, item["params"]),
                 )
                 for item in data.get("sites", [])
             ),

@@ -25,7 +25,7 @@ from surgery.planning import Draft, Options
 from surgery.progress import site_progress
 from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.rules import Rule
-from surgery.record import SurgeryRecord, functions_of, merged_sites, read_record, records_by_name, unwrap, write_record
+from surgery.record import SurgeryRecord, functions_of, merged_sites, params_of_modules, read_record, records_by_name, unwrap, write_record
 
 __all__ = ["Ranks", "decompose", "plan", "usable_model"]
 
@@ -97,12 +97,13 @@ def decompose(
         sites = host.sites()
         draft = Draft(sites, ranks, options, totals_of(target, seen))
         before, old = records_by_name(target), read_record(target) or SurgeryRecord()
+        params = params_of_modules(target, sites) if effective_weights else {}
         with _progress(progress, len(sites), "decomposing") as step:
             cut = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)
             try:
                 result = cut(host)
                 record = SurgeryRecord(
-                    sites=merged_sites(before, sites, result.outcomes),
+                    sites=merged_sites(before, sites, result.outcomes, params),
                     passes=old.passes + (("Decompose",) if result.modified else ()),
                     macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (old.fused_macs or 0),
                     input_shapes=seen.input_shapes or old.input_shapes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,20 +11,35 @@ from torch import fx, nn
 from passes.result import Outcome
 from passes.site import Call, Site, named_groups
 from passes.watching import COMPUTED, FunctionUse
+from surgery.cost import site_params
 
-__all__ = ["SiteRecord", "SurgeryRecord", "functions_of", "read_record", "records_by_name", "unwrap", "whole_record", "write_record"]
+__all__ = [
+    "SiteRecord",
+    "SurgeryRecord",
+    "functions_of",
+    "params_of_modules",
+    "read_record",
+    "records_by_name",
+    "unwrap",
+    "whole_record",
+    "write_record",
+]
 
 KEY = "surgery_record"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteRecord:
-    """What is known of one site: why it was kept, or the relative error of the cut, and its calls in the original network."""
+    """What is known of one site: why it was kept, or the relative error of the cut, and its calls in the original network.
+
+    ``params`` are those of the original module where it held others than a weight and a bias (what its weight was computed from), else None.
+    """
 
     name: str
     reason: str | None
     error: float | None
     calls: tuple[Call, ...] | None
+    params: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +142,19 @@ def whole_record(model: nn.Module) -> SurgeryRecord | None:
     return replace(own or SurgeryRecord(), sites=sites, passes=passes_of(model), functions=functions_of(model))
 
 
-def merged_sites(before: dict[str, SiteRecord], sites: tuple[Site, ...], outcomes: tuple[Outcome, ...]) -> tuple[SiteRecord, ...]:
-    """Records after a pass: what it applied or kept, with what was known of chains that it left alone."""
+def params_of_modules(model: nn.Module, sites: tuple[Site, ...]) -> dict[str, int]:
+    """Parameters of the modules at sites that are no chains, where these are others than a weight and a bias: the weight is computed from them."""
+    counts = {site.name: sum(p.numel() for p in model.get_submodule(site.name).parameters()) for site in sites if site.chain is None}
+    return {site.name: counts[site.name] for site in sites if site.chain is None and counts[site.name] != site_params(site)}
+
+
+def merged_sites(
+    before: dict[str, SiteRecord], sites: tuple[Site, ...], outcomes: tuple[Outcome, ...], params: Mapping[str, int] | None = None
+) -> tuple[SiteRecord, ...]:
+    """Records after a pass: what it applied or kept, with what was known of chains that it left alone.
+
+    ``params`` are those of modules that were more than a weight and a bias (``params_of_modules``, before the pass).
+    """
     by_name = {outcome.site: outcome for outcome in outcomes}
     records = []
     for site in sites:
@@ -139,5 +166,7 @@ def merged_sites(before: dict[str, SiteRecord], sites: tuple[Site, ...], outcome
             reason, error = outcome.reason, outcome.error
         else:
             reason, error = outcome.reason, known.error if known else None
-        records.append(SiteRecord(name=site.name, reason=reason, error=error, calls=calls))
+        replaced = (params or {}).get(site.name) if outcome is not None and outcome.status == "applied" else None
+        count = replaced if replaced is not None else known.params if known else None
+        records.append(SiteRecord(name=site.name, reason=reason, error=error, calls=calls, params=count))
     return tuple(records)

@@ -39,7 +39,8 @@ class Options:
 
     Attributes:
         method: kind for layers with a kernel of more than one pixel; the others take SVD. With ``"svd"`` linear layers are cut too. With ``"auto"``
-            a rule's Tucker ranks set each layer's MACs, and the kind with the smallest error within them is taken; explicit ranks are Tucker's.
+            a rule's Tucker ranks set each layer's MACs, and the kind with the smallest error within them is taken; explicit ranks are Tucker's, and a
+            factorization that a rule answers is done as it is.
         include: names or ``"re:..."`` patterns; only these layers are cut. Also the way to name linear layers.
         exclude: names or patterns of layers that are kept.
         guard: ``"macs"``: what a rule cuts must lower parameters and, where the calls are known, MACs; ``"none"``: nothing is asked.

@@ -6,11 +6,12 @@ import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, List, Optional  # noqa: UP035 - TorchScript reads the annotations
 
 import torch
 from torch import Tensor, nn
 
+from passes.errors import SurgeryValueError
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
 from passes.kinds import kind_of
@@ -44,6 +45,7 @@ HOOKS = (
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 BUILT: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS.values(), *TRANSPOSED.values())
 
 
@@ -109,19 +111,38 @@ class Chain(nn.Sequential):
 class TransposedChain(Chain):
     """The chain of a transposed convolution, which callers may ask for an output size."""
 
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """As ``nn.ConvTranspose2d``: ``output_size`` is that of the pixels, or of the whole output."""
-        if output_size is None:
-            return super().forward(input)  # type: ignore[no-untyped-call,no-any-return]
+    def forward(self, input: Tensor, output_size: Optional[List[int]] = None) -> Tensor:  # noqa: UP006,UP045 - what TorchScript reads
+        """As ``nn.ConvTranspose2d``: ``output_size`` is that of the pixels, or of the whole output. (A script cannot be asked for one.)"""
+        if output_size is not None:
+            if torch.jit.is_scripting():  # type: ignore[attr-defined]
+                raise NotImplementedError("a scripted chain cannot be asked for an output size")
+            else:  # noqa: RET506 - what TorchScript then leaves out
+                return self._of_size(input, output_size)
+        for layer in self:
+            input = layer(input)
+        return input
+
+    def _of_size(self, input: Tensor, output_size: Sequence[int]) -> Tensor:
+        """Each direction has the size that was asked for after the layer that extends in it, and until then the size that it has."""
         dims = Geometry.of(self.__dict__["_surgery"].original).dims
+        if isinstance(output_size, Sequence):  # under symbolic tracing it may be something whose length is not known
+            self._check_length(len(output_size), dims, input)
         for layer in self._modules.values():
             geometry = Geometry.of(layer)  # type: ignore[arg-type]
-            if not geometry.transposed:
+            if geometry.transposed:
+                extends = [geometry.extends_in(axis) for axis in range(dims)]
+                sizes = [output_size[axis - dims] if extends[axis] else input.shape[axis - dims] for axis in range(dims)]
+                input = layer(input, sizes)  # type: ignore[misc]
+            else:
                 input = layer(input)  # type: ignore[misc]
-                continue
-            wanted = zip(output_size[-dims:], input.shape[-dims:], geometry.kernel, geometry.stride, strict=True)
-            input = layer(input, [size if k > 1 or s > 1 else now for size, now, k, s in wanted])  # type: ignore[misc]
         return input
+
+    def _check_length(self, length: int, dims: int, input: Tensor) -> None:
+        """As torch has it: the size of the pixels, or of an output with as many dimensions as the input."""
+        allowed = {dims, input.dim()} if isinstance(input.dim(), int) else {dims, dims + 1, dims + 2}
+        if length not in allowed:
+            expected = " or ".join(map(str, sorted(allowed)))
+            raise SurgeryValueError(f"output_size: the chain of a ConvTranspose{dims}d takes {expected} numbers, got {length}")
 
 
 def chain_module(layers: dict[str, nn.Module], info: ChainInfo) -> Chain:
@@ -195,9 +216,9 @@ def cut_chain(
     layers: dict[str, nn.Module], info: ChainInfo, factorization: Factorization, pieces: Sequence[Piece]
 ) -> tuple[dict[str, nn.Module], ChainInfo]:
     """As ``cut_layer``, for a chain that is cut again."""
-    first, last = next(iter(layers.values())), list(layers.values())[-1]
-    weight = first._parameters["weight"]
-    return {piece.name: _build_layer(piece, last, weight) for piece in pieces}, ChainInfo(factorization, info.original)  # type: ignore[arg-type]
+    last = list(layers.values())[-1]
+    weight = _telling_weight(layers)
+    return {piece.name: _build_layer(piece, last, weight) for piece in pieces}, ChainInfo(factorization, info.original)
 
 
 def original_layer(info: ChainInfo, piece: Piece, layers: dict[str, nn.Module], hooks_from: nn.Module | None = None) -> nn.Module:
@@ -207,7 +228,7 @@ def original_layer(info: ChainInfo, piece: Piece, layers: dict[str, nn.Module], 
     trainable = any(m.weight.requires_grad for m in layers.values())  # type: ignore[union-attr]
     weight = piece.weight
     if not isinstance(weight, nn.Parameter):
-        weight = nn.Parameter(_in_format_of(weight.detach(), core.weight), requires_grad=trainable)  # type: ignore[arg-type]
+        weight = nn.Parameter(_in_format_of(weight.detach(), _telling_weight(layers)), requires_grad=trainable)
     own = dict(info.original._parameters)
     own["weight"] = weight
     own["bias"] = list(layers.values())[-1]._parameters["bias"]
@@ -249,8 +270,16 @@ def _build_layer(piece: Piece, layer: nn.Module, weight: Tensor) -> nn.Module:
     return plain_layer(piece, layer._parameters["bias"] if piece.bias is not None else None).train(layer.training)
 
 
+def _telling_weight(layers: dict[str, nn.Module]) -> Tensor:
+    """The weight that tells the memory format of a chain's layers: one that is channels last if any is, since depthwise layers look alike in both."""
+    weights: list[Tensor] = [layer._parameters["weight"] for layer in layers.values()]  # type: ignore[misc]
+    return next((weight for weight in weights if _is_channels_last(weight)), weights[0])
+
+
 def _in_format_of(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor`` in storage of its own, in the memory format of ``like`` (contiguous, or channels last in two or three dimensions)."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = like.ndim in formats and like.shape[1] > 1 and like.stride(-1) == like.shape[1]
-    return tensor.clone(memory_format=formats[tensor.ndim] if last else torch.contiguous_format)
+    return tensor.clone(memory_format=FORMATS[tensor.ndim] if _is_channels_last(like) else torch.contiguous_format)
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.ndim in FORMATS and weight.shape[1] > 1 and weight.stride(-1) == weight.shape[1]

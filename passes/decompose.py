@@ -76,13 +76,17 @@ class Decompose:
 
     def _treat_alike(self, host: Host, site: Site, first: _Done) -> Outcome:
         """As the first layer with this weight was treated: the same factors, the very same parameters."""
-        if self.assignment.get(site.name, first.decision) != first.decision:
+        decision = self.assignment.get(site.name, first.decision)
+        both_kept = isinstance(decision, Keep) and isinstance(first.decision, Keep)
+        if decision != first.decision and not both_kept:
             raise SurgeryValueError(
                 f"{site}: shares its weight with {site.tied_to}, which gets {first.decision}; assign the same to both, or to the first only"
             )
         if first.factorization is not None:
             host.replace(site, first.factorization, tied_pieces(site, first.factorization, first.pieces))
-        return replace(first.outcome, site=site.name)
+        if first.outcome.status == "applied":
+            return replace(first.outcome, site=site.name)
+        return Outcome(site.name, "kept", decision.reason if isinstance(decision, Keep) else site.keep or first.outcome.reason)
 
     def _split(self, site: Site, factorization: Factorization, spectra: Spectra) -> tuple[tuple[Piece, ...], float]:
         kind = kind_of(factorization)

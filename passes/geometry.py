@@ -139,6 +139,11 @@ class Geometry:
             output_padding=only(self.output_padding, 0),
         )
 
+    def extends_in(self, axis: int) -> bool:
+        """Whether the layer does more than to look at single pixels in this direction, so that the size there can change."""
+        padded = self.padding != "valid" if isinstance(self.padding, str) else self.padding[axis] > 0
+        return self.kernel[axis] > 1 or self.stride[axis] > 1 or padded
+
     def output_size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial size of the output for a spatial size of the input."""
         if self.padding == "same":

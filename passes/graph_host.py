@@ -18,7 +18,7 @@ from passes.graph_meta import CHAINS
 from passes.host import Host, Undo, site_of
 from passes.kinds import kind_of
 from passes.neighbours import Neighbour, read_neighbours
-from passes.site import Call, Found, Site, find_layers
+from passes.site import Call, Found, Site, find_layers, kept_together
 from passes.watching import Observation, observe_graph
 
 __all__ = ["GraphHost"]
@@ -57,7 +57,7 @@ class GraphHost(Host):
         self._read()
 
     def sites(self) -> tuple[Site, ...]:
-        return tuple(self._chain_site(name) if name in self._chains else self._layer_site(name, keep) for name, keep in self._order)
+        return kept_together([self._chain_site(name) if name in self._chains else self._layer_site(name, keep) for name, keep in self._order])
 
     def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> tuple[Piece, ...]:
         if site.chain is None:
@@ -209,7 +209,7 @@ class GraphHost(Host):
             keep = keep or "no node of the graph calls it: it is unused, or inside a module that the graph calls as a whole"
         elif has_hooks(module):
             keep = keep or "it has hooks, which nodes for its parts would not run"
-        elif any(len(n.all_input_nodes) != 1 for n in nodes):
+        elif any(not _takes_its_input_alone(n) for n in nodes):
             keep = keep or "a node calls it with more than its input"
         elif isinstance(module, Chain):
             keep = "the graph calls this chain as a whole; trace the model anew to see its layers"
@@ -261,6 +261,8 @@ class GraphHost(Host):
             runs.append(run)
         if any(len(nodes) != len(runs) for nodes in calls.values()):
             return runs, "its layers are also called on their own"
+        if any(not _takes_its_input_alone(node) for run in runs for node in run):
+            return runs, "a node calls one of its layers with more than its input"
         return runs, None
 
     def _rewrite(self, runs: Sequence[Sequence[fx.Node]], steps: Sequence[tuple[str, Geometry]]) -> None:
@@ -281,6 +283,12 @@ class GraphHost(Host):
             last.replace_all_uses_with(value)
             for node in reversed(run):
                 self._graph.erase_node(node)
+
+
+def _takes_its_input_alone(node: fx.Node) -> bool:
+    """Whether a call has one argument, which another node gives: no output size, constant or not."""
+    given = (*node.args, *node.kwargs.values())
+    return len(given) == 1 and isinstance(given[0], fx.Node)
 
 
 def _calls(runs: Sequence[Sequence[fx.Node]]) -> tuple[Call, ...] | None:

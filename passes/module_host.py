@@ -22,7 +22,7 @@ from passes.host import Host, Undo, site_of
 from passes.neighbours import Neighbour, read_neighbours, sequence_graph, unproved
 from passes.parity import assert_parity
 from passes.running import private_copy, run
-from passes.site import Call, Found, Site, find_layers, named_groups
+from passes.site import Call, Found, Site, find_layers, kept_together, named_groups
 from passes.watching import Observation, observe_module
 
 __all__ = ["ModuleHost"]
@@ -72,7 +72,7 @@ class ModuleHost(Host):
                 sites += [site for site in outward if not self._astride.intersection(site.aliases)]
             else:
                 sites.append(site_of(self._found[name], self._calls_of(name, name), self._module_at(name)))
-        return tuple(sites)
+        return kept_together(sites)
 
     def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> tuple[Piece, ...]:
         graph = self._graph_around(site.name)

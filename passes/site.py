@@ -14,7 +14,7 @@ from passes.errors import SurgeryValueError
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
 
-__all__ = ["Call", "Found", "Site", "computes_weight", "find_layers", "held_outside", "is_layer", "named_groups", "reason_to_keep"]
+__all__ = ["Call", "Found", "Site", "computes_weight", "find_layers", "held_outside", "is_layer", "kept_together", "named_groups", "reason_to_keep"]
 
 PLAIN_LAYERS: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
@@ -144,11 +144,14 @@ def find_layers(model: nn.Module, plain: Callable[[nn.Module], nn.Module | str] 
             if id(module) in readers:
                 keep = keep or f"its weight is read by {readers[id(module)]}"
             computed = computes_weight(module, names[0])
-            if computed is not None and keep is None and plain is not None:
-                shared = next((owners[id(p)] for p in module.parameters() if len(owners[id(p)]) > 1), None)
+            if computed is not None and plain is None:
+                computed = f"{computed}; effective_weights=True may cut it"
+            elif computed is not None and plain is not None and keep is None:
+                sources = [p for p in module.parameters() if p is not module._parameters.get("bias")]
+                shared = next((owners[id(p)] for p in sources if len(owners[id(p)]) > 1), None)
                 amounts_to = f"its weight is computed from one shared by {' and '.join(shared)}" if shared else plain(module)
                 computed, module = (amounts_to, module) if isinstance(amounts_to, str) else (None, amounts_to)
-            found.append(Found(module, names, computed or keep or _unusable(module)))
+            found.append(Found(module, names, keep or computed or _unusable(module)))
     return _with_ties(found, owners)
 
 
@@ -190,6 +193,19 @@ def _with_ties(found: Sequence[Found], owners: Mapping[int, Sequence[str]]) -> t
             item = replace(item, tied_to=twins[0].names[0])
         tied.append(item)
     return tuple(tied)
+
+
+def kept_together(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Sites with one weight can only be cut together: where one of them must stay, all do, and say for which and why."""
+    kept: dict[str, Site] = {}
+    for site in sites:
+        if site.keep is not None:
+            kept.setdefault(site.name if site.tied_to is None else site.tied_to, site)
+    return tuple(_kept_like(site, kept.get(site.name if site.tied_to is None else site.tied_to)) for site in sites)
+
+
+def _kept_like(site: Site, other: Site | None) -> Site:
+    return site if other is None or site.keep is not None else replace(site, keep=f"its weight is shared with {other}: {other.keep}")
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor | None]:

@@ -227,6 +227,7 @@ def _record_to_data(record: SurgeryRecord) -> dict[str, Any]:
             "error": site.error,
             "output_error": site.output_error,
             "calls": None if site.calls is None else [[c.input_shape, c.output_shape] for c in site.calls],
+            "params": site.params,
         }
         for site in record.sites
     ]
@@ -257,6 +258,7 @@ def _record_from_text(text: str, file: Path) -> SurgeryRecord:
                     error=None if item["error"] is None else float(item["error"]),
                     output_error=None if item.get("output_error") is None else float(item["output_error"]),
                     calls=None if item["calls"] is None else tuple(Call(_shape(a), _shape(b)) for a, b in item["calls"]),
+                    params=None if item.get("params") is None else _of(int, item["params"]),
                 )
                 for item in data.get("sites", [])
             ),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import surgery
 from surgery.decompose import DEFAULT
 from surgery.plan import no_duplicates
+from surgery.planning import Options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -211,13 +212,36 @@ def _parser() -> argparse.ArgumentParser:
 def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     ranks_help = "evbmf, evbmf:weaken=W, energy:P, stable, a fraction in (0, 1], a JSON object of layers, or a plan's file (default: %(default)s)"
     parser.add_argument("--ranks", type=parse_ranks_text, default="evbmf", help=ranks_help)
-    parser.add_argument("--method", default=DEFAULT.method, help="tucker, spatial, channel, depthwise, cp, auto or svd (default: %(default)s)")
+    parser.add_argument(
+        "--method",
+        type=_option("method", str),
+        default=DEFAULT.method,
+        help="tucker, spatial, channel, depthwise, cp, auto or svd (default: %(default)s)",
+    )
     parser.add_argument("--include", action="append", metavar="NAME", help="cut only these layers; a name or re:PATTERN, repeatable")
     parser.add_argument("--exclude", action="append", metavar="NAME", help="keep these layers; a name or re:PATTERN, repeatable")
-    parser.add_argument("--guard", default=DEFAULT.guard, help="macs or none (default: %(default)s)")
-    parser.add_argument("--round-to", type=int, default=DEFAULT.round_to, help="round ranks up to a multiple of this (default: %(default)s)")
+    parser.add_argument("--guard", type=_option("guard", str), default=DEFAULT.guard, help="macs or none (default: %(default)s)")
+    parser.add_argument(
+        "--round-to", type=_option("round_to", int), default=DEFAULT.round_to, help="round ranks up to a multiple of this (default: %(default)s)"
+    )
     parser.add_argument("--effective-weights", action="store_true", help="cut also layers whose weight is computed, by what it amounts to now")
     parser.add_argument("--device", default=DEFAULT.device, help="where to compute, for example cuda (default: the model's device)")
+
+
+def _option(name: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Reads an option of ``surgery.decompose``; a value that it would not take is wrong usage."""
+
+    def read(text: str) -> Any:
+        value = kind(text)  # argparse words the error of a text that is none
+        try:
+            Options(**{name: value})
+        except surgery.SurgeryError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    read.__name__ = kind.__name__
+
+    return read
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from surgery.planning import Draft, Options
 from surgery.progress import site_progress
 from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.rules import Rule
-from surgery.record import SurgeryRecord, functions_of, merged_sites, read_record, records_by_name, unwrap, write_record
+from surgery.record import SurgeryRecord, functions_of, merged_sites, params_of_modules, read_record, records_by_name, unwrap, write_record
 
 if TYPE_CHECKING:
     from surgery.refinement import Refine
@@ -114,13 +114,14 @@ def decompose(
         teacher = None if batches is None else private_copy(model)
         draft = Draft(sites, ranks, options, totals_of(target, seen), metrics)
         before, old = records_by_name(target), read_record(target) or SurgeryRecord()
+        params = params_of_modules(target, sites) if effective_weights else {}
         with _progress(progress, len(sites), "decomposing") as step:
             cut = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)
             try:
                 result = cut(host)
                 output_errors = {} if teacher is None else mend(teacher, result, batches or [], refine)
                 record = SurgeryRecord(
-                    sites=merged_sites(before, sites, result.outcomes, output_errors),
+                    sites=merged_sites(before, sites, result.outcomes, output_errors=output_errors, params=params),
                     passes=old.passes + (("Decompose",) if result.modified else ()),
                     macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (old.fused_macs or 0),
                     input_shapes=seen.input_shapes or old.input_shapes,

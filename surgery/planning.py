@@ -38,7 +38,8 @@ class Options:
 
     Attributes:
         method: kind for layers with a kernel of more than one pixel; the others take SVD. With ``"svd"`` linear layers are cut too. With ``"auto"``
-            a rule's Tucker ranks set each layer's MACs, and the kind with the smallest error within them is taken; explicit ranks are Tucker's.
+            a rule's Tucker ranks set each layer's MACs, and the kind with the smallest error within them is taken; explicit ranks are Tucker's, and a
+            factorization that a rule answers is done as it is.
         include: names or ``"re:..."`` patterns; only these layers are cut. Also the way to name linear layers.
         exclude: names or patterns of layers that are kept.
         guard: ``"macs"``: what a rule cuts must lower parameters and, where the calls are known, MACs; ``"none"``: nothing is asked.
@@ -105,7 +106,7 @@ class Draft(Mapping[str, Decision]):
         request = parse_ranks(ranks)
         linear_too = options.method == "svd"
         self._options, self._totals = options, totals
-        self._tied = {site.name: site.tied_to for site in sites if site.tied_to is not None}
+        self._tied = {site.name: site for site in sites if site.tied_to is not None}
         self._names = [site.name for site in sites]
         sites = [_with_ties(site, sites) for site in sites if site.tied_to is None]
         self._sites = {site.name: site for site in sites}
@@ -133,10 +134,14 @@ class Draft(Mapping[str, Decision]):
             self._decided |= self._by_budget(request)
 
     def __getitem__(self, name: str) -> Decision:
-        name = self._tied.get(name, name)
-        if name not in self._decided:
-            self._decided[name] = self._by_rule(self._sites[name])
-        return self._decided[name]
+        tied = self._tied.get(name)
+        first = self._sites[name if tied is None or tied.tied_to is None else tied.tied_to]
+        if first.name not in self._decided:
+            self._decided[first.name] = self._by_rule(first)
+        decision = self._decided[first.name]
+        if tied is not None and tied.keep is not None and decision == Keep(first.keep or tied.keep):
+            return Keep(tied.keep)  # in its own words
+        return decision
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -245,10 +250,11 @@ class Draft(Mapping[str, Decision]):
     def _by_rule(self, site: Site) -> Decision:
         kind = self._kind(site)
         rule: Any = self._rule
-        decision = self._answer(site, kind, rule(site, self.spectra.of(site, kind)))
+        answer = rule(site, self.spectra.of(site, kind))
+        decision = self._answer(site, kind, answer)
         if isinstance(decision, Factorization):
             decision = self._guard(site, decision)
-        if isinstance(decision, Factorization) and self._options.method == AUTO:
+        if isinstance(decision, Factorization) and self._options.method == AUTO and not isinstance(answer, Factorization):
             from surgery.ranks.auto import best_kind
 
             return self._guard(site, best_kind(site, decision, self.spectra, self._options.round_to))

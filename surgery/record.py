@@ -11,8 +11,19 @@ from torch import fx, nn
 from passes.result import Outcome
 from passes.site import Call, Site, named_groups
 from passes.watching import COMPUTED, FunctionUse
+from surgery.cost import site_params
 
-__all__ = ["SiteRecord", "SurgeryRecord", "functions_of", "read_record", "records_by_name", "unwrap", "whole_record", "write_record"]
+__all__ = [
+    "SiteRecord",
+    "SurgeryRecord",
+    "functions_of",
+    "params_of_modules",
+    "read_record",
+    "records_by_name",
+    "unwrap",
+    "whole_record",
+    "write_record",
+]
 
 KEY = "surgery_record"
 
@@ -22,6 +33,7 @@ class SiteRecord:
     """What is known of one site: why it was kept, or the relative error of the cut, and its calls in the original network.
 
     ``output_error`` is the relative error of its outputs over the calibration batches, where there were any.
+    ``params`` are those of the original module where it held others than a weight and a bias (what its weight was computed from), else None.
     """
 
     name: str
@@ -29,6 +41,7 @@ class SiteRecord:
     error: float | None
     calls: tuple[Call, ...] | None
     output_error: float | None = None
+    params: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,10 +146,24 @@ def whole_record(model: nn.Module) -> SurgeryRecord | None:
     return replace(own or SurgeryRecord(), sites=sites, passes=passes_of(model), functions=functions_of(model))
 
 
+def params_of_modules(model: nn.Module, sites: tuple[Site, ...]) -> dict[str, int]:
+    """Parameters of the modules at sites that are no chains, where these are others than a weight and a bias: the weight is computed from them."""
+    counts = {site.name: sum(p.numel() for p in model.get_submodule(site.name).parameters()) for site in sites if site.chain is None}
+    return {site.name: counts[site.name] for site in sites if site.chain is None and counts[site.name] != site_params(site)}
+
+
 def merged_sites(
-    before: dict[str, SiteRecord], sites: tuple[Site, ...], outcomes: tuple[Outcome, ...], output_errors: Mapping[str, float] | None = None
+    before: dict[str, SiteRecord],
+    sites: tuple[Site, ...],
+    outcomes: tuple[Outcome, ...],
+    *,
+    output_errors: Mapping[str, float] | None = None,
+    params: Mapping[str, int] | None = None,
 ) -> tuple[SiteRecord, ...]:
-    """Records after a pass: what it applied or kept, with what was known of chains that it left alone."""
+    """Records after a pass: what it applied or kept, with what was known of chains that it left alone.
+
+    ``params`` are those of modules that were more than a weight and a bias (``params_of_modules``, before the pass).
+    """
     by_name = {outcome.site: outcome for outcome in outcomes}
     records = []
     for site in sites:
@@ -150,5 +177,7 @@ def merged_sites(
             reason, error = outcome.reason, outcome.error
         else:
             reason, error = outcome.reason, known.error if known else None
-        records.append(SiteRecord(name=site.name, reason=reason, error=error, calls=calls, output_error=output_error))
+        replaced = (params or {}).get(site.name) if outcome is not None and outcome.status == "applied" else None
+        count = replaced if replaced is not None else known.params if known else None
+        records.append(SiteRecord(name=site.name, reason=reason, error=error, calls=calls, output_error=output_error, params=count))
     return tuple(records)

@@ -40,6 +40,7 @@ class LayerReport:
         error: |W - W'|_F / |W|_F at the moment of the last cut; where a chain was cut again, W is the weight of that chain.
         output_error: |Y - Y'|_F / |Y|_F of its outputs on the calibration batches, with the errors of the layers before it, just after its chain was
             corrected; None without calibration.
+        params_before: of the original module; more than a weight and a bias where its weight was computed from others.
         compression: weights before over weights after (Elhoushi et al. 2019, equation 10), 1 for a kept layer.
         speedup: MACs before over MACs after (equation 11), 1 for a kept layer, None where MACs are not known.
         calls: calls in one forward pass of the example inputs.
@@ -163,6 +164,7 @@ def _row(site: Site, known: SiteRecord | None) -> LayerReport:
     calls = known.calls if known is not None and known.calls is not None else site.calls
     params = site_params(site) - (site.geometry.weights if site.tied_to else 0)  # a tied weight counts where it comes first
     macs = None if calls is None else sum(site.geometry.macs(c.input_shape) for c in calls)
+    params_before = params if known is None or known.params is None else known.params
     params_after, macs_after, compression = params, macs, 1.0
     reason: str | None = (known.reason if known is not None else None) or NOT_DECOMPOSED
     if site.chain is not None:
@@ -181,7 +183,7 @@ def _row(site: Site, known: SiteRecord | None) -> LayerReport:
         ranks=None if site.chain is None else site.chain.ranks,
         error=None if known is None else known.error,
         output_error=None if known is None or site.chain is None else known.output_error,
-        params_before=params,
+        params_before=params_before,
         params_after=params_after,
         macs_before=macs,
         macs_after=macs_after,

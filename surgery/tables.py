@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from passes.watching import FunctionUse
     from surgery.benchmark import Benchmark
     from surgery.plan import Plan
-    from surgery.report import Report
+    from surgery.report import LayerReport, Report
+
+USUAL = ("tucker", "svd")
 
 __all__ = ["benchmark_table", "count", "plan_table", "print_table", "render", "report_table", "summary_table"]
 
@@ -138,12 +140,12 @@ def render(table: RenderableType, width: int = 160) -> str:
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def _report_cells(row: Any) -> tuple[str, ...]:
+def _report_cells(row: LayerReport) -> tuple[str, ...]:
     cut = row.status == "decomposed"
     return (
         row.name or "(the model)",
         row.layer,
-        _ranks(row.ranks) if cut else "kept",
+        _factorization(row) if cut else "kept",
         "-" if row.error is None else f"{row.error:.3f}",
         _change(row.params_before, row.params_after),
         _change(row.macs_before, row.macs_after),
@@ -161,6 +163,11 @@ def _function_text(function: FunctionUse) -> str:
 
 def _ranks(ranks: tuple[int | None, ...] | None) -> str:
     return "" if ranks is None else ", ".join("full" if r is None else str(r) for r in ranks)
+
+
+def _factorization(row: LayerReport) -> str:
+    """Ranks, after the name of the kind unless the number of ranks says it: two are Tucker's, one of a layer of one pixel is SVD's."""
+    return _ranks(row.ranks) if row.kind in USUAL else f"{row.kind} {_ranks(row.ranks)}"
 
 
 def _change(before: int | None, after: int | None) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from passes.geometry import PieceShape
+from passes.geometry import Geometry, PieceShape
 from passes.site import Call, Site
 
 __all__ = ["MacCounter", "chain_macs", "chain_params", "count_macs", "site_macs", "site_params"]
@@ -37,8 +37,18 @@ def chain_macs(shapes: Sequence[PieceShape], calls: Sequence[Call] | None) -> in
         size = call.input_shape
         for shape in shapes:
             total += shape.geometry.macs(size)
-            size = shape.geometry.output_shape(size)
+            size = _size_after(shape.geometry, size, call)
     return total
+
+
+def _size_after(geometry: Geometry, size: tuple[int, ...], call: Call) -> tuple[int, ...]:
+    """Shape after one layer of a chain. A caller may have asked a transposed one for a size: then it is the call's where that layer extends."""
+    after = geometry.output_shape(size)
+    if not geometry.transposed or len(call.output_shape) != len(after):
+        return after
+    lead = len(after) - geometry.dims
+    sizes = [call.output_shape[lead + axis] if geometry.extends_in(axis) else after[lead + axis] for axis in range(geometry.dims)]
+    return (*after[:lead], *sizes)
 
 
 class MacCounter:

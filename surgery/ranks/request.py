@@ -10,7 +10,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
+from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError, nearest
+from passes.kinds import decision_from_json
 from passes.site import Site
 from surgery.plan import Plan
 from surgery.ranks.budget import Budget
@@ -92,7 +93,9 @@ def parse_ranks(ranks: Any) -> Request:
         SurgeryTypeError: of no type that has a meaning.
         SurgeryValueError: a text that names no rule and no file, or a number out of range.
     """
-    if isinstance(ranks, Plan | Mapping | Budget):
+    if isinstance(ranks, Mapping) and not isinstance(ranks, Plan):
+        return {key: _decision_in(key, value) for key, value in ranks.items()}
+    if isinstance(ranks, Plan | Budget):
         return ranks
     if isinstance(ranks, Integral):
         raise SurgeryTypeError(f"ranks={ranks!r} is ambiguous: one rank for all layers makes no sense; {HELP.removeprefix('ranks: ')}")
@@ -106,6 +109,16 @@ def parse_ranks(ranks: Any) -> Request:
         rule: Callable[..., Any] = ranks
         return rule
     raise SurgeryTypeError(f"{HELP}; got {type(ranks).__name__}")
+
+
+def _decision_in(key: Any, value: Any) -> Any:
+    """What a dict gives a layer; a factorization or ``Keep`` may be written as plans write it."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return decision_from_json(value)
+    except SurgeryError as error:
+        raise type(error)(f"ranks: {key!r}: {error}") from error
 
 
 def as_names(argument: str, names: Any) -> dict[str, None]:

@@ -264,3 +264,18 @@ def test_parents_can_read_attributes_of_the_layers_class():
     assert net[0].core.weight.grad is not None
     with pytest.raises(AttributeError, match="nothing"):
         _ = net[0].nothing
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("kind", [surgery.Depthwise(2), surgery.CP(3), surgery.Tucker(2, 2)], ids=lambda f: f.kind)
+def test_memory_format_outlives_every_kind(dims, kind):
+    form = {2: torch.channels_last, 3: torch.channels_last_3d}[dims]
+    conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims](4, 6, 3)
+    model = nn.Sequential(conv).to(memory_format=form)
+    net = surgery.decompose(model, {"0": kind})
+    assert surgery.reconstruct(net)[0].weight.stride() == model[0].weight.stride()
+    again = surgery.decompose(net, {"0": surgery.Tucker(2, 1)})
+    assert again[0].core.weight.is_contiguous(memory_format=form)
+    assert surgery.reconstruct(again)[0].weight.stride() == model[0].weight.stride()
+    plain = surgery.decompose(nn.Sequential({2: nn.Conv2d, 3: nn.Conv3d}[dims](4, 6, 3)), {"0": kind})
+    assert surgery.reconstruct(plain)[0].weight.is_contiguous()

@@ -276,8 +276,50 @@ def test_cp_of_a_random_weight_never_gets_worse_with_rank():
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(first, again, strict=True))
 
 
-def test_cp_of_a_zero_weight_is_zero():
-    conv = torch.nn.Conv2d(4, 4, 3, dtype=torch.float64)
-    torch.nn.init.zeros_(conv.weight)
-    _, pieces = split(conv, kind_named("cp"), [2])
-    assert all(bool((p.weight == 0).all()) for p in pieces)
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["zero", "of rank one"])
+def test_cp_components_without_weight_can_be_trained(share):
+    conv = torch.nn.Conv2d(6, 5, 3, dtype=torch.float64)
+    with torch.no_grad():
+        conv.weight.copy_(share * torch.einsum("a,b,c,d->abcd", *(torch.randn(n, dtype=torch.float64) for n in (5, 6, 3, 3))))
+    _, pieces = split(conv, kind_named("cp"), [4])
+    assert [bool((p.weight.flatten(1).norm(dim=0 if p.name == "expand" else 1) > 0).all()) for p in pieces] == [True, True, True, False]
+    assert torch.allclose(kind_named("cp").merge(pieces, Geometry.of(conv)), conv.weight, atol=1e-8)
+    factorization = kind_named("cp").factorization(4)
+    chain = Decompose(assignment={"": factorization})(ModuleHost(conv)).model
+    chain(torch.randn(2, 6, 5, 5, dtype=torch.float64)).square().sum().backward()
+    torch.optim.SGD(chain.parameters(), 0.1).step()
+    chain.expand.weight.grad = None
+    chain(torch.randn(2, 6, 5, 5, dtype=torch.float64)).sum().backward()
+    assert bool((chain.expand.weight.grad.flatten(1).norm(dim=0) > 0).all())
+
+
+@pytest.mark.parametrize("shape", [(20, 24, 3, 3), (7, 9, 4), (1, 9, 3, 3), (5, 4, 2, 3, 2)])
+def test_cp_never_gets_worse_from_one_rank_to_the_next_and_is_exact_at_the_last(shape):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    conv = {3: torch.nn.Conv1d, 4: torch.nn.Conv2d, 5: torch.nn.Conv3d}[len(shape)](shape[1], shape[0], shape[2:], dtype=torch.float64)
+    conv.weight.data = weight
+    cp = kind_named("cp")
+    (full,) = cp.full_ranks(Geometry.of(conv))
+    ranks = [*range(1, min(full, 36)), full]
+    errors = [relative_error(conv, cp, split(conv, cp, [rank])[1]) for rank in ranks]
+    assert all(after <= before for before, after in itertools.pairwise(errors))
+    assert errors[-1] == 0
+    conv.weight.data = weight.bfloat16()
+    (_, pieces) = split(conv, cp, [full])
+    merged = cp.merge([Piece(p.name, p.geometry, p.weight.bfloat16(), None) for p in pieces], Geometry.of(conv))
+    assert torch.equal(merged, conv.weight)
+
+
+def test_cp_is_as_good_as_tensorly_s():
+    from tensorly.decomposition import parafac
+
+    generator = torch.Generator().manual_seed(2)
+    mixing = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64))[0] * torch.arange(1, 33) ** -0.7
+    conv = torch.nn.Conv2d(32, 32, 3, dtype=torch.float64)
+    conv.weight.data = torch.einsum("ab,bchw->achw", mixing, torch.randn(32, 32, 3, 3, generator=generator, dtype=torch.float64))
+    tensor = conv.weight.detach().numpy()
+    for rank in (12, 20, 25):
+        ours = relative_error(conv, kind_named("cp"), split(conv, kind_named("cp"), [rank])[1])
+        theirs = tensorly.cp_to_tensor(parafac(tensor, rank, n_iter_max=100, tol=1e-6, random_state=0, init="svd"))
+        assert ours <= 1.01 * np.linalg.norm(theirs - tensor) / np.linalg.norm(tensor)

@@ -393,3 +393,23 @@ def test_hooks_are_never_lost_on_a_graph(small):
     cut(module)
     back = Reconstruct()(host_for(trace(module, X))).model
     assert_parity(back(X), small(X))
+
+
+def test_a_node_that_asks_for_an_output_size_keeps_its_layer():
+    class Up(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1)
+
+        def forward(self, x):
+            return self.up(x, output_size=[8, 8])
+
+    model, x = Up(), torch.randn(1, 4, 4, 4)
+    traced = trace(model, x)
+    assert host_for(traced).sites()[0].keep == "a node calls it with more than its input"
+    net = Decompose(assignment=full_rank(host_for(model)))(host_for(copy.deepcopy(model))).model
+    assert_parity(net(x), model(x))
+    chain = trace(net, x)
+    assert "more than its input" in host_for(chain).sites()[0].keep
+    assert not Reconstruct()(host_for(chain)).modified
+    assert_parity(chain(x), model(x))

@@ -70,7 +70,6 @@ def test_export_and_bench(capsys, tmp_path):
         (["summary", "builtins:dict"], "must give an nn.Module, got dict"),
         (["plan", MODEL, "--ranks", "4"], "ambiguous"),
         (["plan", MODEL, "--ranks", "evmbf"], "no rule and no file"),
-        (["plan", MODEL, "--method", "tuker"], "did you mean 'tucker'"),
         (["plan", MODEL, "--out", "nowhere/plan.json"], "nowhere"),
         (["summary", MODEL, "--input-shape", "1,4,32,32"], "example_inputs: CifarResNet fails"),
         (["summary", MODEL, "--weights", "absent.pt"], "absent.pt"),
@@ -94,6 +93,31 @@ def test_wrong_usage_is_exit_code_2(capsys, arguments):
         main(arguments)
     assert caught.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--method", "tuker", "did you mean 'tucker'"),
+        ("--guard", "money", "'money' is none of"),
+        ("--round-to", "0", "must be at least 1"),
+        ("--round-to", "x", "invalid int value: 'x'"),
+    ],
+)
+def test_wrong_options_are_wrong_usage(capsys, option, value, message):
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", MODEL, option, value])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_ranks_written_as_plans_write_them(capsys):
+    text = '{"layer3.0.conv1": {"kind": "spatial", "rank": 4}, "layer3.0.conv2": {"kind": "keep", "reason": "mine"}}'
+    sites = json.loads(out(capsys, "plan", MODEL, "--ranks", text, "--json"))["sites"]
+    assert sites["layer3.0.conv1"] == {"kind": "spatial", "rank": 4}
+    assert sites["layer3.0.conv2"] == {"kind": "keep", "reason": "mine"}
+    assert main(["plan", MODEL, "--ranks", '{"linear": {"kind": "svd", "ranks": 4}}']) == 1
+    assert "ranks: 'linear': 'svd' needs exactly the fields ['rank']" in capsys.readouterr().err
 
 
 def test_ranks_as_text():

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import surgery
 from passes.chain import Chain
 from passes.effective import effective_layer
+from passes.errors import SurgeryValueError
 from passes.parity import assert_parity
 from passes.running import private_copy
 
@@ -129,6 +130,10 @@ def test_layers_that_cannot_be_run_alone_or_do_something_else_are_kept():
         def forward(self, x, scale):
             return super().forward(x) * scale
 
+    class Picky(nn.Conv2d):
+        def forward(self, x):
+            raise TypeError("not today")
+
     class Double(nn.Conv2d):
         def forward(self, x):
             return super().forward(x) + super().forward(-x)
@@ -137,7 +142,8 @@ def test_layers_that_cannot_be_run_alone_or_do_something_else_are_kept():
         def forward(self, x):
             return super().forward(x) + torch.randn(1)
 
-    assert "cannot be run on its own (TypeError)" in effective_layer(Needy(3, 4, 3))
+    assert "Needy.forward takes more than its input (scale)" in effective_layer(Needy(3, 4, 3))
+    assert "cannot be run on its own (TypeError)" in effective_layer(Picky(3, 4, 3))
     assert "does not simply" in effective_layer(Double(3, 4, 3))
     assert "does more than" in effective_layer(Noisy(3, 4, 3))
     hooked = MAKERS["old spectral_norm"]()
@@ -162,3 +168,102 @@ def test_a_parametrization_shared_by_two_layers_is_kept():
     net = surgery.decompose(model, {"re:.*": 0.5}, effective_weights=True)
     assert "computed from one shared" in surgery.report(net)["0"].reason
     assert surgery.report(net)["1"].status == "decomposed"
+
+
+class WithNothing(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class Scalable(nn.Conv2d):
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+class Bounded(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x.clamp(-8, 8))
+
+
+class BoundedInPlace(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x.clamp_(-8, 8))
+
+
+class BoundedAfter(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).clamp(-60000, 60000)
+
+
+class AnyDtype(nn.Conv2d):
+    def forward(self, x):
+        return functional.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class TensorFlows(nn.Conv2d):
+    """As much padding as the size of its input needs: none at two sizes of every four."""
+
+    def forward(self, x):
+        extra = [max((-n) % s + k - s, 0) for n, k, s in zip(x.shape[:1:-1], self.kernel_size, self.stride, strict=True)]
+        return functional.conv2d(functional.pad(x, (0, extra[0], 0, extra[1])), self.weight, self.bias, self.stride)
+
+
+class Flattening(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+
+
+class Permuting(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1) if x.ndim == 4 else x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(cls(6, 8, 3) for cls in (WithNothing, Scalable, Bounded, BoundedInPlace, BoundedAfter, AnyDtype)),
+        TensorFlows(6, 8, 3, stride=4),
+        TensorFlows(6, 8, 3, stride=3),
+        Flattening(6, 8),
+        Permuting(6, 6),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_what_a_plain_layer_would_not_do_for_every_caller_is_kept(layer):
+    net = surgery.decompose(nn.Sequential(layer), {"re:.*": 0.5}, effective_weights=True)
+    row = surgery.report(net)["0"]
+    assert row.status == "kept"
+    assert any(why in row.reason for why in ("does not simply", "does more than", "takes more than its input"))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_constant_padding_in_every_mode_and_dtype_is_plain(mode, dtype):
+    layer = parametrizations.weight_norm(nn.Conv2d(6, 8, 3, padding=(1, 2), stride=(3, 1), padding_mode=mode)).to(dtype)
+    assert type(effective_layer(layer)) is nn.Conv2d
+    assert type(effective_layer(parametrizations.weight_norm(nn.Linear(6, 8)).to(dtype))) is nn.Linear
+
+
+def test_a_bias_can_be_shared_where_the_weight_is_computed():
+    model = nn.Sequential(MAKERS["parametrized"](), nn.Conv2d(8, 8, 3))
+    model[1].bias = model[0].bias
+    net = surgery.decompose(model, {"0": 1.0}, effective_weights=True)
+    assert net[0].bias is net[1].bias
+    assert_parity(net(X), model(X))
+
+
+def test_the_reason_of_a_reader_is_told_whether_or_not_the_weight_is_computed():
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    parametrizations.weight_norm(model.linear1)
+    for flag in (False, True):
+        net = surgery.decompose(model, {"re:linear.*": 0.5}, effective_weights=flag)
+        assert "read by the model (TransformerEncoderLayer)" in surgery.report(net)["linear1"].reason
+
+
+def test_the_option_is_named_where_it_is_missing():
+    model = nn.Sequential(MAKERS["parametrized"]())
+    plan = surgery.plan(model, {"0": 0.5}, effective_weights=True)
+    for ranks in ({"0": 0.5}, plan):
+        with pytest.raises(SurgeryValueError, match=r"'0' cannot be cut as asked: its weight is computed.*effective_weights=True"):
+            surgery.decompose(model, ranks)
+    assert "effective_weights=True" in surgery.report(surgery.decompose(model, 0.5))["0"].reason

@@ -217,3 +217,56 @@ def test_costs_come_from_the_shapes():
         shapes = kind_of(factorization).shapes(site.geometry, factorization, True)
         assert chain_macs(shapes, site.calls) == macs
         assert kind_named(factorization.kind) is kind_of(factorization)
+
+
+def test_auto_leaves_a_factorization_that_a_rule_answers_as_it_is():
+    asked = {"conv1": Tucker(6, None), "conv2": Channel(8), "mix": SVD(5), "tail.1": Spatial(6)}
+    assert cuts(Small(), lambda site, spectra: asked.get(site.name), method="auto", guard="none") == asked
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k.name != "svd"], ids=[k.name for k in KINDS if k.name != "svd"])
+def test_chains_of_transposed_layers_can_be_scripted(kind, tmp_path):
+    model = nn.Sequential(nn.ConvTranspose2d(8, 6, 4, stride=2, padding=1), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3, groups=2)).eval()
+    net = surgery.decompose(model, {"re:.*": kind.factorization(*[2] * len(kind.modes))})
+    x = torch.randn(1, 8, 5, 7)
+    scripted = torch.jit.script(net)
+    assert_parity(scripted(x), net(x))
+    scripted.save(tmp_path / "net.pt")
+    assert_parity(torch.jit.load(tmp_path / "net.pt")(x), net(x))
+
+
+class Sized(nn.Module):
+    """A decoder's step: as large as the picture that it is added to. Its kernel is a single padded pixel in one direction."""
+
+    def __init__(self, kernel=(4, 1), stride=(2, 1), padding=(1, 1)):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(6, 5, kernel, stride=stride, padding=padding)
+
+    def forward(self, x, like):
+        return self.up(x, output_size=like.shape[-2:]) + like
+
+
+@pytest.mark.parametrize("method", ["tucker", "channel", "depthwise", "spatial", "cp"])
+def test_output_sizes_where_the_kernel_is_a_pixel_and_under_tracing(method):
+    model = Sized() if method != "spatial" else Sized((4, 3), (2, 1), (1, 2))
+    model = model.double().eval()
+    inputs = torch.randn(1, 6, 4, 7, dtype=torch.float64), torch.randn(1, 5, 9, 5, dtype=torch.float64)
+    net = surgery.decompose(model, {"up": 4 if method != "tucker" else (5, 6)}, method=method)
+    expected = net(*inputs)
+    if method == "tucker":
+        assert_parity(expected, model(*inputs))
+    assert expected.shape == (1, 5, 9, 5)
+    assert_parity(surgery.reconstruct(net)(*inputs), expected)
+    traced = surgery.trace(net, inputs)
+    assert_parity(traced(*inputs), expected)
+    back = surgery.reconstruct(traced)  # its nodes are asked for sizes, which one layer's node would have to be as well
+    assert_parity(back(*inputs), expected)
+
+
+def test_an_output_size_of_wrong_length_is_an_error():
+    net = surgery.decompose(nn.Sequential(nn.ConvTranspose2d(6, 5, 3)), {"0": (4, 4)})
+    with pytest.raises(SurgeryValueError, match=r"output_size: .* takes 2 or 4 numbers, got 3"):
+        net[0](torch.randn(1, 6, 4, 4), output_size=[6, 6, 6])
+    with pytest.raises(SurgeryValueError, match="takes 2 or 3 numbers, got 1"):
+        net[0](torch.randn(6, 4, 4), output_size=[6])
+    assert net[0](torch.randn(6, 4, 4), output_size=[5, 6, 6]).shape == (5, 6, 6)

@@ -131,3 +131,60 @@ def test_the_table(golden):
     model = Small().eval()
     net = surgery.decompose(model, {"conv1": (16, 3), "conv2": (24, 16), "mix": None, "head": 5}, example_inputs=X)
     golden("report.txt", str(surgery.report(net)) + "\n")
+
+
+def test_the_table_names_kinds_that_ranks_do_not_tell(small):
+    ranks = {"conv1": surgery.Spatial(5), "conv2": surgery.CP(4), "mix": 5, "tail.1": (8, None)}
+    lines = {line.split()[0]: line for line in str(surgery.report(surgery.decompose(small, ranks))).splitlines() if line}
+    assert "  spatial 5  " in lines["conv1"]
+    assert "  cp 4  " in lines["conv2"]
+    assert "svd" not in lines["mix"]
+    assert "  8, full  " in lines["tail.1"]
+
+
+class Adapted(nn.Module):
+    """A low-rank addition to a weight, as LoRA has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(24, 2)), nn.Parameter(torch.randn(2, 16 * 9))
+
+    def forward(self, weight):
+        return weight + (self.up @ self.down).reshape(weight.shape)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [nn.utils.parametrizations.weight_norm, lambda conv: nn.utils.parametrize.register_parametrization(conv, "weight", Adapted())],
+    ids=["weight_norm", "adapted"],
+)
+def test_what_a_weight_was_computed_from_counts_before(small, compute, tmp_path):
+    compute(small.conv2)
+    own = sum(p.numel() for p in small.conv2.parameters())
+    net = surgery.decompose(small, {"conv2": (8, 4), "mix": 5}, effective_weights=True, example_inputs=X)
+    surgery.save(net, tmp_path / "net")
+    fresh = Small()
+    compute(fresh.conv2)
+    for model in (net, surgery.load(tmp_path / "net", fresh), surgery.decompose(net, {"conv2": (4, 4)}), surgery.reconstruct(net)):
+        report = surgery.report(model)
+        assert report["conv2"].params_before == own
+        assert report.params_before == sum(p.numel() for p in small.parameters())
+        assert report.params_after == sum(p.numel() for p in model.parameters())
+
+
+class Up(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(16, 20, (3, 4), stride=(3, 2), padding=1)
+
+    def forward(self, x):
+        return self.up(x, output_size=[24, 11])
+
+
+@pytest.mark.parametrize("method", ["tucker", "spatial", "channel", "depthwise", "cp"])
+def test_macs_of_chains_that_are_asked_for_an_output_size(method):
+    model, x = Up().eval(), torch.randn(2, 16, 8, 5)
+    net = surgery.decompose(model, {"up": (6, 5) if method == "tucker" else 2}, method=method, example_inputs=x)
+    report = surgery.report(net)
+    assert report.macs_before == counted(model, x)
+    assert report["up"].macs_after == report.macs_after == counted(net, x)

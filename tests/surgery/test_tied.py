@@ -130,3 +130,51 @@ def test_factors_shared_in_part_keep_the_chain(model):
     sites = {site.name: site for site in host_for(net).sites()}
     assert "shared with" in sites["left"].keep
     assert "shared with" in sites["right"].keep
+
+
+def with_a_hook(model):
+    model.right.register_forward_hook(lambda module, args, output: None)
+    return surgery.trace(model, X)
+
+
+def with_an_output_size(model):
+    traced = surgery.trace(model, X)
+    node = next(n for n in traced.graph.nodes if n.target == "right")
+    node.args = (*node.args, None)
+    traced.recompile()
+    return traced
+
+
+@pytest.mark.parametrize(("build", "why"), [(with_a_hook, "it has hooks"), (with_an_output_size, "more than its input")])
+def test_what_keeps_the_second_keeps_the_first(build, why, model):
+    traced = build(model)
+    net = surgery.decompose(traced, {"re:left|right": (5, 4)})
+    rows = {row.name: row for row in surgery.report(net).layers}
+    assert why in rows["right"].reason
+    assert rows["left"].reason == f"its weight is shared with right: {rows['right'].reason}"
+    with pytest.raises(SurgeryValueError, match="'left' cannot be cut as asked: its weight is shared with right: "):
+        surgery.decompose(traced, {"left": (5, 4)})
+    outcomes = Decompose(assignment={"left": Tucker(5, 4)})(host_for(copy.deepcopy(traced))).outcomes
+    assert not any(outcome.status == "applied" for outcome in outcomes)
+
+
+def test_a_changed_second_chain_keeps_the_first(model):
+    net = surgery.decompose(model, {"left": (5, 4)})
+    net.right.core.register_forward_hook(lambda module, args, output: output * 2)
+    expected = net(X)
+    again = surgery.decompose(net, {"re:left|right": (3, 2)})
+    assert {site.chain for site in host_for(again).sites()} == {Tucker(5, 4), None}
+    back = surgery.reconstruct(again)
+    assert same(back, "left", "right") == ["reduce.weight", "core.weight", "expand.weight"]
+    assert_parity(back(X), expected)
+
+
+def test_a_second_bias_that_the_parent_reads_keeps_the_first():
+    class Reads(Siamese):
+        def forward(self, x):
+            return super().forward(x) + self.query.bias + self.right.bias[:10]
+
+    net = surgery.decompose(Reads().double().eval(), {"re:left|right": (5, 4)}, example_inputs=X)
+    rows = {row.name: row for row in surgery.report(net).layers}
+    assert "its bias is read by the model" in rows["right"].reason
+    assert rows["left"].reason == f"its weight is shared with right: {rows['right'].reason}"

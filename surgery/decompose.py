@@ -20,6 +20,7 @@ from passes.parity import tensors_in
 from passes.running import private_copy
 from passes.site import Site, is_layer
 from surgery.cost import chain_macs, count_macs, site_macs
+from surgery.latency import Stopwatch
 from surgery.plan import Plan
 from surgery.planning import Draft, Options
 from surgery.progress import site_progress
@@ -64,7 +65,8 @@ def decompose(
             convolutions and linear layers take SVD; with ``"svd"`` they alone are cut.
         include: names or patterns; only these layers are cut, linear ones too.
         exclude: names or patterns of layers to keep.
-        guard: ``"macs"``: a cut by a rule must lower parameters and, with example inputs, MACs; ``"none"``: anything goes.
+        guard: ``"macs"``: a cut by a rule must lower parameters and, with example inputs, MACs; ``"latency"``: it must be measured faster than its
+            layer on these inputs in eager mode; ``"none"``: anything goes.
             What is named in a dict or a plan is always done.
         round_to: a rule's ranks are rounded up to a multiple of this.
         device: where to compute, for example ``"cuda"``; results go back to each weight's device.
@@ -95,7 +97,8 @@ def decompose(
         target = model if inplace else private_copy(model)
         host = host_for(target, observed=seen.observed, private=not inplace, effective_weights=effective_weights)
         sites = host.sites()
-        draft = Draft(sites, ranks, options, totals_of(target, seen))
+        stopwatch = Stopwatch(model, example_inputs)
+        draft = Draft(sites, ranks, options, totals_of(target, seen), stopwatch)
         before, old = records_by_name(target), read_record(target) or SurgeryRecord()
         with _progress(progress, len(sites), "decomposing") as step:
             cut = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)
@@ -110,6 +113,7 @@ def decompose(
                     fused_params=old.fused_params,
                     fused_macs=old.fused_macs,
                     functions=functions_of(target) if seen.observed is None else seen.observed.functions,
+                    latency=stopwatch.outcome or old.latency,
                 )
                 write_record(result.model, record)
             except BaseException:
@@ -142,7 +146,8 @@ def plan(
     with torch.inference_mode(False):
         seen = look(model, example_inputs)
         sites = host_for(model, observed=seen.observed, effective_weights=effective_weights).sites()
-        draft = Draft(sites, ranks, options, totals_of(model, seen))
+        stopwatch = Stopwatch(model, example_inputs)
+        draft = Draft(sites, ranks, options, totals_of(model, seen), stopwatch)
         with _progress(progress, len(sites), "planning") as step:
             for site in sites:
                 if step is not None:
@@ -151,6 +156,7 @@ def plan(
                 # a chain that stays is named with what it is: replayed on a fresh instance, the plan gives this network
                 chosen[site.name] = site.chain if site.chain is not None and isinstance(decision, Keep) else decision
                 draft.spectra.let_go(site)
+    chosen.latency = stopwatch.outcome
     return chosen
 
 

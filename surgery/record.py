@@ -10,6 +10,7 @@ from torch import fx, nn
 from passes.result import Outcome
 from passes.site import Call, Site, named_groups
 from passes.watching import COMPUTED, FunctionUse
+from surgery.cost.outcome import LatencyOutcome
 
 __all__ = ["SiteRecord", "SurgeryRecord", "functions_of", "read_record", "records_by_name", "unwrap", "whole_record", "write_record"]
 
@@ -39,6 +40,7 @@ class SurgeryRecord:
         fused_params: parameters that clean-up passes took away, beyond what the rows of chains show; negative where they added some.
         fused_macs: the same of MACs; None where they are not known.
         functions: convolutions and linear maps that the example inputs met as functions, which are never cut.
+        latency: what a latency budget came to.
     """
 
     sites: tuple[SiteRecord, ...] = ()
@@ -49,6 +51,7 @@ class SurgeryRecord:
     fused_params: int = 0
     fused_macs: int | None = 0
     functions: tuple[FunctionUse, ...] = ()
+    latency: LatencyOutcome | None = None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

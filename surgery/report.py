@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from math import prod
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from passes.kinds import kind_of
 from passes.site import Site
 from passes.watching import FunctionUse
 from surgery.cost import chain_macs, chain_params, site_params
+from surgery.cost.outcome import LatencyOutcome
 from surgery.record import SiteRecord, functions_of, passes_of, read_record, records_by_name, unwrap
 
 __all__ = ["LayerReport", "Report", "report"]
@@ -67,7 +68,7 @@ class Report:
     """All layers in the model's order, the totals of the network (every parameter once, attention's MACs included), and the passes that ran.
 
     ``functions`` are convolutions and linear maps that are no layers: called as functions with weights of their own or computed ones, they are
-    never cut. They are known where example inputs were given.
+    never cut. They are known where example inputs were given. ``latency`` is what a latency budget came to.
     """
 
     layers: tuple[LayerReport, ...]
@@ -77,6 +78,7 @@ class Report:
     macs_after: int | None
     passes: tuple[str, ...]
     functions: tuple[FunctionUse, ...] = ()
+    latency: LatencyOutcome | None = None
 
     @property
     def compression(self) -> float:
@@ -100,7 +102,8 @@ class Report:
         for row in self.layers:
             item = {f.name: getattr(row, f.name) for f in fields(row)}
             layers.append(item | {"factorization": row.factorization.to_json() if row.factorization else None})
-        totals = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "functions")}
+        totals = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "functions", "latency")}
+        totals["latency"] = None if self.latency is None else asdict(self.latency)
         ratios = {"compression": self.compression, "speedup": self.speedup}
         return {"format": FORMAT, "version": VERSION} | totals | ratios | {"layers": layers, "functions": [_function_data(f) for f in self.functions]}
 
@@ -146,6 +149,7 @@ def report(model: nn.Module) -> Report:
         macs_after=None if macs is None else macs - saved_macs - (fused_macs or 0),
         passes=passes_of(inner),
         functions=functions_of(inner),
+        latency=None if record is None else record.latency,
     )
 
 

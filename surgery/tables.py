@@ -48,6 +48,7 @@ def report_table(report: Report) -> RenderableType:
     kept = [r for r in report.layers if r.status == "kept"]
     cut = len(report.layers) - len(kept)
     lines = [f"{cut} of {len(report.layers)} layers decomposed" + (f"; passes: {', '.join(report.passes)}" if report.passes else "")]
+    lines += [str(report.latency)] if report.latency is not None else []
     lines += [f"kept {row.name or '(the model)'}: {row.reason}" for row in kept]
     lines += [f"function in {f.module or '(the model)'}: {_function_text(f)}" for f in report.functions]
     from rich.console import Group
@@ -69,6 +70,10 @@ def plan_table(plan: Plan) -> RenderableType:
         kind = data.pop("kind")
         reason = data.pop("reason", "")
         table.add_row(name or "(the model)", kind, _ranks(tuple(data.values()) or None), reason)
+    if plan.latency is not None:
+        from rich.console import Group
+
+        return Group(table, "", str(plan.latency))
     return table
 
 

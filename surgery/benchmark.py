@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,7 @@ from torch import nn
 from passes.errors import SurgeryValueError
 from passes.parity import tensors_in
 from passes.running import private_copy, run
-from surgery.cost import count_macs
-from surgery.cost.timing import threads_set
+from surgery.cost import count_macs, threads_set
 from surgery.decompose import usable_model
 
 __all__ = ["RUNTIMES", "Benchmark", "RuntimeResult", "benchmark"]
@@ -207,6 +205,8 @@ def _time(runtime: str, networks: Sequence[nn.Module], example_inputs: Any, repe
 
 def compare(runtime: str, before: Callable[[], object], after: Callable[[], object], repeats: int) -> RuntimeResult:
     """Times of two calls in turn, so many pairs of samples."""
+    import statistics
+
     calls = (before, after)
     loops = max(_loops(call) for call in calls)
     times: tuple[list[float], list[float]] = ([], [])

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,13 +20,15 @@ from passes.parity import tensors_in
 from passes.running import private_copy
 from passes.site import Site, is_layer
 from surgery.cost import chain_macs, count_macs, site_macs
-from surgery.latency import Stopwatch
 from surgery.plan import Plan
 from surgery.planning import Draft, Options
 from surgery.progress import site_progress
 from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.rules import Rule
 from surgery.record import SurgeryRecord, functions_of, merged_sites, read_record, records_by_name, unwrap, write_record
+
+if TYPE_CHECKING:
+    from surgery.latency import Stopwatch
 
 __all__ = ["Ranks", "decompose", "plan", "usable_model"]
 
@@ -97,7 +99,7 @@ def decompose(
         target = model if inplace else private_copy(model)
         host = host_for(target, observed=seen.observed, private=not inplace, effective_weights=effective_weights)
         sites = host.sites()
-        stopwatch = Stopwatch(model, example_inputs)
+        stopwatch = _stopwatch(model, example_inputs)
         draft = Draft(sites, ranks, options, totals_of(target, seen), stopwatch)
         before, old = records_by_name(target), read_record(target) or SurgeryRecord()
         with _progress(progress, len(sites), "decomposing") as step:
@@ -146,7 +148,7 @@ def plan(
     with torch.inference_mode(False):
         seen = look(model, example_inputs)
         sites = host_for(model, observed=seen.observed, effective_weights=effective_weights).sites()
-        stopwatch = Stopwatch(model, example_inputs)
+        stopwatch = _stopwatch(model, example_inputs)
         draft = Draft(sites, ranks, options, totals_of(model, seen), stopwatch)
         with _progress(progress, len(sites), "planning") as step:
             for site in sites:
@@ -206,6 +208,12 @@ def saved_macs(site: Site) -> int | None:
     shapes = kind_of(site.chain).shapes(site.geometry, site.chain, site.bias is not None)
     before, after = site_macs(site), chain_macs(shapes, site.calls)
     return None if before is None or after is None else before - after
+
+
+def _stopwatch(model: nn.Module, example_inputs: Any) -> Stopwatch:
+    from surgery.latency import Stopwatch
+
+    return Stopwatch(model, example_inputs)
 
 
 def _progress(wanted: bool, total: int, what: str) -> AbstractContextManager[Callable[[Site], None] | None]:

@@ -32,9 +32,10 @@ from passes.parity import tensors_in
 from passes.running import arguments, kept_random_states, private_copy
 from passes.site import Call, Site
 from passes.spectra import Spectra
+from surgery.cost import threads_set
 from surgery.cost.outcome import LatencyOutcome
 from surgery.cost.profile import Entry, Profile, TimedShape, cache_file, write_shapes
-from surgery.cost.timing import COARSE, Conditions, describe, in_terms_of_reference, need, threads_set, time_shapes
+from surgery.cost.timing import COARSE, Conditions, describe, in_terms_of_layers, need, time_shapes
 from surgery.ranks.budget import Budget
 from surgery.ranks.candidates import Candidates, Cost, candidates_of
 from surgery.ranks.knapsack import least_loss, least_worst
@@ -197,7 +198,7 @@ class Stopwatch:
             threads=threads,
         )
         if all(len(c.decisions) == 1 for c in candidates):
-            self.outcome = told.nothing("nothing was cut: no chain was measured faster than its layer")
+            self.outcome = told.nothing("no chain was measured faster than its layer")
             return {c.site.name: slow for c in candidates}
         if times.foreign:
             return self._by_profile_alone(budget, candidates, told, times)
@@ -236,11 +237,13 @@ class Stopwatch:
 
     def _by_racing(self, budget: Budget, candidates: Sequence[Candidates], told: _Told, times: _Times, race: Race) -> dict[str, Decision]:
         """Plan, measure, and correct what the cuts are taken to save by what they did save."""
-        total = in_terms_of_reference(race.before, times.conditions) * (times.profile.reference or 1.0)
+        layers = [shape for c in candidates for shape in _timed_layer(c.site, times.conditions.runtime)]
+        total = in_terms_of_layers(race.before, layers, times.conditions) * sum(float(c.before) for c in candidates)
         floor = sum(float(c.costs.min()) for c in candidates)
-        gain, tried, seen = 1.0, [], set()
+        tried: list[_Attempt] = []
+        seen: set[tuple[int, ...]] = set()
         for _ in range(REPLANS + 1):
-            allowed = max(_allowed(candidates, total, 1 - (1 - told.asked) / gain), floor * (1 + 1e-9))
+            allowed = max(_allowed(candidates, total, _corrected(tried, told.asked)), floor * (1 + 1e-9))
             chosen = _chosen(budget, candidates, allowed)
             if tuple(chosen) in seen:
                 break
@@ -250,11 +253,9 @@ class Stopwatch:
             tried.append(attempt)
             if abs(attempt.raced.share - told.asked) <= NEAR * told.asked:
                 break
-            saved = 1 - attempt.predicted
-            gain = min(max((1 - attempt.raced.share) / saved if saved > 0 else 1.0, 0.2), 5.0)
         best = _best(tried, told.asked)
         if best.raced.high >= 1:
-            self.outcome = told.nothing(f"nothing was cut: the best plan was measured at {best.raced} of the original's time, no faster beyond noise")
+            self.outcome = told.nothing(f"the best plan was measured at {best.raced} of the original's time")
             return {c.site.name: Keep(f"measured: cut networks are no faster in {budget.runtime or 'onnxruntime'}") for c in candidates}
         if best.raced.low > (1 + FAR) * told.asked:
             raise _unreachable(budget, best.raced.share, "measured")
@@ -315,7 +316,7 @@ class _Told:
         )
 
     def nothing(self, note: str) -> LatencyOutcome:
-        return self.outcome(1.0, Raced(1.0, 1.0, 1.0), 0, note)
+        return replace(self.outcome(1.0, Raced(1.0, 1.0, 1.0), 0, note), kept=True)
 
 
 class _Table:
@@ -493,6 +494,18 @@ def _chosen(budget: Budget, candidates: Sequence[Candidates], allowed: float) ->
 def _loss(budget: Budget, candidates: Sequence[Candidates], chosen: Sequence[int]) -> float:
     losses = [float(c.losses[index]) for c, index in zip(candidates, chosen, strict=True)]
     return sum(losses) if budget.criterion == "mean" else max(losses)
+
+
+def _corrected(tried: Sequence[_Attempt], asked: float) -> float:
+    """The share to plan for, so that the one asked for is measured: linear between the plans that were measured, the uncut network among them.
+
+    Beyond the fastest plan, what is saved is taken to be as many times what is predicted as it was there.
+    """
+    points = sorted({(a.raced.share, a.predicted) for a in tried} | {(1.0, 1.0)})
+    share, predicted = points[0]
+    if asked < share:
+        return 1 - (1 - asked) * min(max((1 - predicted) / (1 - share), 0.2), 5.0) if share < 1 else asked
+    return float(np.interp(asked, [s for s, _ in points], [p for _, p in points]))
 
 
 def _best(tried: Sequence[_Attempt], asked: float) -> _Attempt:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, lcm
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,13 +19,15 @@ from passes.kinds import KINDS, kind_named, kind_of, usual_kind
 from passes.site import Site
 from passes.spectra import Spectra
 from surgery.cost import chain_macs, chain_params, site_macs, site_params
-from surgery.latency import Stopwatch
 from surgery.plan import Plan
 from surgery.ranks.auto import best_kind
 from surgery.ranks.budget import Budget, Totals, solve
 from surgery.ranks.candidates import candidates_of
 from surgery.ranks.request import Named, Names, as_names, parse_ranks
 from surgery.ranks.rules import Rule, fraction_of
+
+if TYPE_CHECKING:
+    from surgery.latency import Stopwatch
 
 __all__ = ["Draft", "Options"]
 

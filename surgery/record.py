@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
 from passes.result import Outcome
 from passes.site import Call, Site, named_groups
 from passes.watching import COMPUTED, FunctionUse
-from surgery.cost.outcome import LatencyOutcome
+
+if TYPE_CHECKING:
+    from surgery.cost.outcome import LatencyOutcome
 
 __all__ = ["SiteRecord", "SurgeryRecord", "functions_of", "read_record", "records_by_name", "unwrap", "whole_record", "write_record"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from math import prod
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -16,8 +16,10 @@ from passes.kinds import kind_of
 from passes.site import Site
 from passes.watching import FunctionUse
 from surgery.cost import chain_macs, chain_params, site_params
-from surgery.cost.outcome import LatencyOutcome
 from surgery.record import SiteRecord, functions_of, passes_of, read_record, records_by_name, unwrap
+
+if TYPE_CHECKING:
+    from surgery.cost.outcome import LatencyOutcome
 
 __all__ = ["LayerReport", "Report", "report"]
 

@@ -21,6 +21,7 @@ class LatencyOutcome:
         replans: corrections that were made.
         batch: of the example inputs.
         threads: in use.
+        kept: nothing was cut, for the reason in ``note``.
         note: what else there is to say.
     """
 
@@ -33,10 +34,13 @@ class LatencyOutcome:
     replans: int
     batch: int
     threads: int
+    kept: bool = False
     note: str | None = None
 
     def __str__(self) -> str:
         where = f"in {self.runtime}, batch {self.batch}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        if self.kept:
+            return f"latency: nothing was cut: {self.note}; {where}, asked for {self.asked:.2f}"
         asked = f"asked for {self.asked:.2f}, predicted {self.predicted:.2f}"
         if self.measured is None:
             text = f"{self.predicted:.2f} of the original's time by the profile, not measured here, {where} (asked for {self.asked:.2f})"

@@ -7,7 +7,6 @@ foretold to 0.00 and 0.02 of it by chains where single layers missed by 0.07 and
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -174,6 +173,8 @@ class Profile:
 
 def cache_file(device: Mapping[str, str]) -> Path:
     """Where this device's profile is kept: in ``$SURGERY_CACHE``, else ``$XDG_CACHE_HOME/surgery``, else ``~/.cache/surgery``."""
+    import hashlib
+
     folder = os.environ.get("SURGERY_CACHE")
     root = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgery"
     digest = hashlib.sha256(json.dumps(dict(device), sort_keys=True).encode()).hexdigest()[:16]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
 from types import FunctionType
@@ -17,15 +15,17 @@ from torch import Tensor, nn
 from passes.chain import plain_layer
 from passes.errors import MissingExtra, SurgeryError, SurgeryValueError
 from passes.geometry import Geometry, Piece
+from surgery.cost import threads_set
 from surgery.cost.profile import Entry, TimedShape
 
-__all__ = ["COARSE", "RUNTIMES", "Conditions", "describe", "in_terms_of_reference", "need", "onnx_model", "threads_set", "time_shapes"]
+__all__ = ["COARSE", "RUNTIMES", "Conditions", "describe", "in_terms_of_layers", "need", "onnx_model", "time_shapes"]
 
 REFERENCE = Geometry(in_channels=64, out_channels=64, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), output_padding=(0, 0))
 REFERENCE_INPUT = (1, 64, 28, 28)
 TOGETHER = 40  # networks called in turn; that many keep each other's weights out of the caches, as the layers of a network do
 WEIGHTS_TOGETHER = 60_000_000
-ROUNDS = (7, 25)
+ROUNDS = (5, 25)
+SLOW_SECONDS = 5e-3  # calls that take longer are not repeated before they count
 GROUP_SECONDS = 4.0  # no further rounds are begun after this long
 SURE = 0.015  # standard error, as a share of the time, at which no further rounds are needed
 SAMPLE_SECONDS = 2e-4  # shorter calls are repeated
@@ -54,6 +54,8 @@ def time_shapes(shapes: Sequence[TimedShape], conditions: Conditions) -> tuple[d
         MissingExtra: the runtime is not installed.
         SurgeryError: the runtime refuses a shape.
     """
+    from statistics import median
+
     need(conditions.runtime)
     found: dict[str, Entry] = {}
     with threads_set(conditions.threads), torch.no_grad():
@@ -66,15 +68,17 @@ def time_shapes(shapes: Sequence[TimedShape], conditions: Conditions) -> tuple[d
             entries, seen = _in_turn(calls, reference, _pause(conditions))
             references += seen
             found |= {shape.key: entry for shape, entry in zip(group, entries, strict=True)}
-        base = statistics.median(references) if references else typical
+        base = median(references) if references else typical
     return {key: Entry(entry.seconds * base, entry.spread) for key, entry in found.items()}, base
 
 
-def in_terms_of_reference(call: Call, conditions: Conditions) -> float:
-    """How many times as long as the reference layer a call takes, both timed in turn."""
+def in_terms_of_layers(call: Call, shapes: Sequence[TimedShape], conditions: Conditions) -> float:
+    """How many times as long a call takes as these layers together (each as often as it is named), all of them timed in turn."""
+    often = {shape: shapes.count(shape) for shape in dict.fromkeys(shapes)}
     with threads_set(conditions.threads), torch.no_grad():
-        entries, _ = _in_turn([call], _prepared(TimedShape((REFERENCE,), REFERENCE_INPUT), conditions), _pause(conditions))
-    return entries[0].seconds
+        calls = [call, *(_prepared(shape, conditions) for shape in often)]
+        entries, _ = _in_turn(calls, _prepared(TimedShape((REFERENCE,), REFERENCE_INPUT), conditions), _pause(conditions))
+    return entries[0].seconds / sum(n * entry.seconds for n, entry in zip(often.values(), entries[1:], strict=True))
 
 
 def describe(conditions: Conditions) -> dict[str, str]:
@@ -104,18 +108,6 @@ def need(runtime: str) -> None:
         raise MissingExtra(f"runtime {runtime!r} is not installed: pip install 'surgery[{extra}]'")
 
 
-@contextmanager
-def threads_set(wanted: int | None) -> Iterator[None]:
-    """Torch's number of threads inside; afterwards as it was."""
-    before = torch.get_num_threads()
-    try:
-        if wanted is not None:
-            torch.set_num_threads(wanted)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _groups(shapes: Sequence[TimedShape]) -> Iterator[list[TimedShape]]:
     group: list[TimedShape] = []
     for shape in dict.fromkeys(shapes):
@@ -134,6 +126,8 @@ def _pause(conditions: Conditions) -> float:
 
 def _in_turn(calls: Sequence[Call], reference: Call, pause: float) -> tuple[list[Entry], list[float]]:
     """Times relative to the reference's, and those of the reference in seconds."""
+    from statistics import median
+
     loops = [_loops_and_time(call)[0] for call in calls]
     often = _loops_and_time(reference)[0]
     ratios: list[list[float]] = [[] for _ in calls]
@@ -149,22 +143,25 @@ def _in_turn(calls: Sequence[Call], reference: Call, pause: float) -> tuple[list
             for index, seconds in enumerate(times):
                 ratios[start + index].append(2 * seconds / (beside + following))
             beside = following
-        done, late = number + 1 >= ROUNDS[0], time.perf_counter() - began > GROUP_SECONDS
-        if done and (late or all(_standard_error(values) < SURE for values in ratios)):
+        late = time.perf_counter() - began > GROUP_SECONDS
+        if number + 1 >= ROUNDS[0] and (late or all(_standard_error(values) < SURE for values in ratios)):
             break
-    return [Entry(statistics.median(values), _standard_error(values)) for values in ratios], seen
+    return [Entry(median(values), _standard_error(values)) for values in ratios], seen
 
 
 def _standard_error(values: Sequence[float]) -> float:
     """Of the median, as a share of it, by the quartiles: 1.253 standard deviations / sqrt(n), one of which is 0.741 of the distance between them."""
-    low, middle, high = statistics.quantiles(values, n=4)
+    from statistics import quantiles
+
+    low, middle, high = quantiles(values, n=4)
     return 0.93 * (high - low) / middle / sqrt(len(values))
 
 
 def _loops_and_time(call: Call) -> tuple[int, float]:
     call()
-    call()
-    seconds = min(_sample(call, 1, 0.0) for _ in range(2))
+    seconds = _sample(call, 1, 0.0)
+    if seconds < SLOW_SECONDS:
+        seconds = min(_sample(call, 1, 0.0) for _ in range(2))
     return max(1, round(SAMPLE_SECONDS / max(seconds, 1e-9))), seconds
 
 

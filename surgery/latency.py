@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from math import lcm
+from math import lcm, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,7 +46,7 @@ REPLANS = 3
 NEAR = 0.03  # of the share asked for: closer than this nothing is corrected
 FAR = 0.10  # of the share asked for: what is slower than this has missed it
 MARGIN = 0.02  # by which a chain must be faster than its layer, beside the spread of both
-POINTS = {False: 8, True: 4}  # ranks timed in each mode; True in runtimes where each takes long
+POINTS = {False: 8, True: 3}  # ranks timed in each mode; True in runtimes where each takes long
 STEPS = ((128, 16), (48, 8), (24, 4))  # full rank from which ranks are multiples of this: kernels work in blocks of channels
 RACE_SECONDS = 6.0
 PAIRS = (9, 101)
@@ -254,7 +254,7 @@ class Stopwatch:
             if abs(attempt.raced.share - told.asked) <= NEAR * told.asked:
                 break
         best = _best(tried, told.asked)
-        if best.raced.high >= 1:
+        if not best.raced.faster:
             self.outcome = told.nothing(f"the best plan was measured at {best.raced} of the original's time")
             return {c.site.name: Keep(f"measured: cut networks are no faster in {budget.runtime or 'onnxruntime'}") for c in candidates}
         if best.raced.low > (1 + FAR) * told.asked:
@@ -265,11 +265,17 @@ class Stopwatch:
 
 @dataclass(frozen=True, slots=True)
 class Raced:
-    """Time of a cut network as a share of the original's: median and quartiles."""
+    """Time of a cut network as a share of the original's: median and quartiles of so many pairs of samples."""
 
     share: float
     low: float
     high: float
+    pairs: int = 1
+
+    @property
+    def faster(self) -> bool:
+        """Beyond noise: the median is below 1 by two of its standard errors."""
+        return self.share + 2 * 0.93 * (self.high - self.low) / sqrt(self.pairs) < 1
 
     def __str__(self) -> str:
         return f"{self.share:.2f} ({self.low:.2f} to {self.high:.2f})"
@@ -536,8 +542,9 @@ def _race(model: nn.Module, inputs: Any, runtime: str) -> Iterator[Race]:
                 began = time.perf_counter()
                 before(), after()
                 pair = max(time.perf_counter() - began, 2 * SAMPLE_SECONDS)
-                result = compare(runtime, before, after, int(min(max(RACE_SECONDS / pair, PAIRS[0]), PAIRS[1])))
-            return Raced(1 / result.time_ratio, 1 / result.time_ratio_high, 1 / result.time_ratio_low)
+                pairs = int(min(max(RACE_SECONDS / pair, PAIRS[0]), PAIRS[1]))
+                result = compare(runtime, before, after, pairs)
+            return Raced(1 / result.time_ratio, 1 / result.time_ratio_high, 1 / result.time_ratio_low, pairs)
 
         yield Race(before, against)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 from passes.errors import SurgeryValueError
 from passes.parity import tensors_in
 from passes.running import private_copy, run
-from surgery.cost import count_macs
+from surgery.cost import count_macs, threads_set
 from surgery.decompose import usable_model
 
 __all__ = ["RUNTIMES", "Benchmark", "RuntimeResult", "benchmark"]
@@ -92,7 +93,7 @@ def benchmark(
         before: the original network.
         after: the decomposed one.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        runtimes: ``"eager"`` (torch as it is) and ``"onnxruntime"`` (CPU).
+        runtimes: ``"eager"`` (torch as it is), ``"compile"`` (``torch.compile``), ``"onnxruntime"`` and ``"openvino"`` (both on the CPU).
         repeats: pairs of samples a runtime.
         threads: for both networks; torch's current number where None.
 
@@ -110,7 +111,7 @@ def benchmark(
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise SurgeryValueError(f"threads: expected a number of at least 1, got {threads!r}")
     networks = [private_copy(model, share_parameters=True).eval() for model in (before, after)]
-    with _threads(threads), torch.no_grad():
+    with threads_set(threads), torch.no_grad():
         macs = [_macs(network, example_inputs) for network in networks]
         rows = tuple(_time(name, networks, example_inputs, repeats) for name in runtimes)
         used = torch.get_num_threads()
@@ -133,10 +134,9 @@ def environment(runtimes: Sequence[str] = ()) -> dict[str, str]:
         "processor": _processor(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    if "onnxruntime" in runtimes:
-        import onnxruntime
-
-        found["onnxruntime"] = onnxruntime.__version__
+    for name in ("onnxruntime", "openvino"):
+        if name in runtimes:
+            found[name] = import_module(name).__version__
     if torch.cuda.is_available():
         found["cuda_device"] = torch.cuda.get_device_name()
     return found
@@ -156,6 +156,12 @@ def _eager(network: nn.Module, example_inputs: Any) -> Iterator[Callable[[], obj
 
 
 @contextmanager
+def _compile(network: nn.Module, example_inputs: Any) -> Iterator[Callable[[], object]]:
+    with _eager(torch.compile(network, dynamic=False), example_inputs) as call:  # type: ignore[arg-type]
+        yield call
+
+
+@contextmanager
 def _onnxruntime(network: nn.Module, example_inputs: Any) -> Iterator[Callable[[], object]]:
     from surgery.export.onnx import export_onnx, onnx_session, run_session
 
@@ -166,22 +172,49 @@ def _onnxruntime(network: nn.Module, example_inputs: Any) -> Iterator[Callable[[
         yield lambda: run_session(session, example_inputs)
 
 
-RUNTIMES = {"eager": _eager, "onnxruntime": _onnxruntime}
+@contextmanager
+def _openvino(network: nn.Module, example_inputs: Any) -> Iterator[Callable[[], object]]:
+    from surgery.cost.timing import need
+    from surgery.export.onnx import export_onnx
+
+    need("openvino")
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "network.onnx"
+        export_onnx(network, file, example_inputs, check=False)
+        yield openvino_call(file, example_inputs)
+
+
+def openvino_call(file: Path, example_inputs: Any) -> Callable[[], object]:
+    """Calls of an ONNX file in OpenVINO on the CPU, with torch's number of threads."""
+    import openvino
+
+    compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    request = compiled.create_infer_request()
+    feed = {index: t.detach().cpu().numpy() for index, t in enumerate(tensors_in(example_inputs))}
+    return lambda: request.infer(feed)
+
+
+RUNTIMES = {"eager": _eager, "onnxruntime": _onnxruntime, "openvino": _openvino, "compile": _compile}
 
 
 def _time(runtime: str, networks: Sequence[nn.Module], example_inputs: Any, repeats: int) -> RuntimeResult:
     prepare = RUNTIMES[runtime]
     with prepare(networks[0], example_inputs) as before, prepare(networks[1], example_inputs) as after:
-        calls = (before, after)
-        loops = max(_loops(call) for call in calls)
-        times: tuple[list[float], list[float]] = ([], [])
-        for repeat in range(repeats):
-            order = (0, 1) if repeat % 2 == 0 else (1, 0)
-            for which in order:
-                times[which].append(_sample(calls[which], loops))
-    ratios = [b / a for b, a in zip(*times, strict=True)]
+        return compare(runtime, before, after, repeats)
+
+
+def compare(runtime: str, before: Callable[[], object], after: Callable[[], object], repeats: int) -> RuntimeResult:
+    """Times of two calls in turn, so many pairs of samples."""
     import statistics
 
+    calls = (before, after)
+    loops = max(_loops(call) for call in calls)
+    times: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(repeats):
+        order = (0, 1) if repeat % 2 == 0 else (1, 0)
+        for which in order:
+            times[which].append(_sample(calls[which], loops))
+    ratios = [b / a for b, a in zip(*times, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return RuntimeResult(
         runtime=runtime,
@@ -211,17 +244,6 @@ def _macs(network: nn.Module, example_inputs: Any) -> int:
     with count_macs() as counter:
         run(network, example_inputs)
     return counter.macs
-
-
-@contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        if wanted is not None:
-            torch.set_num_threads(wanted)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _processor() -> str:

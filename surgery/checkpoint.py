@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from passes.kinds import kind_of
 from passes.running import private_copy
 from passes.site import Call, Site
 from passes.watching import FunctionUse
+from surgery.cost.outcome import LatencyOutcome
 from surgery.decompose import usable_model
 from surgery.files import temporary_beside
 from surgery.plan import Plan
@@ -88,7 +90,7 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
     tensors, metadata = _read_weights(folder / WEIGHTS_FILE)
     record = _record_from_text(metadata.get(METADATA, "{}"), folder / WEIGHTS_FILE)
     with torch.inference_mode(False):  # what is loaded must be fit for training
-        model = _with_empty_chains(private_copy(fresh_model), plan, folder / PLAN_FILE)
+        model = with_empty_chains(private_copy(fresh_model), plan, folder / PLAN_FILE)
         _fill(model, tensors, folder / WEIGHTS_FILE)
     _check_calls(model, record, folder / WEIGHTS_FILE)
     write_record(model, record)
@@ -149,7 +151,7 @@ def _tensors_to_write(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _with_empty_chains(model: nn.Module, plan: Plan, file: Path) -> nn.Module:
+def with_empty_chains(model: nn.Module, plan: Plan, file: Path) -> nn.Module:
     host = host_for(model, effective_weights=True)  # whatever the plan cuts; the numbers come from the file
     sites = {site.name: site for site in host.sites()}
     placed: dict[str, tuple[Piece, ...]] = {}
@@ -243,7 +245,8 @@ def _record_to_data(record: SurgeryRecord) -> dict[str, Any]:
         }
         for function in record.functions
     ]
-    return {"version": 1, "sites": sites, "functions": functions} | rest
+    latency = {} if record.latency is None else {"latency": asdict(record.latency)}
+    return {"version": 1, "sites": sites, "functions": functions} | rest | latency
 
 
 def _record_from_text(text: str, file: Path) -> SurgeryRecord:
@@ -278,6 +281,7 @@ def _record_from_text(text: str, file: Path) -> SurgeryRecord:
                 )
                 for item in data.get("functions", [])
             ),
+            latency=None if data.get("latency") is None else LatencyOutcome(**data["latency"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SurgeryValueError(f"{file}: its surgery record is damaged ({type(error).__name__}: {error})") from error

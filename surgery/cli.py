@@ -17,6 +17,7 @@ import surgery
 from surgery.decompose import DEFAULT
 from surgery.plan import no_duplicates
 from surgery.planning import Options
+from surgery.ranks.budget import RUNTIMES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -150,6 +151,14 @@ def _bench(options: argparse.Namespace) -> None:
     _show(options, lambda: benchmark_table(measured), measured.to_json)
 
 
+def _profile(options: argparse.Namespace) -> None:
+    from surgery.cost.profile import read_shapes
+    from surgery.latency import profile_of
+
+    found = profile_of(read_shapes(options.shapes), options.out, options.runtime, options.threads)
+    print(found.to_json() if options.json else f"{options.out}: {len(found.entries)} times in {found.device['runtime']}")
+
+
 def _report(options: argparse.Namespace) -> None:
     model, _ = open_model(options)
     _show_report(options, model)
@@ -202,15 +211,26 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dynamic-batch", action="store_true", help="leave the batch dimension open (ONNX)")
     bench = command("bench", _bench, "Decompose a model and time it against the original, side by side.")
     _add_rank_arguments(bench)
-    bench.add_argument("--runtimes", default="eager,onnxruntime", help="comma-separated: eager, onnxruntime (default: both)")
+    bench.add_argument(
+        "--runtimes", default="eager,onnxruntime", help="comma-separated: eager, compile, onnxruntime, openvino (default: %(default)s)"
+    )
     bench.add_argument("--repeats", type=int, default=30, help="pairs of samples a runtime (default: %(default)s)")
     bench.add_argument("--threads", type=int, help="threads for both networks (default: torch's)")
+    text = "Time a list of shapes on this device, for plans made elsewhere (Budget(latency=..., profile=OUT) names the list)."
+    profile = commands.add_parser("profile", help=text, description=text)
+    profile.add_argument("shapes", metavar="SHAPES", type=Path, help="the list that a plan with an incomplete profile wrote")
+    profile.add_argument("--out", metavar="FILE", type=Path, required=True, help="the profile: made, or added to")
+    profile.add_argument("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help="what to time in (default: %(default)s)")
+    profile.add_argument("--threads", type=_count, help="how many threads (default: torch's)")
+    profile.add_argument("--json", action="store_true", help="print JSON for machines instead of a line")
+    profile.set_defaults(run=_profile)
     command("report", _report, "Show what was done to a saved network.")
     return parser
 
 
 def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
-    ranks_help = "evbmf, evbmf:weaken=W, energy:P, stable, a fraction in (0, 1], a JSON object of layers, or a plan's file (default: %(default)s)"
+    ranks_help = "evbmf, evbmf:weaken=W, energy:P, stable, a fraction in (0, 1], a JSON object of layers, a plan's file, or budget:macs=SHARE, "
+    ranks_help += "budget:latency=SHARE,runtime=NAME and the like (default: %(default)s)"
     parser.add_argument("--ranks", type=parse_ranks_text, default="evbmf", help=ranks_help)
     parser.add_argument(
         "--method",
@@ -220,7 +240,7 @@ def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--include", action="append", metavar="NAME", help="cut only these layers; a name or re:PATTERN, repeatable")
     parser.add_argument("--exclude", action="append", metavar="NAME", help="keep these layers; a name or re:PATTERN, repeatable")
-    parser.add_argument("--guard", type=_option("guard", str), default=DEFAULT.guard, help="macs or none (default: %(default)s)")
+    parser.add_argument("--guard", type=_option("guard", str), default=DEFAULT.guard, help="macs, latency or none (default: %(default)s)")
     parser.add_argument(
         "--round-to", type=_option("round_to", int), default=DEFAULT.round_to, help="round ranks up to a multiple of this (default: %(default)s)"
     )
@@ -242,6 +262,12 @@ def _option(name: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
     read.__name__ = kind.__name__
 
     return read
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _shape(text: str) -> tuple[int, ...]:

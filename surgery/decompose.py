@@ -30,6 +30,7 @@ from surgery.ranks.rules import Rule
 from surgery.record import SurgeryRecord, functions_of, merged_sites, params_of_modules, read_record, records_by_name, unwrap, write_record
 
 if TYPE_CHECKING:
+    from surgery.latency import Stopwatch
     from surgery.refinement import Refine
 
 __all__ = ["Ranks", "decompose", "plan", "usable_model"]
@@ -71,7 +72,8 @@ def decompose(
             convolutions and linear layers take SVD; with ``"svd"`` they alone are cut.
         include: names or patterns; only these layers are cut, linear ones too.
         exclude: names or patterns of layers to keep.
-        guard: ``"macs"``: a cut by a rule must lower parameters and, with example inputs, MACs; ``"none"``: anything goes.
+        guard: ``"macs"``: a cut by a rule must lower parameters and, with example inputs, MACs; ``"latency"``: it must be measured faster than its
+            layer on these inputs in eager mode; ``"none"``: anything goes.
             What is named in a dict or a plan is always done.
         calibration: batches of inputs, unlabelled (or with labels, which are not used): ranks and factors are then chosen for what these inputs
             make of the weights and for what the network's output makes of the layers', not for the weights alone; and each chain is corrected in turn
@@ -112,7 +114,8 @@ def decompose(
         sites = host.sites()
         metrics, examples = ({}, 0) if batches is None else learn(model, batches, sites)
         teacher = None if batches is None else private_copy(model)
-        draft = Draft(sites, ranks, options, totals_of(target, seen), metrics)
+        stopwatch = _stopwatch(model, example_inputs)
+        draft = Draft(sites, ranks, options, totals_of(target, seen), metrics=metrics, stopwatch=stopwatch)
         before, old = records_by_name(target), read_record(target) or SurgeryRecord()
         params = params_of_modules(target, sites) if effective_weights else {}
         with _progress(progress, len(sites), "decomposing") as step:
@@ -130,6 +133,7 @@ def decompose(
                     fused_params=old.fused_params,
                     fused_macs=old.fused_macs,
                     functions=functions_of(target) if seen.observed is None else seen.observed.functions,
+                    latency=stopwatch.outcome or old.latency,
                 )
                 write_record(result.model, record)
             except BaseException:
@@ -164,7 +168,8 @@ def plan(
         seen = look(model, example_inputs)
         sites = host_for(model, observed=seen.observed, effective_weights=effective_weights).sites()
         metrics = {} if calibration is None else learn(model, usable_batches(calibration), sites)[0]
-        draft = Draft(sites, ranks, options, totals_of(model, seen), metrics)
+        stopwatch = _stopwatch(model, example_inputs)
+        draft = Draft(sites, ranks, options, totals_of(model, seen), metrics=metrics, stopwatch=stopwatch)
         with _progress(progress, len(sites), "planning") as step:
             for site in sites:
                 if step is not None:
@@ -173,6 +178,7 @@ def plan(
                 # a chain that stays is named with what it is: replayed on a fresh instance, the plan gives this network
                 chosen[site.name] = site.chain if site.chain is not None and isinstance(decision, Keep) else decision
                 draft.spectra.let_go(site)
+    chosen.latency = stopwatch.outcome
     return chosen
 
 
@@ -258,6 +264,12 @@ def saved_macs(site: Site) -> int | None:
     shapes = kind_of(site.chain).shapes(site.geometry, site.chain, site.bias is not None)
     before, after = site_macs(site), chain_macs(shapes, site.calls)
     return None if before is None or after is None else before - after
+
+
+def _stopwatch(model: nn.Module, example_inputs: Any) -> Stopwatch:
+    from surgery.latency import Stopwatch
+
+    return Stopwatch(model, example_inputs)
 
 
 def _progress(wanted: bool, total: int, what: str) -> AbstractContextManager[Callable[[Site], None] | None]:

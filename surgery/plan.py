@@ -7,12 +7,15 @@ import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.factorization import Decision, Factorization, Keep
 from passes.kinds import decision_from_json
 from surgery.files import write_atomically
+
+if TYPE_CHECKING:
+    from surgery.cost.outcome import LatencyOutcome
 
 __all__ = ["Change", "Plan", "no_duplicates"]
 
@@ -44,6 +47,7 @@ class Plan(MutableMapping[str, Decision]):
 
     def __init__(self, decisions: Mapping[str, Decision] | None = None) -> None:
         self._decisions: dict[str, Decision] = {}
+        self.latency: LatencyOutcome | None = None  # what a latency budget came to; of the moment, so not saved
         self.update(decisions or {})
 
     def __getitem__(self, name: str) -> Decision:

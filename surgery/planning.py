@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, lcm
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,9 +25,12 @@ from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.request import Named, Names, as_names, parse_ranks
 from surgery.ranks.rules import Rule, fraction_of
 
+if TYPE_CHECKING:
+    from surgery.latency import Stopwatch
+
 __all__ = ["Draft", "Options"]
 
-GUARDS = ("macs", "none")
+GUARDS = ("macs", "latency", "none")
 AUTO = "auto"
 NOTHING = Totals()
 
@@ -42,7 +45,8 @@ class Options:
             factorization that a rule answers is done as it is.
         include: names or ``"re:..."`` patterns; only these layers are cut. Also the way to name linear layers.
         exclude: names or patterns of layers that are kept.
-        guard: ``"macs"``: what a rule cuts must lower parameters and, where the calls are known, MACs; ``"none"``: nothing is asked.
+        guard: ``"macs"``: what a rule cuts must lower parameters and, where the calls are known, MACs; ``"latency"``: it must be measured faster than
+            the layer, in eager mode, beyond noise; ``"none"``: nothing is asked.
         round_to: ranks of rules are rounded up to a multiple of this, at most to the full rank.
         device: where to compute; each weight's own by default.
         effective_weights: layers whose weight is computed (weight norm, parametrizations, standardisation) are cut by the weight that it amounts
@@ -94,6 +98,7 @@ class Draft(Mapping[str, Decision]):
         options: everything else that decides.
         totals: what the network takes, for budgets.
         metrics: what matters in each layer's weight, by name.
+        stopwatch: what times the model, for latency budgets and ``guard="latency"``.
 
     Raises:
         SurgeryValueError, SurgeryTypeError: a request that means nothing, names no layer, or asks for what cannot be done; here, or when a
@@ -101,9 +106,19 @@ class Draft(Mapping[str, Decision]):
     """
 
     def __init__(
-        self, sites: Sequence[Site], ranks: Any, options: Options, totals: Totals = NOTHING, metrics: Mapping[str, Metric] | None = None
+        self,
+        sites: Sequence[Site],
+        ranks: Any,
+        options: Options,
+        totals: Totals = NOTHING,
+        *,
+        metrics: Mapping[str, Metric] | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         request = parse_ranks(ranks)
+        self._stopwatch = stopwatch
+        if options.guard == "latency":
+            _check_guard(request, stopwatch)
         linear_too = options.method == "svd"
         self._options, self._totals = options, totals
         self._tied = {site.name: site for site in sites if site.tied_to is not None}
@@ -234,6 +249,8 @@ class Draft(Mapping[str, Decision]):
         from surgery.ranks.solve import solve
 
         free = [site for site in self._sites.values() if site.name not in self._decided]
+        if budget.latency is not None:
+            return self._by_latency(budget, free)
         unit = budget.unit or ("macs" if self._totals.macs is not None else "params")
         if getattr(self._totals, unit) is None:
             raise SurgeryValueError(f"ranks: {budget} needs example_inputs: without them MACs are not known")
@@ -242,10 +259,19 @@ class Draft(Mapping[str, Decision]):
         for site in free:
             costs = {"macs": partial(_macs, site), "params": partial(_params, site)}
             guards = [] if self._options.guard == "none" else [c for name, c in costs.items() if name != unit and (name == "params" or site.calls)]
-            kinds = KINDS if self._options.method == AUTO else [self._kind(site)]
+            kinds = self._kinds_for(site)
             candidates.append(candidates_of(site, kinds, self.spectra, cost=costs[unit], guards=guards, round_to=self._options.round_to, keep=keep))
             self.spectra.let_go(site)
         return solve(budget, candidates, self._totals)
+
+    def _by_latency(self, budget: Budget, free: Sequence[Site]) -> dict[str, Decision]:
+        if self._stopwatch is None:
+            raise SurgeryValueError(f"ranks: {budget} needs the model and its example_inputs: without them there is nothing to time")
+        guards = partial(_macs_and_params, guard=self._options.guard)
+        return self._stopwatch.decide(budget, free, self._kinds_for, self.spectra, guards, self._options.round_to)
+
+    def _kinds_for(self, site: Site) -> Sequence[Blockwise]:
+        return KINDS if self._options.method == AUTO else [self._kind(site)]
 
     def _by_rule(self, site: Site) -> Decision:
         kind = self._kind(site)
@@ -296,6 +322,8 @@ class Draft(Mapping[str, Decision]):
     def _guard(self, site: Site, factorization: Factorization) -> Decision:
         if self._options.guard == "none":
             return factorization
+        if self._options.guard == "latency" and self._stopwatch is not None:
+            return self._stopwatch.pays(site, factorization) or factorization
         shapes = kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None)
         before, after = site_params(site), chain_params(shapes)
         if after >= before:
@@ -304,6 +332,18 @@ class Draft(Mapping[str, Decision]):
         if macs_before and macs_after is not None and macs_after >= macs_before:
             return Keep(f"no gain: ranks {_text(factorization)} would take {macs_after:,} MACs instead of {macs_before:,}")
         return factorization
+
+
+def _check_guard(request: Any, stopwatch: Stopwatch | None) -> None:
+    if isinstance(request, Budget) and request.latency is None:
+        raise SurgeryValueError('guard: "latency" is for rules and fractions; the budget that measures time is Budget(latency=...)')
+    if stopwatch is None or stopwatch.example_inputs is None:
+        raise SurgeryValueError('guard: "latency" needs example_inputs: without them there is nothing to time')
+
+
+def _macs_and_params(site: Site, guard: str) -> list[Callable[[Factorization | None], int]]:
+    """Costs that a chain chosen by time must lower as well."""
+    return [] if guard != "macs" else [partial(_macs, site), partial(_params, site)]
 
 
 def _macs(site: Site, factorization: Factorization | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
@@ -12,6 +12,9 @@ from passes.result import Outcome
 from passes.site import Call, Site, named_groups
 from passes.watching import COMPUTED, FunctionUse
 from surgery.cost import site_params
+
+if TYPE_CHECKING:
+    from surgery.cost.outcome import LatencyOutcome
 
 __all__ = [
     "SiteRecord",
@@ -58,6 +61,7 @@ class SurgeryRecord:
         fused_params: parameters that clean-up passes took away, beyond what the rows of chains show; negative where they added some.
         fused_macs: the same of MACs; None where they are not known.
         functions: convolutions and linear maps that the example inputs met as functions, which are never cut.
+        latency: what a latency budget came to.
     """
 
     sites: tuple[SiteRecord, ...] = ()
@@ -69,6 +73,7 @@ class SurgeryRecord:
     fused_params: int = 0
     fused_macs: int | None = 0
     functions: tuple[FunctionUse, ...] = ()
+    latency: LatencyOutcome | None = None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from math import prod
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -17,6 +17,9 @@ from passes.site import Site
 from passes.watching import FunctionUse
 from surgery.cost import chain_macs, chain_params, site_params
 from surgery.record import SiteRecord, functions_of, passes_of, read_record, records_by_name, unwrap
+
+if TYPE_CHECKING:
+    from surgery.cost.outcome import LatencyOutcome
 
 __all__ = ["LayerReport", "Report", "report"]
 
@@ -71,7 +74,7 @@ class Report:
     """All layers in the model's order, the totals of the network (every parameter once, attention's MACs included), and the passes that ran.
 
     ``functions`` are convolutions and linear maps that are no layers: called as functions with weights of their own or computed ones, they are
-    never cut. They are known where example inputs were given.
+    never cut. They are known where example inputs were given. ``latency`` is what a latency budget came to.
     """
 
     layers: tuple[LayerReport, ...]
@@ -82,6 +85,7 @@ class Report:
     passes: tuple[str, ...]
     calibrated: int = 0
     functions: tuple[FunctionUse, ...] = ()
+    latency: LatencyOutcome | None = None
 
     @property
     def compression(self) -> float:
@@ -105,7 +109,8 @@ class Report:
         for row in self.layers:
             item = {f.name: getattr(row, f.name) for f in fields(row)}
             layers.append(item | {"factorization": row.factorization.to_json() if row.factorization else None})
-        totals = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "functions")}
+        totals = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "functions", "latency")}
+        totals["latency"] = None if self.latency is None else asdict(self.latency)
         ratios = {"compression": self.compression, "speedup": self.speedup}
         return {"format": FORMAT, "version": VERSION} | totals | ratios | {"layers": layers, "functions": [_function_data(f) for f in self.functions]}
 
@@ -152,6 +157,7 @@ def report(model: nn.Module) -> Report:
         passes=passes_of(inner),
         calibrated=0 if record is None else record.calibrated,
         functions=functions_of(inner),
+        latency=None if record is None else record.latency,
     )
 
 

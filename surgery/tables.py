@@ -53,6 +53,7 @@ def report_table(report: Report) -> RenderableType:
     if cut:
         told = f"the layers' outputs on {report.calibrated:,} calibration examples" if report.calibrated else "the weights alone"
         lines.append(f"ranks and factors by {told}")
+    lines += [str(report.latency)] if report.latency is not None else []
     lines += [f"kept {row.name or '(the model)'}: {row.reason}" for row in kept]
     lines += [f"function in {f.module or '(the model)'}: {_function_text(f)}" for f in report.functions]
     from rich.console import Group
@@ -74,6 +75,10 @@ def plan_table(plan: Plan) -> RenderableType:
         kind = data.pop("kind")
         reason = data.pop("reason", "")
         table.add_row(name or "(the model)", kind, _ranks(tuple(data.values()) or None), reason)
+    if plan.latency is not None:
+        from rich.console import Group
+
+        return Group(table, "", str(plan.latency))
     return table
 
 

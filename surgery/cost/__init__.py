@@ -10,7 +10,7 @@ import torch
 from passes.geometry import Geometry, PieceShape
 from passes.site import Call, Site
 
-__all__ = ["MacCounter", "chain_macs", "chain_params", "count_macs", "site_macs", "site_params"]
+__all__ = ["MacCounter", "chain_macs", "chain_params", "count_macs", "site_macs", "site_params", "threads_set"]
 
 
 def site_params(site: Site) -> int:
@@ -71,3 +71,15 @@ def count_macs() -> Iterator[MacCounter]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     counter.macs = mode.get_total_flops() // 2
+
+
+@contextmanager
+def threads_set(wanted: int | None) -> Iterator[None]:
+    """Torch's number of threads inside; afterwards as it was."""
+    before = torch.get_num_threads()
+    try:
+        if wanted is not None:
+            torch.set_num_threads(wanted)
+        yield
+    finally:
+        torch.set_num_threads(before)

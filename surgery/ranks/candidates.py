@@ -22,7 +22,8 @@ __all__ = ["Candidates", "candidates_of"]
 MOST = 400  # choices a layer; between two neighbours of them the error changes by a percent or two
 
 Numbers = Any  # a one-dimensional float64 numpy array
-Cost = Callable[[Factorization | None], int]
+Cost = Callable[[Factorization | None], float]
+Table = Callable[[Blockwise, Sequence[Sequence[Rank]]], Numbers]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +48,15 @@ class Candidates:
 
 
 def candidates_of(
-    site: Site, kinds: Iterable[Blockwise], spectra: Spectra, *, cost: Cost, guards: Sequence[Cost] = (), round_to: int, keep: Keep
+    site: Site,
+    kinds: Iterable[Blockwise],
+    spectra: Spectra,
+    *,
+    cost: Cost,
+    guards: Sequence[Cost] = (),
+    round_to: int,
+    keep: Keep,
+    table: Table | None = None,
 ) -> Candidates:
     """All rank choices of the kinds, and to keep the layer, without those that another beats in both cost and error.
 
@@ -59,9 +68,11 @@ def candidates_of(
         guards: further costs, of the same form, which a factorization must lower.
         round_to: ranks are multiples of this, or full.
         keep: the decision that leaves the layer as it is.
+        table: costs of a kind at every choice of the ranks given for its modes, for costs that are not linear; infinite where a choice is out.
+            ``cost`` is then asked for the layer as it is only.
     """
     fitting = [kind for kind in kinds if kind.has_spectra and kind.refuses(site.geometry) is None]
-    families = [family for kind in fitting for family in _families(site, kind, spectra, cost, guards, round_to)]
+    families = [family for kind in fitting for family in _families(site, kind, spectra, cost, guards, round_to, table)]
     costs = np.concatenate([family.costs for family in families] + [np.array([float(cost(None))])])
     errors = np.concatenate([family.errors for family in families] + [np.zeros(1)])
     losses = np.concatenate([family.energy * family.errors**2 for family in families] + [np.zeros(1)])
@@ -92,7 +103,9 @@ class _Family:
         return self.build([grid[int(place)] for grid, place in zip(self.grids, places, strict=True)])
 
 
-def _families(site: Site, kind: Blockwise, spectra: Spectra, cost: Cost, guards: Sequence[Cost], round_to: int) -> Iterator[_Family]:
+def _families(
+    site: Site, kind: Blockwise, spectra: Spectra, cost: Cost, guards: Sequence[Cost], round_to: int, table: Table | None = None
+) -> Iterator[_Family]:
     unit, full = kind.unit(site.geometry), kind.full_ranks(site.geometry)
     surface = spectra.error_surface(site, kind).cpu().numpy()
     energy = float(spectra.weight(site, kind).square().sum()) if site.name in spectra.metrics else 1.0
@@ -108,7 +121,7 @@ def _families(site: Site, kind: Blockwise, spectra: Spectra, cost: Cost, guards:
         possible = _unclipped(site, kind, ranks)
         for guard in guards:
             possible &= _costs(kind, ranks, guard) < guard(None)
-        costs = np.where(possible, _costs(kind, ranks, cost), np.inf)
+        costs = np.where(possible, _costs(kind, ranks, cost) if table is None else table(kind, ranks), np.inf)
         yield _Family(costs.ravel(), errors.ravel(), energy, ranks, lambda chosen: kind.from_ranks(site.geometry, chosen))
 
 

@@ -159,8 +159,12 @@ def _parse_budget(options: str, whole: str) -> Budget:
     for part in options.split(","):
         key, _, value = part.partition("=")
         if key not in {field.name for field in fields(Budget)} or not value:
-            raise SurgeryValueError(f'ranks={whole!r}: expected "budget:macs=SHARE", "budget:params=SHARE" or "budget:max_error=E", got {part!r}')
-        values[key] = value if key == "criterion" else int(value) if value.isdigit() and key != "max_error" else _number(value, whole)
+            forms = '"budget:macs=SHARE", "budget:params=SHARE", "budget:latency=SHARE,runtime=NAME" or "budget:max_error=E"'
+            raise SurgeryValueError(f"ranks={whole!r}: expected {forms}, got {part!r}")
+        if key in ("criterion", "runtime", "profile"):
+            values[key] = value
+        else:
+            values[key] = int(value) if value.isdigit() and key not in ("max_error", "latency") else _number(value, whole)
     return Budget(**values)
 
 

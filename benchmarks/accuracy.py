@@ -97,7 +97,7 @@ def vdsr_case(data: Path, quick: bool) -> Case | None:
         return None
     body = Vdsr()
     load_weights(body, data / "vdsr" / "vdsr_state_dict.pt")
-    pairs = [_luma_pair(path, data) for path in sorted((data / "vdsr" / "Set5").glob("*_GT.bmp"))]
+    pairs = [_luma_pair(path) for path in sorted((data / "vdsr" / "Set5").glob("*_GT.bmp"))]
     patches = torch.cat([_patches(photograph) for photograph in photographs])
     order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))
     size = min(64, len(patches) // DRAWS)
@@ -141,12 +141,12 @@ def _patches(photograph: np.ndarray[Any, Any]) -> Tensor:
     return blurred.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).reshape(-1, 1, PATCH, PATCH)
 
 
-def _luma_pair(path: Path, data: Path) -> tuple[Tensor, Tensor]:
+def _luma_pair(path: Path) -> tuple[Tensor, Tensor]:
     from PIL import Image
 
     wanted = _luma(np.asarray(Image.open(path).convert("RGB")))
-    given = _luma(np.asarray(Image.open(path.with_name(path.name.replace("_GT", f"_scale_{SCALE}"))).convert("RGB")))
-    return given[None, None], wanted
+    given = _luma(np.asarray(Image.open(path.with_name(f"{path.stem}_scale_{SCALE}.bmp")).convert("RGB")))
+    return given[None, None], wanted[: given.shape[0], : given.shape[1]]  # cut to a multiple of the scale
 
 
 def psnr(net: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> float:

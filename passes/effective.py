@@ -19,7 +19,7 @@ from passes.chain import HOOKS, plain_layer
 from passes.errors import ParityError
 from passes.geometry import Geometry, Piece
 from passes.parity import assert_parity
-from passes.running import private_copy
+from passes.running import private_copy, quiet_run
 
 __all__ = ["effective_layer"]
 
@@ -70,7 +70,7 @@ def _observed(layer: nn.Module, geometry: Geometry, like: Tensor) -> nn.Module |
             twin.__dict__[name] = getattr(nn.Module(), name)
     generator = torch.Generator().manual_seed(0)
     plain: nn.Module | None = None
-    with torch.random.fork_rng(), torch.no_grad():
+    with quiet_run():
         for number in range(PROBES):
             probe = torch.randn(_probe_shape(geometry, number), generator=generator).to(like.device, like.dtype)
             with _Products() as seen:

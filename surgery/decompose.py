@@ -17,7 +17,7 @@ from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.factorization import Keep
 from passes.kinds import kind_of
 from passes.parity import tensors_in
-from passes.running import private_copy
+from passes.running import output_of, private_copy
 from passes.site import Site, is_layer
 from surgery.cost import chain_macs, count_macs, site_macs
 from surgery.plan import Plan
@@ -25,7 +25,7 @@ from surgery.planning import Draft, Options
 from surgery.progress import site_progress
 from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.rules import Rule
-from surgery.record import SurgeryRecord, functions_of, merged_sites, read_record, records_by_name, unwrap, write_record
+from surgery.record import SurgeryRecord, functions_of, fused_in, merged_sites, read_record, records_by_name, unwrap, write_record
 
 __all__ = ["Ranks", "decompose", "plan", "usable_model"]
 
@@ -104,7 +104,7 @@ def decompose(
                 record = SurgeryRecord(
                     sites=merged_sites(before, sites, result.outcomes),
                     passes=old.passes + (("Decompose",) if result.modified else ()),
-                    macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (old.fused_macs or 0),
+                    macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (fused_in(target)[1] or 0),
                     input_shapes=seen.input_shapes or old.input_shapes,
                     architecture=old.architecture,
                     fused_params=old.fused_params,
@@ -185,6 +185,9 @@ def look(model: nn.Module, example_inputs: Any) -> Seen:
         return Seen()
     with count_macs() as counter:
         observed = observe(model, example_inputs)
+    if observed.gradients:  # the run without them, which failed, was counted as well
+        with count_macs() as counter:
+            output_of(private_copy(model).eval(), example_inputs, gradients=True)
     return Seen(observed, counter.macs, tuple(tuple(t.shape) for t in tensors_in(example_inputs)))
 
 

@@ -578,4 +578,4 @@ def test_models_that_differentiate_by_their_input(prepare):
     assert report["inner"].calls == 1
     assert report.macs_before > report.macs_after > report["inner"].macs_after  # the backward pass runs in it too
     assert points.grad is None
-    assert surgery.report(surgery.deploy(net, points)).macs_after == report.macs_after
+    assert surgery.report(surgery.deploy(net, points)).macs_after < report.macs_before

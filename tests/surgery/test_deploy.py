@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
 
-import numpy
 import pytest
 import torch
 from torch import fx, nn
@@ -17,7 +15,7 @@ from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import assert_parity, difference
 from passes.running import run
 from surgery.deploy import PASSES
-from tests.networks import Branching, Keyword, Small
+from tests.networks import Branching, Keyword, Random, Small, random_states
 from tests.passes.test_cleanup import Handmade, ReadsLayers, randomized
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(61))
@@ -212,21 +210,6 @@ def test_cutting_what_was_fused():
     assert (report.params_after, report.macs_after) == (params_of(again), macs_of(again))
 
 
-class Random(nn.Module):
-    """Random in eval mode, by all generators."""
-
-    def __init__(self, fails=False):
-        super().__init__()
-        self.conv, self.norm, self.fails = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), fails
-
-    def forward(self, x):
-        y = self.norm(self.conv(x))
-        y = y + torch.randn_like(y) + torch.rand(4, 1, 1) * numpy.random.rand() + random.random()
-        if self.fails:
-            raise RuntimeError("no")
-        return y
-
-
 class Sampling(nn.Module):
     """A mean and a draw around it, as in variational autoencoders."""
 
@@ -237,11 +220,6 @@ class Sampling(nn.Module):
     def forward(self, x):
         y = self.norm(self.conv(x))
         return y + torch.randn_like(y)
-
-
-def random_states():
-    kind, keys, *rest = numpy.random.get_state()
-    return torch.get_rng_state().tolist(), random.getstate(), kind, keys.tolist(), rest
 
 
 def test_networks_that_are_random_in_eval_mode():

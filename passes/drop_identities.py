@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,16 +32,19 @@ class DropIdentities:
     def __call__(self, host: Host) -> PassResult:
         neighbours = host.neighbours()
         outcomes = []
-        for name, member in neighbours.items():
-            reason = _why_it_works(member, neighbours)
+        dropped: set[str] = set()
+        for name, member in neighbours.items():  # in the order of their calls: what comes before is decided
+            reason = _why_it_works(member, neighbours, dropped)
             if reason is not None:
                 reason = member.keep or reason or host.drop(name)
+                if reason is None:
+                    dropped.add(name)
                 outcomes.append(Outcome(name, "applied" if reason is None else "kept", reason))
         model = host.commit()
         return PassResult(model, any(o.status == "applied" for o in outcomes), tuple(outcomes))
 
 
-def _why_it_works(member: Neighbour, neighbours: Mapping[str, Neighbour]) -> str | None:
+def _why_it_works(member: Neighbour, neighbours: Mapping[str, Neighbour], dropped: Set[str]) -> str | None:
     """Why a module that could be an identity still does something, empty where it does nothing; None for any other module."""
     module: Any = member.module
     if "forward" in vars(module):
@@ -51,7 +54,10 @@ def _why_it_works(member: Neighbour, neighbours: Mapping[str, Neighbour]) -> str
     if type(module) in DROPOUTS:
         return "it is in train mode" if module.training and module.p > 0 else ""
     if type(module) in AVERAGES + MAXIMA and _is_one_pixel(module):
-        source = None if member.source is None else neighbours[member.source].module
+        before = member.source
+        while before is not None and before in dropped:
+            before = neighbours[before].source
+        source = None if before is None else neighbours[before].module
         fresh = source is not None and (is_layer(source) or is_batch_norm(source))
         return "" if fresh else "it makes a copy, and something else may read what it copies"
     return None

@@ -21,7 +21,7 @@ from passes.chain import BUILT, HOOKS, plain_layer
 from passes.errors import ParityError
 from passes.geometry import Geometry, Piece
 from passes.parity import assert_parity
-from passes.running import private_copy
+from passes.running import private_copy, quiet_run
 
 __all__ = ["effective_layer"]
 
@@ -89,7 +89,7 @@ def _observed(layer: nn.Module, geometry: Geometry, like: Tensor) -> nn.Module |
     generator = torch.Generator().manual_seed(0)
     plain: nn.Module | None = None
     padded: set[Any] = set()
-    with torch.random.fork_rng(), torch.no_grad():
+    with quiet_run():
         for shape, scale, needed in _probes(geometry, like.dtype):
             probe = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(like.device, like.dtype)
             given = probe.clone()

@@ -13,7 +13,7 @@ from passes.host import Undo
 from passes.neighbours import Neighbour
 from passes.site import Call, is_layer, named_groups
 
-__all__ = ["Fusion", "layers_of_chains", "place_in_modules"]
+__all__ = ["Fusion", "known_calls", "layers_of_chains", "place_in_modules"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,7 +43,7 @@ class Fusion:
     @property
     def calls(self) -> tuple[Call, ...] | None:
         """Calls of the new layer."""
-        first, last = self.members[0].calls, self.members[-1].calls
+        first, last = known_calls(self.members), known_calls(self.members[::-1])
         if first is None or last is None or len(first) != len(last):
             return None
         return tuple(Call(a.input_shape, b.output_shape) for a, b in zip(first, last, strict=True))
@@ -52,6 +52,14 @@ class Fusion:
         """What becomes of the other modules and of the chains, by name; ``removed`` says it of a module outside any chain."""
         others = {m.name: removed if m.chain is None else "taken out of its chain" for m in self.members if m.name != self.at}
         return others | dict.fromkeys(self.opened, "no longer a chain but its layers one by one: it cannot be reconstructed")
+
+
+def known_calls(members: Sequence[Neighbour]) -> tuple[Call, ...] | None:
+    """Calls of the first module, or of the next whose calls are known if only batch norms, which keep the shape, come before it."""
+    for member in members:
+        if member.calls is not None or is_layer(member.module):
+            return member.calls
+    return None
 
 
 def layers_of_chains(chains: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from passes.capture import trace
@@ -21,7 +20,7 @@ from passes.graph_meta import decomposed_graphs
 from passes.host import Host, Undo, site_of
 from passes.neighbours import Neighbour, read_neighbours, sequence_graph, unproved
 from passes.parity import assert_parity
-from passes.running import private_copy, run
+from passes.running import outputs_in_a_row, proof_runs
 from passes.site import Call, Found, Site, find_layers, kept_together, named_groups
 from passes.watching import Observation, observe_module
 
@@ -55,6 +54,7 @@ class ModuleHost(Host):
         self._inputs = example_inputs
         seen = observe_module(model, example_inputs) if observed is None and example_inputs is not None else observed
         self._calls: Mapping[str, tuple[Call, ...]] | None = None if seen is None else seen.calls
+        self._norms: Mapping[str, tuple[Call, ...]] = {} if seen is None else seen.norms
         self._readers: Mapping[str, str] = {} if seen is None else seen.readers
         self._graphs = {
             name: GraphHost(graph, private=private, effective_weights=effective_weights) for name, graph in decomposed_graphs(model).items()
@@ -111,14 +111,14 @@ class ModuleHost(Host):
 
     def commit(self) -> nn.Module:
         self._undo = undo = Undo()
-        expected = self._output() if self._fusions and self._traced else None
+        proof = proof_runs(self.model, self._inputs) if self._fusions and self._traced else None
         try:
             for graph in self._graphs.values():
                 graph.commit()
                 undo.later(graph.rollback)
             for name, module in self._prepared.items():
                 self._place(name, module, undo)
-            self._place_fusions(expected, undo)
+            self._place_fusions(proof, undo)
         except BaseException:
             undo()
             raise
@@ -168,16 +168,18 @@ class ModuleHost(Host):
             return unproved(self.model, reason, chains)
         inner = {n[0]: graph for _, n in named_groups(self.model) for graph in (self._graph_around(n[0]),) if graph is not None}
         keep = {name: f"it is a layer of the decomposed graph {graph}; clean that graph up by itself" for name, graph in inner.items()}
-        return read_neighbours(self.model, graph, chains=chains, containers=True, keep=keep, calls=self._calls)
+        calls = None if self._calls is None else {**self._norms, **self._calls}
+        return read_neighbours(self.model, graph, chains=chains, containers=True, keep=keep, calls=calls)
 
-    def _place_fusions(self, expected: Any, undo: Undo) -> None:
+    def _place_fusions(self, proof: tuple[Sequence[Any], Sequence[Any]] | None, undo: Undo) -> None:
         """Fused layers in their places, believed where a trace was the proof only if the model still computes what it did."""
         if not self._fusions:
             return
         place_in_modules(self.model, self._fusions, undo)
-        if expected is not None:
+        if proof is not None:
             try:
-                assert_parity(self._output(), expected, training=True, what="the model before and after")
+                for got, expected in zip(outputs_in_a_row(self.model, proof[0]), proof[1], strict=True):
+                    assert_parity(got, expected, training=True, what="the model before and after")
             except SurgeryError as error:
                 raise SurgeryError(
                     f"{type(self.model).__name__} no longer computes the same with {', '.join(f.at for f in self._fusions)} fused ({error}): its "
@@ -195,12 +197,6 @@ class ModuleHost(Host):
                     calls[fusion.at] = fusion.calls
             self._calls = calls
         self._find()
-
-    def _output(self) -> Any:
-        """The model's output on its example inputs, from a copy, always with the same random numbers."""
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
-            return run(private_copy(self.model), self._inputs)
 
     def _prepare(self, name: str, module: nn.Module) -> None:
         if self._private:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.errors import ParityError
+from passes.errors import ParityError, SurgeryTypeError
 
 __all__ = ["TOLERANCE_EVAL", "TOLERANCE_TRAIN", "assert_parity", "difference", "tensors_in"]
 
@@ -19,7 +19,7 @@ TOLERANCE_TRAIN = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 6e
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested dicts, lists, tuples and dataclasses, in order."""
+    """All tensors in nested dicts, lists, tuples and dataclasses, in order; numpy arrays hold none."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -28,7 +28,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             yield from tensors_in(getattr(value, field.name))
-    elif isinstance(value, Iterable) and not isinstance(value, str | bytes):
+    elif isinstance(value, Iterable) and not isinstance(value, str | bytes) and not hasattr(value, "__array_interface__"):
         for item in value:
             yield from tensors_in(item)
 
@@ -53,10 +53,22 @@ def assert_parity(got: Any, expected: Any, *, tolerance: float | None = None, tr
     return found
 
 
-def private_inputs(example_inputs: Any) -> Any:
-    """A deep copy of inputs, detached, so that a model which works in place cannot change the caller's."""
-    memo: dict[int, Any] = {id(t): t.detach().clone() for t in tensors_in(example_inputs)}
-    return copy.deepcopy(example_inputs, memo)
+def private_inputs(example_inputs: Any, instead: Mapping[int, Tensor] | None = None) -> Any:
+    """A deep copy of inputs, detached, so that a model which works in place cannot change the caller's; leaves go on requiring gradients.
+
+    Args:
+        example_inputs: tensors in containers of any kind, and whatever else a model takes.
+        instead: tensors to stand in the copy for others, by the identity of those.
+
+    Raises:
+        SurgeryTypeError: they hold something that cannot be copied.
+    """
+    memo: dict[int, Any] = {id(t): t.detach().clone().requires_grad_(t.requires_grad and t.is_leaf) for t in tensors_in(example_inputs)}
+    memo |= instead or {}
+    try:
+        return copy.deepcopy(example_inputs, memo)
+    except (TypeError, RuntimeError, AttributeError, ValueError, NotImplementedError) as error:
+        raise SurgeryTypeError(f"example_inputs: they cannot be copied ({error}); give inputs that copy.deepcopy accepts") from error
 
 
 def _tensor_difference(a: Tensor, b: Tensor) -> float:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from passes.chain import Chain
 from passes.errors import SurgeryTypeError
 from passes.parity import private_inputs
-from passes.running import arguments, model_errors, private_copy, quiet_run, tensor_metadata, watch
+from passes.running import arguments, callable_of, check_initialized, model_errors, private_copy, quietly, tensor_metadata, watch
 from passes.site import is_layer, named_groups
 
 __all__ = ["RecordedGraph", "after", "alias", "record"]
@@ -82,6 +82,11 @@ def record(model: nn.Module, example_inputs: Any) -> RecordedGraph:
     """
     if is_layer(model) or isinstance(model, Chain | torch.jit.ScriptModule):
         raise SurgeryTypeError(f"model: it is itself a {type(model).__name__}, without a name in a graph; wrap it: nn.Sequential(model)")
+    check_initialized(model)
+    return quietly(lambda: _recorded(model, example_inputs))
+
+
+def _recorded(model: nn.Module, example_inputs: Any) -> RecordedGraph:
     twin = private_copy(model)
     recorder = _Recorder(twin)
     for module, names in named_groups(twin):
@@ -89,8 +94,8 @@ def record(model: nn.Module, example_inputs: Any) -> RecordedGraph:
             watch(module, partial(recorder.enter_leaf, names[0]), recorder.leave_leaf)
     args, kwargs = arguments(private_inputs(example_inputs))
     recorder.take_inputs(twin, args, kwargs)
-    with quiet_run(), model_errors(model, example_inputs), _Operators(recorder), _Functions(recorder):
-        output = twin(*args, **kwargs)
+    with model_errors(model, example_inputs), _Operators(recorder), _Functions(recorder):
+        output = callable_of(twin)(*args, **kwargs)
     return recorder.finish(output)
 
 

@@ -9,19 +9,43 @@ import copy
 import functools
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
-from passes.chain import Chain
+from passes.chain import Chain, has_hooks
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
-from passes.parity import private_inputs, tensors_in
-from passes.site import is_layer
+from passes.parity import TOLERANCE_EVAL, private_inputs, tensors_in
+from passes.shared_state import modules_in_closures
+from passes.site import is_layer, named_groups
 
-__all__ = ["arguments", "kept_random_states", "model_errors", "private_copy", "quiet_run", "run", "tensor_metadata", "watch"]
+__all__ = [
+    "arguments",
+    "callable_of",
+    "check_initialized",
+    "first_line",
+    "kept_random_states",
+    "model_errors",
+    "output_of",
+    "outputs_in_a_row",
+    "private_copy",
+    "proof_runs",
+    "quiet_run",
+    "quietly",
+    "random_state",
+    "run",
+    "seed_all",
+    "tensor_metadata",
+    "watch",
+]
+
+T = TypeVar("T")
+
+SEEDS = (20, 31)  # one a run of a proof
 
 
 def private_copy(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
@@ -30,8 +54,14 @@ def private_copy(model: nn.Module, *, share_parameters: bool = False) -> nn.Modu
     Tensors that are attributes and results of a computation (old-style ``weight_norm``) are copied detached.
 
     Raises:
-        SurgeryTypeError: the model holds something that cannot be copied.
+        SurgeryTypeError: the model holds something that cannot be copied, or a function that reaches a module of the model by its closure: a copy
+            would go on calling that one.
     """
+    for name, attribute, held in modules_in_closures(model):
+        raise SurgeryTypeError(
+            f"{name or 'the model'}: its attribute {attribute!r} is a function that reaches {held} by its closure, defaults or globals, and in a "
+            "copy would go on using the caller's own; make it a method of the class, or bind it with types.MethodType or functools.partial"
+        )
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in (*vars(module).values(), *module._buffers.values()):
@@ -53,7 +83,66 @@ def run(model: nn.Module, example_inputs: Any) -> Any:
     """
     args, kwargs = arguments(private_inputs(example_inputs))
     with model_errors(model, example_inputs):
-        return model(*args, **kwargs)
+        return callable_of(model)(*args, **kwargs)
+
+
+def callable_of(model: nn.Module) -> Callable[..., Any]:
+    """What to call for a call of the model: the ``forward`` of a graph module without hooks, since its ``__call__`` prints what goes wrong."""
+    return model.forward if isinstance(model, fx.GraphModule) and not has_hooks(model) else model
+
+
+def output_of(model: nn.Module, example_inputs: Any, *, gradients: bool = False) -> Any:
+    """The output of a private copy, always with the same random numbers, and with gradients only where the model is known to need them."""
+    with kept_random_states(), torch.set_grad_enabled(gradients):
+        seed_all(SEEDS[0])
+        return run(private_copy(model), example_inputs)
+
+
+def outputs_in_a_row(model: nn.Module, several: Sequence[Any]) -> list[list[Tensor]]:
+    """All tensors of each output, where one private copy is called with several inputs one after the other, each call under a seed of its own.
+
+    A second call tells what the first left behind: whether a model that counts, caches or collects is the same as what stands for it.
+
+    Raises:
+        SurgeryTypeError: the model cannot be copied.
+        SurgeryValueError: it does not accept some of the inputs.
+    """
+
+    def attempt() -> list[list[Tensor]]:
+        twin, outputs = private_copy(model), []
+        for inputs, seed in zip(several, SEEDS, strict=True):
+            seed_all(seed)
+            outputs.append([t.detach().clone() for t in tensors_in(run(twin, inputs))])
+        return outputs
+
+    return quietly(attempt)
+
+
+def proof_runs(model: nn.Module, example_inputs: Any) -> tuple[Sequence[Any], list[list[Tensor]]]:
+    """Two inputs that the model accepts one after the other, and what it gives for them: the example, and other numbers of the same shapes.
+
+    Where the model refuses other numbers the second input is the example once more.
+
+    Raises:
+        SurgeryTypeError: the model cannot be copied.
+        SurgeryValueError: it does not accept the example inputs.
+    """
+    other = (example_inputs, _other_numbers(example_inputs))
+    try:
+        return other, outputs_in_a_row(model, other)
+    except SurgeryValueError:
+        same = (example_inputs, example_inputs)
+        return same, outputs_in_a_row(model, same)
+
+
+def _other_numbers(example_inputs: Any) -> Any:
+    """Inputs of the same structure with other floats, within the range between the example's own and zero."""
+    memo: dict[int, Any] = {}
+    for tensor in tensors_in(example_inputs):
+        if tensor.dtype in TOLERANCE_EVAL and tensor.layout == torch.strided and not tensor.is_nested:
+            changed = 0.75 * tensor.detach().flatten().flip(0).reshape(tensor.shape)
+            memo[id(tensor)] = changed.to(tensor.dtype).requires_grad_(tensor.requires_grad and tensor.is_leaf)
+    return private_inputs(example_inputs, memo)
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -75,8 +164,25 @@ def model_errors(model: nn.Module, example_inputs: Any) -> Iterator[None]:
     except Exception as error:  # the model's own code runs here: it may raise anything
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors_in(example_inputs))
         raise SurgeryValueError(
-            f"example_inputs: {type(model).__name__} fails on them ({shapes or repr(example_inputs)}): {type(error).__name__}: {error}"
+            f"example_inputs: {type(model).__name__} fails on them ({shapes or repr(example_inputs)}): {first_line(error)}"
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its text: below it torch lists all overloads of a function."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line}"
+
+
+def check_initialized(model: nn.Module) -> None:
+    """Refuse a model that does not yet know the shapes of its parameters.
+
+    Raises:
+        SurgeryValueError: a lazy module was never run.
+    """
+    for module, names in named_groups(model):
+        if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
+            raise SurgeryValueError(f"{names[0] or 'the model'}: {type(module).__name__} has no shape yet; run the model once, then come back")
 
 
 @contextmanager
@@ -98,6 +204,41 @@ def quiet_run() -> Iterator[None]:
     """No gradients, and the random states afterwards as they were."""
     with kept_random_states(), torch.no_grad():
         yield
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, Python, and numpy where it is loaded; to be used inside of ``kept_random_states``."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
+def random_state() -> tuple[Any, ...]:
+    """Equal before and after whatever draws no random numbers on the CPU."""
+    numpy = sys.modules.get("numpy")
+    kind, keys, *rest = ("", None) if numpy is None else numpy.random.get_state()
+    return bytes(torch.get_rng_state().numpy()), random.getstate(), kind, None if keys is None else keys.tobytes(), *rest
+
+
+def quietly(attempt: Callable[[], T]) -> T:
+    """What ``attempt``, which runs a model on a private copy of its own, gives in a quiet run.
+
+    Where the model fails so, it is tried once more with gradients: some differentiate by their inputs (forces from an energy).
+
+    Raises:
+        SurgeryValueError: the model fails either way; the error is that of the run without gradients.
+    """
+    try:
+        with quiet_run():
+            return attempt()
+    except SurgeryValueError:
+        try:
+            with kept_random_states(), torch.enable_grad():
+                return attempt()
+        except SurgeryValueError:
+            pass
+        raise
 
 
 Enter = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from passes.chain import _in_format_of
+from passes.fusing import known_calls
 from passes.fusion import batch_norm_piece, fuse, refuses
 from passes.geometry import Geometry, Piece, PieceShape
 from passes.host import Host
@@ -47,7 +48,7 @@ class Part:
 
     def macs(self, geometry: Geometry | None = None) -> int | None:
         """MACs of all its calls, or those of a layer of another geometry in its place; None where the calls are not known."""
-        calls = self.members[0].calls
+        calls = known_calls(self.members)
         if geometry is None and not self.layers:
             return 0  # a batch norm multiplies no matrices
         return None if calls is None else sum((geometry or self.piece.geometry).macs(c.input_shape) for c in calls)
@@ -111,9 +112,11 @@ def _part_of(member: Neighbour) -> Part | str:
         return "it is in train mode, where it depends on the whole batch; call eval() first"
     dims = BATCH_NORMS[type(module)]
     if dims is None:
-        ranks = {len(call.input_shape) for call in member.calls or ()}
-        if len(ranks) != 1:
+        if member.calls is None:
             return "of how many dimensions its input is, and so which of them it scales, is not known without example_inputs"
+        ranks = {len(call.input_shape) for call in member.calls}
+        if len(ranks) != 1:
+            return "it is called on inputs of different numbers of dimensions" if ranks else "the example inputs do not reach it"
         dims = max(ranks.pop() - 2, 0)
     weight, bias = (None if t is None else t.detach() for t in (module.weight, module.bias))
     piece = batch_norm_piece(dims, module.running_mean, module.running_var, weight, bias, module.eps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -21,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.chain import Chain
 from passes.geometry import Geometry
+from passes.neighbours import is_norm
 from passes.parity import private_inputs, tensors_in
-from passes.running import arguments, model_errors, private_copy, quiet_run, run, tensor_metadata, watch
+from passes.running import arguments, check_initialized, model_errors, private_copy, quietly, run, tensor_metadata, watch
 from passes.site import Call, is_layer, named_groups
 
 __all__ = ["COMPUTED", "FunctionUse", "Observation", "observe_graph", "observe_module"]
@@ -40,14 +42,22 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.convolution: "convolution",
     functional.linear: "linear",
 }
-# Operators whose result has the shape or type of a tensor and none of its numbers.
-SHAPE_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"} | {
+# Operators whose result has the shape or type of a tensor and none of its numbers, beside those that only give its memory another name.
+SHAPE_ONLY = {"is_same_size", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"} | {
     "new_empty",
     "new_empty_strided",
     "new_zeros",
     "new_ones",
     "new_full",
 }
+# Methods that hand a tensor's memory or numbers to code that calls no operators.
+HANDS_OUT = {"numpy", "tolist", "untyped_storage", "storage", "_typed_storage", "data_ptr", "__array__", "__dlpack__"} | {
+    "__repr__",
+    "__format__",
+    "__reduce_ex__",
+}
+# Operators below all ways to convolve, for calls that go around torch's functions (scripted code, ``torch.ops``).
+CONVOLUTIONS = {"convolution", "_convolution", "convolution_overrideable"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,26 +91,35 @@ class Observation:
         readers: for each layer whose weight or bias is read while the layer is not running, the reason to keep it, with who reads it.
         functions: convolutions and linear maps called as functions.
         shapes: for a graph module ``tensor_meta`` of every node that gives a tensor, by the node's name.
+        norms: calls of every batch norm, as ``calls``.
+        gradients: whether the model runs only with gradients: it differentiates by its inputs.
     """
 
     calls: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)
     readers: Mapping[str, str] = field(default_factory=dict)
     functions: tuple[FunctionUse, ...] = ()
     shapes: Mapping[str, Any] = field(default_factory=dict)
+    norms: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)
+    gradients: bool = False
 
 
 def observe_module(model: nn.Module, example_inputs: Any) -> Observation:
-    """Run a copy of a module once (eval mode).
+    """Run a copy of a module once (eval mode), with gradients only where it fails without them.
 
     Raises:
         SurgeryTypeError: the model cannot be copied.
-        SurgeryValueError: it does not accept the inputs.
+        SurgeryValueError: it has no shapes yet, or does not accept the inputs.
     """
-    twin = private_copy(model).eval()
-    seen = _Watch(twin)
-    with quiet_run(), _Operators(seen), _Functions(seen):
-        run(twin, example_inputs)
-    return seen.observation()
+    check_initialized(model)
+
+    def attempt() -> Observation:
+        twin = private_copy(model).eval()
+        seen = _Watch(twin)
+        with _Operators(seen), _Functions(seen):
+            run(twin, example_inputs)
+        return seen.observation()
+
+    return quietly(attempt)
 
 
 def observe_graph(traced: fx.GraphModule, example_inputs: Any) -> Observation:
@@ -109,6 +128,10 @@ def observe_graph(traced: fx.GraphModule, example_inputs: Any) -> Observation:
     Raises:
         SurgeryValueError: the graph does not accept these inputs.
     """
+    return quietly(lambda: _observed_graph(traced, example_inputs))
+
+
+def _observed_graph(traced: fx.GraphModule, example_inputs: Any) -> Observation:
     from torch.fx.node import map_aggregate
 
     shapes: dict[str, Any] = {}
@@ -127,24 +150,26 @@ def observe_graph(traced: fx.GraphModule, example_inputs: Any) -> Observation:
     twin: Any = private_copy(traced).eval()
     seen = _Watch(twin)
     args, kwargs = arguments(private_inputs(example_inputs))
-    with quiet_run(), model_errors(traced, example_inputs):
+    with model_errors(traced, example_inputs):
         bound = inspect.signature(traced.forward).bind(*args, **kwargs)
         bound.apply_defaults()
         flat: list[Any] = []
         for name, value in bound.arguments.items():
             flat.extend(value if bound.signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL else [value])
-        with _Functions(seen):
+        with _Operators(seen), _Functions(seen):
             Watching(twin).run(*flat)
-    return Observation(functions=seen.observation().functions, shapes=shapes)
+    return replace(seen.observation(), calls={}, readers={}, norms={}, shapes=shapes)
 
 
 class _Watch:
     """What is known of the run so far, and which modules are running, the innermost last."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.functions_running = 0
         self._running: list[nn.Module] = [model]
         self._names = {id(module): names[0] for module, names in named_groups(model)}
         self._calls: dict[str, list[Call]] = {}
+        self._norms: dict[str, list[Call]] = {}
         self._reads: dict[tuple[str, str], str] = {}
         self._functions: dict[tuple[str, str, str, tuple[int, ...]], FunctionUse] = {}
         self._given: list[tuple[int, ...] | None] = []
@@ -154,14 +179,18 @@ class _Watch:
             if layer:
                 seen = self._calls.setdefault(names[0], [])
                 geometry = Geometry.of(module.__dict__["_surgery"].original if isinstance(module, Chain) else module)
-                watch(module, self._enter_layer, partial(self._leave_layer, seen, geometry))
+                watch(module, self._enter_layer, partial(self._leave_layer, seen, geometry.fits))
+            elif is_norm(module):
+                watch(module, self._enter_layer, partial(self._leave_layer, self._norms.setdefault(names[0], []), lambda shape: True))
             elif module is not model:
                 watch(module, self._enter, self._leave)
 
     def observation(self) -> Observation:
         calls = {name: tuple(seen) for name, seen in self._calls.items()}
         readers = {name: reason for wanted in ("bias", "weight") for (name, key), reason in self._reads.items() if key == wanted}
-        return Observation(calls=calls, readers=readers, functions=tuple(self._functions.values()))
+        norms = {name: tuple(seen) for name, seen in self._norms.items()}
+        gradients, functions = torch.is_grad_enabled(), tuple(self._functions.values())
+        return Observation(calls=calls, readers=readers, functions=functions, norms=norms, gradients=gradients)
 
     def read(self, tensors: Iterable[Tensor]) -> None:
         """Note which layers' parameters an operator reads while none of their owners is running."""
@@ -192,6 +221,15 @@ class _Watch:
         macs = _macs(function, shape, call.input_shape if transposed else call.output_shape)
         self._functions[key] = replace(before, calls=(*before.calls, call), macs=before.macs + macs)
 
+    @contextmanager
+    def inside_function(self) -> Iterator[None]:
+        """While a convolution or linear map runs that is noted by its own name."""
+        self.functions_running += 1
+        try:
+            yield
+        finally:
+            self.functions_running -= 1
+
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._running.append(module)
 
@@ -203,10 +241,10 @@ class _Watch:
         given = next(tensors_in((args, kwargs)), None)
         self._given.append(None if given is None else tuple(given.shape))
 
-    def _leave_layer(self, seen: list[Call], geometry: Geometry, module: nn.Module, output: Any, returned: bool) -> None:
+    def _leave_layer(self, seen: list[Call], fits: Callable[[tuple[int, ...]], bool], module: nn.Module, output: Any, returned: bool) -> None:
         self._leave(module, output, returned)
         given, got = self._given.pop(), next(tensors_in(output), None)
-        if returned and given is not None and got is not None and geometry.fits(given):
+        if returned and given is not None and got is not None and fits(given):
             seen.append(Call(given, tuple(got.shape)))
 
 
@@ -216,10 +254,15 @@ class _Functions(TorchFunctionMode):
         self._seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func in FUNCTIONS:
-            with torch._C.DisableTorchFunction():
-                self._seen.called(FUNCTIONS[func], args, kwargs or {}, output)
+        if func not in FUNCTIONS:
+            if getattr(func, "__name__", "") in HANDS_OUT:
+                with torch._C.DisableTorchFunction():
+                    self._seen.read(_tensors_among((args, kwargs)))
+            return func(*args, **(kwargs or {}))
+        with self._seen.inside_function():
+            output = func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            self._seen.called(FUNCTIONS[func], args, kwargs or {}, output)
         return output
 
 
@@ -229,10 +272,17 @@ class _Operators(TorchDispatchMode):
         self._seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.partition("::")[2] not in SHAPE_ONLY:
+        if torch._C._current_autograd_node() is not None:  # a derivative of what ran before, which follows whatever stands for a layer
+            return func(*args, **(kwargs or {}))
+        name = func._schema.name.partition("::")[2]
+        if name not in SHAPE_ONLY and (func._schema.is_mutable or not func.is_view):
             with torch._C.DisableTorchFunction():
                 self._seen.read(_tensors_among((args, kwargs)))
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        if name in CONVOLUTIONS and not self._seen.functions_running:
+            with torch._C.DisableTorchFunction():
+                self._seen.called("convolution", args, kwargs or {}, output)
+        return output
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,7 @@ from torch import nn
 
 from passes.errors import SurgeryValueError
 from passes.parity import tensors_in
-from passes.running import private_copy, run
+from passes.running import kept_random_states, private_copy, run
 from surgery.cost import count_macs, threads_set
 from surgery.decompose import usable_model
 
@@ -75,6 +75,7 @@ class Benchmark:
         return render(benchmark_table(self))
 
 
+@kept_random_states()
 def benchmark(
     before: nn.Module,
     after: nn.Module,

@@ -19,7 +19,7 @@ from passes.kinds import kind_of
 from passes.metric import Metric
 from passes.parity import tensors_in
 from passes.result import PassResult
-from passes.running import private_copy
+from passes.running import output_of, private_copy
 from passes.site import Site, is_layer
 from surgery.cost import chain_macs, count_macs, site_macs
 from surgery.plan import Plan
@@ -27,7 +27,17 @@ from surgery.planning import Draft, Options
 from surgery.progress import site_progress
 from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.rules import Rule
-from surgery.record import SurgeryRecord, functions_of, merged_sites, params_of_modules, read_record, records_by_name, unwrap, write_record
+from surgery.record import (
+    SurgeryRecord,
+    functions_of,
+    fused_in,
+    merged_sites,
+    params_of_modules,
+    read_record,
+    records_by_name,
+    unwrap,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from surgery.latency import Stopwatch
@@ -126,7 +136,7 @@ def decompose(
                 record = SurgeryRecord(
                     sites=merged_sites(before, sites, result.outcomes, output_errors=output_errors, params=params),
                     passes=old.passes + (("Decompose",) if result.modified else ()),
-                    macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (old.fused_macs or 0),
+                    macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (fused_in(target)[1] or 0),
                     input_shapes=seen.input_shapes or old.input_shapes,
                     architecture=old.architecture,
                     calibrated=examples if result.modified else old.calibrated,
@@ -213,6 +223,9 @@ def look(model: nn.Module, example_inputs: Any) -> Seen:
         return Seen()
     with count_macs() as counter:
         observed = observe(model, example_inputs)
+    if observed.gradients:  # the run without them, which failed, was counted as well
+        with count_macs() as counter:
+            output_of(private_copy(model).eval(), example_inputs, gradients=True)
     return Seen(observed, counter.macs, tuple(tuple(t.shape) for t in tensors_in(example_inputs)))
 
 

@@ -13,7 +13,7 @@ from passes import DropIdentities, FoldBatchNorm, MergePointwise, Pass, PassResu
 from passes.errors import SurgeryError, SurgeryValueError
 from passes.parity import assert_parity
 from passes.result import Outcome
-from passes.running import private_copy, run
+from passes.running import output_of, private_copy
 from passes.site import Site
 from surgery.cost import count_macs
 from surgery.decompose import look, saved_macs, usable_model
@@ -48,14 +48,14 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
         twin = private_copy(model).eval()
         seen, before = look(twin, example_inputs), report(twin)
         saved = sum(saved_macs(site) or 0 for site in host_for(twin, observed=seen.observed).sites())
-        with torch.no_grad():
-            expected = run(private_copy(twin), example_inputs)
+        gradients = seen.observed is not None and seen.observed.gradients
+        expected = output_of(twin, example_inputs, gradients=gradients)
         target = _graph_of(twin, example_inputs)
         host = host_for(target, example_inputs, private=True)
         results = run_pipeline(PASSES, host)
         net = results[-1].model
-        with torch.no_grad(), count_macs() as counter:
-            got = run(private_copy(net), example_inputs)
+        with count_macs() as counter:
+            got = output_of(net, example_inputs, gradients=gradients)
         assert_parity(got, expected, training=True, what="the network before and after its clean-up")
         known, records = whole_record(twin) or SurgeryRecord(), records_by_name(target)
         sites = host_for(net, example_inputs).sites()

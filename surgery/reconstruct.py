@@ -15,7 +15,7 @@ from passes.errors import SurgeryValueError
 from passes.result import Outcome
 from passes.running import private_copy
 from surgery.decompose import look, saved_macs, usable_model
-from surgery.record import SiteRecord, SurgeryRecord, merged_sites, read_record, records_by_name, write_record
+from surgery.record import SiteRecord, SurgeryRecord, fused_in, merged_sites, put_back_record, read_record, records_by_name, write_record
 
 __all__ = ["reconstruct"]
 
@@ -53,6 +53,7 @@ def reconstruct(model: nn.Module, *, foreign: bool = False, example_inputs: Any 
     if example_inputs is not None and not foreign:
         raise SurgeryValueError("example_inputs: they prove what foreign chains may be fused; give foreign=True with them")
     hosts: list[Host] = []
+    known = read_record(model)
     with torch.inference_mode(False):
         target = model if inplace else private_copy(model)
         try:
@@ -61,6 +62,8 @@ def reconstruct(model: nn.Module, *, foreign: bool = False, example_inputs: Any 
         except BaseException:
             for host in reversed(hosts if inplace else []):
                 host.rollback()
+            if inplace:
+                put_back_record(model, known)
             raise
 
 
@@ -84,33 +87,31 @@ def _fuse_foreign(target: nn.Module, example_inputs: Any, hosts: list[Host], inp
     host = host_for(target, example_inputs, observed=seen.observed, private=not inplace)
     hosts.append(host)
     before, old, sites = records_by_name(target), read_record(target) or SurgeryRecord(), host.sites()
+    params = sum(p.numel() for p in target.parameters())
     from passes.cleanup import FuseLinearRuns
 
     result = FuseLinearRuns()(host)
-    saved, fused = _saved(result), {o.site for o in result.outcomes if o.status == "applied"}
+    saved, fused = _saved_macs(result), {o.site for o in result.outcomes if o.status == "applied"}
     before = {name: replace(known, calls=None) if name in fused else known for name, known in before.items()}  # they were another layer's
     record = replace(
         old,
         sites=merged_sites(before, host.sites(), _told(result, before)),
         passes=old.passes + ((name_of(FuseLinearRuns()),) if result.modified else ()),
-        macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (old.fused_macs or 0),
+        macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (fused_in(target)[1] or 0),
         input_shapes=seen.input_shapes or old.input_shapes,
-        fused_params=old.fused_params + saved[0],
-        fused_macs=None if old.fused_macs is None or saved[1] is None else old.fused_macs + saved[1],
+        fused_params=old.fused_params + params - sum(p.numel() for p in result.model.parameters()),
+        fused_macs=None if old.fused_macs is None or saved is None else old.fused_macs + saved,
     )
     write_record(result.model, record)
     return result.model
 
 
-def _saved(result: PassResult) -> tuple[int, int | None]:
-    """Parameters and MACs that fusing took away."""
-    params, macs, known = 0, 0, True
-    for o in result.outcomes:
-        params += (o.params_before or 0) - (o.params_after or 0)
-        if o.params_after is not None:
-            known = known and o.macs_before is not None and o.macs_after is not None
-            macs += (o.macs_before or 0) - (o.macs_after or 0)
-    return params, macs if known else None
+def _saved_macs(result: PassResult) -> int | None:
+    """MACs that fusing took away, None where they are not known."""
+    fused = [o for o in result.outcomes if o.params_after is not None]
+    if any(o.macs_before is None or o.macs_after is None for o in fused):
+        return None
+    return sum((o.macs_before or 0) - (o.macs_after or 0) for o in fused)
 
 
 def _told(result: PassResult, before: Mapping[str, SiteRecord]) -> tuple[Outcome, ...]:

@@ -20,7 +20,9 @@ __all__ = [
     "SiteRecord",
     "SurgeryRecord",
     "functions_of",
+    "fused_in",
     "params_of_modules",
+    "put_back_record",
     "read_record",
     "records_by_name",
     "unwrap",
@@ -101,6 +103,16 @@ def write_record(model: nn.Module, record: SurgeryRecord) -> None:
         model.__dict__[KEY] = record
 
 
+def put_back_record(model: nn.Module, record: SurgeryRecord | None) -> None:
+    """The record of exactly this module as it was read before: none where there was none."""
+    if record is not None:
+        write_record(model, record)
+    elif isinstance(model, fx.GraphModule):
+        model.meta = {key: value for key, value in model.meta.items() if key != KEY}
+    else:
+        model.__dict__.pop(KEY, None)
+
+
 def records_by_name(model: nn.Module) -> dict[str, SiteRecord]:
     """All site records of the model and its submodules under their full names; an outer record says more than an inner one."""
     found: dict[str, SiteRecord] = {}
@@ -117,6 +129,13 @@ def passes_of(model: nn.Module) -> tuple[str, ...]:
     own = read_record(model)
     inner = [r for module, names in named_groups(model) if names[0] and (r := read_record(module)) is not None]
     return (*(p for r in inner for p in r.passes), *(own.passes if own else ()))
+
+
+def fused_in(model: nn.Module) -> tuple[int, int | None]:
+    """Parameters and MACs that clean-up passes took away from the model and from submodules on their own; MACs None where some are not known."""
+    records = [record for module, _ in named_groups(model) if (record := read_record(module)) is not None]
+    macs = [record.fused_macs for record in records]
+    return sum(record.fused_params for record in records), None if None in macs else sum(n for n in macs if n is not None)
 
 
 def functions_of(model: nn.Module) -> tuple[FunctionUse, ...]:
@@ -148,7 +167,8 @@ def whole_record(model: nn.Module) -> SurgeryRecord | None:
     own, sites = read_record(model), tuple(records_by_name(model).values())
     if own is None and not sites:
         return None
-    return replace(own or SurgeryRecord(), sites=sites, passes=passes_of(model), functions=functions_of(model))
+    params, macs = fused_in(model)
+    return replace(own or SurgeryRecord(), sites=sites, passes=passes_of(model), functions=functions_of(model), fused_params=params, fused_macs=macs)
 
 
 def params_of_modules(model: nn.Module, sites: tuple[Site, ...]) -> dict[str, int]:

@@ -16,7 +16,7 @@ from passes.kinds import kind_of
 from passes.site import Site
 from passes.watching import FunctionUse
 from surgery.cost import chain_macs, chain_params, site_params
-from surgery.record import SiteRecord, functions_of, passes_of, read_record, records_by_name, unwrap
+from surgery.record import SiteRecord, functions_of, fused_in, passes_of, read_record, records_by_name, unwrap
 
 if TYPE_CHECKING:
     from surgery.cost.outcome import LatencyOutcome
@@ -146,7 +146,7 @@ def report(model: nn.Module) -> Report:
         else:
             saved_macs += row.macs_before - row.macs_after
     params = sum(p.numel() for p in inner.parameters())
-    fused_params, fused_macs = (record.fused_params, record.fused_macs) if record is not None else (0, 0)
+    fused_params, fused_macs = fused_in(inner)
     macs = record.macs if record is not None and not unknown and fused_macs is not None else None
     return Report(
         layers=tuple(rows),

@@ -18,8 +18,9 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     """The model as a flat ``GraphModule`` with weights of its own, in the mode (train or eval) that it is in.
 
     Every convolution and linear layer is a node, a chain is one node for each of its layers, and every node knows its shape
-    (``meta["tensor_meta"]``). The graph comes from symbolic tracing and is returned only if it computes what the model computes on the example
-    inputs. ``decompose``, ``reconstruct`` and ``report`` take it like any model, and know of the surgery that the model already had.
+    (``meta["tensor_meta"]``). The graph comes from symbolic tracing and is returned only if it computes what the model computes, in two calls in
+    a row: on the example inputs, then on other numbers. ``decompose``, ``reconstruct`` and ``report`` take it like any model, and know of the surgery
+    that the model already had.
 
     Args:
         model: any module but a single layer.
@@ -27,8 +28,8 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
 
     Raises:
         SurgeryError: the model cannot be traced, or its trace computes something else; the message says why.
-        SurgeryTypeError: the model is wrapped, or is itself a layer or a chain.
-        SurgeryValueError: it does not accept the inputs.
+        SurgeryTypeError: the model is wrapped, or is itself a layer or a chain; it or the inputs cannot be copied.
+        SurgeryValueError: it does not accept the inputs; it or they hold no numbers.
     """
     usable_model(model)
     with torch.inference_mode(False):
@@ -51,8 +52,8 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.Graph:
         example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
 
     Raises:
-        SurgeryTypeError: the model is wrapped, is itself a layer or a chain, or cannot be copied.
-        SurgeryValueError: it does not accept the inputs.
+        SurgeryTypeError: the model is wrapped, or is itself a layer or a chain; it or the inputs cannot be copied.
+        SurgeryValueError: it does not accept the inputs; it or they hold no numbers.
     """
     usable_model(model)
     with torch.inference_mode(False):

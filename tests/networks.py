@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -95,6 +98,27 @@ class ReadsAttributes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         size = self.conv.kernel_size[0] * self.conv.stride[0]
         return self.conv(x.to(self.conv.weight.dtype)) * size + self.conv.out_channels + self.conv.weight.sum()
+
+
+class Random(nn.Module):
+    """Draws from all generators, in eval mode too, and fails after that if it is told so."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fails = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), fails
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        y = y + torch.randn_like(y) + torch.rand(4, 1, 1) * numpy.random.rand() + random.random()
+        if self.fails:
+            raise RuntimeError("no")
+        return y
+
+
+def random_states() -> tuple[object, ...]:
+    """Those of torch, Python and numpy, to be compared."""
+    kind, keys, *rest = numpy.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), kind, keys.tolist(), rest
 
 
 class Keyword(nn.Module):

@@ -16,7 +16,7 @@ from torch import nn
 
 from passes.errors import MissingExtra, SurgeryError, SurgeryValueError
 from passes.parity import tensors_in
-from passes.running import arguments
+from passes.running import arguments, kept_random_states
 from surgery.export.common import (
     ExportReport,
     check_network,
@@ -30,6 +30,7 @@ from surgery.export.common import (
 __all__ = ["export_onnx", "onnx_session", "run_session"]
 
 
+@kept_random_states()
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -10,12 +10,13 @@ from torch import nn
 
 from passes.errors import SurgeryError
 from passes.parity import private_inputs
-from passes.running import arguments
+from passes.running import arguments, kept_random_states
 from surgery.export.common import ExportReport, check_network, installed, network_to_export, quiet, tensors_or_error, total_size
 
 __all__ = ["export_torchscript"]
 
 
+@kept_random_states()
 def export_torchscript(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
+import random
+import threading
+import types
 
+import numpy
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 import surgery
-from passes import observe
+from passes import RecordedGraph, observe
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import assert_parity, difference
 from passes.running import private_copy, run
@@ -124,9 +129,12 @@ def test_calls_by_first_name():
 
 
 def test_layers_that_are_not_reached_have_no_calls():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    class FirstOnly(nn.Sequential):
+        def forward(self, x):
+            return self[0](x)
+
+    model = FirstOnly(nn.Conv2d(3, 4, 3))
     model.aux = nn.Conv2d(3, 4, 3)
-    model.forward = lambda x: model[0](x)
     net = surgery.decompose(model, 0.5, example_inputs=X)
     assert surgery.report(net)["aux"].reason == "the example inputs do not reach it"
 
@@ -292,3 +300,282 @@ def test_a_trace_with_tensors_made_on_the_way():
     model = Positions()
     assert_parity(surgery.trace(model, X)(X), model(X))
     assert not [name for name in vars(model) if "constant" in name]
+
+
+class Around(nn.Module):
+    """A convolution, a batch norm and state of its own, in a forward that a test gives."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.todo, self.n, self.kept, self.seen = forward, 0, None, []
+        self.register_buffer("slots", torch.zeros(2, 3, 12, 12))
+
+    def forward(self, x):
+        return self.todo(self, x)
+
+
+def collects(net, x):
+    total = torch.zeros(2, 3, 12, 12)
+    total += net.conv(x)
+    return total
+
+
+def counts(net, x):
+    net.n += 1
+    return net.conv(x) * net.n
+
+
+def remembers(net, x):
+    y = net.conv(x)
+    out = y if net.kept is None else y + net.kept
+    net.kept = y.detach()
+    return out
+
+
+def lists(net, x):
+    net.seen.append(net.conv(x))
+    return sum(net.seen)
+
+
+def fills(net, x):
+    net.slots[net.n] = net.conv(x)[0]
+    net.n += 1
+    return net.slots.sum(0)
+
+
+def writes(net, x):
+    """The constant is written to, and the outputs do not tell."""
+    scratch = torch.zeros(2, 3, 12, 12)
+    scratch.copy_(net.conv(x))
+    return scratch
+
+
+@pytest.mark.parametrize("forward", [collects, counts, remembers, lists, fills, writes])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_right_only_once_is_no_trace(forward, training):
+    model = Around(forward).train(training)
+    with pytest.raises(SurgeryError, match=r"the trace is wrong|cannot be traced"):
+        surgery.trace(model, X)
+    assert isinstance(surgery.capture(model, X), RecordedGraph)
+    assert (model.n, model.kept, model.seen) == (0, None, [])
+
+
+def test_a_cache_that_is_always_the_same_is_traced():
+    def cached(net, x):
+        if net.kept is None:
+            net.kept = torch.arange(12.0) / 12
+        return net.conv(x) + net.kept
+
+    model = Around(cached).eval()
+    traced = surgery.trace(model, X)
+    for inputs in (X, -X):
+        assert_parity(traced(inputs), model(inputs))
+
+
+def drops(net, x):
+    return net.bn(net.conv(x)) if random.random() < 0.9 else x
+
+
+RANDOM = {
+    "a layer is left out": drops,
+    "by numpy": lambda net, x: net.conv(x) if numpy.random.rand() < 0.9 else x,
+    "by torch": lambda net, x: net.conv(x) if torch.rand(()) < 0.9 else x,
+    "noise": lambda net, x: net.conv(x) + torch.randn(2, 3, 12, 12),
+}
+
+
+@pytest.mark.parametrize("forward", RANDOM.values(), ids=RANDOM)
+@pytest.mark.parametrize("seed", range(3))
+def test_random_numbers_are_no_constants(forward, seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    model = Around(forward).eval()
+    with pytest.raises(SurgeryError, match="draws random numbers"):
+        surgery.trace(model, X)
+    assert isinstance(surgery.capture(model, X), RecordedGraph)
+
+
+def test_noise_that_the_graph_draws_itself_is_traced():
+    model = Around(lambda net, x: net.conv(x) + torch.randn_like(x)).eval()
+    traced = surgery.trace(model, X)
+    torch.manual_seed(4)
+    expected = model(X)
+    torch.manual_seed(4)
+    assert_parity(traced(X), expected)
+
+
+FEATURES = {}
+STATE = types.SimpleNamespace(feature=None)
+
+
+class Shares(Around):
+    """Keeps what it computed where copies do not own it."""
+
+    cache = {}  # noqa: RUF012
+    last = None
+
+    def forward(self, x):
+        y = self.conv(x)
+        Shares.last = y
+        FEATURES["y"] = y
+        STATE.feature = [y]
+        if "grid" not in self.cache:
+            self.cache["grid"] = x.new_ones(12).cumsum(0)
+        return self.todo(self, y + self.cache["grid"])
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_tracing_leaves_no_proxies_behind(traceable):
+    Shares.cache.clear()
+    feats, depth = [], []
+
+    def hook(module, args, output):
+        feats.append(output)
+        depth.append({"deep": [output]})
+
+    def forward(net, x):
+        return net.bn(x) if traceable or x.sum() > 0 else x
+
+    model = Shares(forward).eval()
+    model.conv.register_forward_hook(hook)
+    graph = surgery.capture(model, X)
+    assert isinstance(graph, RecordedGraph) != traceable
+    held = [*feats, *(d["deep"][0] for d in depth), *STATE.feature, *Shares.cache.values(), FEATURES["y"], Shares.last]
+    assert {type(value) for value in held} == {torch.Tensor}
+    assert type(model(X)) is torch.Tensor
+
+
+def test_submodules_keep_their_own_mode():
+    frozen = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Dropout(0.5)).train()
+    frozen[0].eval()
+    frozen[0][1].running_mean.normal_()
+    sampled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5)).eval()
+    sampled[1].train()
+    for model in (frozen, sampled):
+        traced = surgery.trace(model, X)
+        assert {n: m.training for n, m in traced.named_modules()} == {n: m.training for n, m in model.named_modules()}
+        torch.manual_seed(2)
+        expected = model(X)
+        torch.manual_seed(2)
+        assert_parity(traced(X), expected)
+
+
+def patched(how):
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)).train()
+    old = model.forward
+    helper = {"model": model}
+    model.forward = {
+        "closure": lambda z: old(z) * 2,
+        "default": lambda z, old=old: old(z) * 2,
+        "container": lambda z: helper["model"][1](helper["model"][0](z)),
+        "partial": functools.partial(lambda gain, z: old(z) * gain, 2),
+        "wrapped": functools.wraps(old)(lambda z: old(z) * 2),
+        "method": types.MethodType(lambda self, z: old(z) * 2, model),
+    }[how]
+    return model
+
+
+@pytest.mark.parametrize("how", ["closure", "default", "container", "partial", "wrapped", "method"])
+@pytest.mark.parametrize("act", [surgery.capture, surgery.deploy, lambda m, x: surgery.decompose(m, 0.5, example_inputs=x)])
+def test_a_forward_that_no_copy_would_follow_is_refused(how, act):
+    model = patched(how)
+    with pytest.raises(SurgeryTypeError, match=r"the model: its attribute 'forward' is a function that reaches the model \(Sequential\).*make it a"):
+        act(model, X)
+    assert model[1].num_batches_tracked == 0
+
+
+def test_a_forward_that_copies_follow_is_not_refused():
+    def doubled(self, z):
+        return nn.Sequential.forward(self, z) * 2
+
+    stranger = nn.Conv2d(3, 3, 1)
+    for bound in (lambda m: types.MethodType(doubled, m), lambda m: functools.partial(doubled, m)):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+        model.forward = bound(model)
+        model.unrelated = lambda z, other=stranger: other(z)
+        model[0].forward = model[0].forward
+        net = surgery.decompose(model, {}, example_inputs=X)
+        assert_parity(net(X), model(X))
+        net[0].weight.data.zero_()
+        assert difference(net(X), model(X)) > 0.1
+
+
+@pytest.mark.parametrize("array", [numpy.array(3.0), numpy.zeros(3), numpy.float64(2)])
+def test_inputs_that_are_no_tensors(array):
+    model = Takes().eval()
+    assert surgery.capture(model, {"x": X, "n": array})
+    assert surgery.decompose(model, {"conv": 1.0}, example_inputs={"x": X, "n": array})
+    with pytest.raises(SurgeryTypeError, match="example_inputs: they cannot be copied"):
+        surgery.capture(model, {"x": X, "n": threading.Lock()})
+
+
+class Takes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x, n=None, mask=None):
+        y = self.conv(x)
+        return y if mask is None else y * mask
+
+
+LOOKS = {
+    "capture": surgery.capture,
+    "trace": surgery.trace,
+    "deploy": surgery.deploy,
+    "foreign": lambda m, x: surgery.reconstruct(m, foreign=True, example_inputs=x),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_what_has_no_numbers_or_shapes_is_refused_in_one_line(look):
+    meta = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)).eval()
+    with pytest.raises(SurgeryValueError, match=r"^example_inputs: they are on the meta device.*$"):
+        look(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()).eval(), X.to("meta"))
+    with pytest.raises(SurgeryValueError, match=r"^0\.weight: it is on the meta device and has no numbers; load weights first$"):
+        look(meta.to("meta"), X.to("meta"))
+    with pytest.raises(SurgeryValueError, match=r"^0: LazyConv2d has no shape yet; run the model once"):
+        look(nn.Sequential(nn.LazyConv2d(3, 3)), X)
+
+
+@pytest.mark.parametrize("inputs", [None, [X], 3, "x"])
+def test_the_models_own_error_is_told_in_one_line(inputs):
+    with pytest.raises(SurgeryValueError, match=r"example_inputs: Sequential fails on them .*TypeError: ") as caught:
+        surgery.capture(nn.Sequential(nn.Conv2d(3, 3, 3)), inputs)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_trace_that_fails_prints_nothing(capsys):
+    class Masked(Takes):
+        def forward(self, x, n=None, mask=None):
+            return super().forward(x, n, mask)
+
+    assert isinstance(surgery.capture(Masked().eval(), X), RecordedGraph)
+    assert capsys.readouterr() == ("", "")
+
+
+class Forces(nn.Module):
+    """Energy of points, and the forces on them."""
+
+    def __init__(self, prepare):
+        super().__init__()
+        self.inner, self.out, self.prepare = nn.Linear(3, 8), nn.Linear(8, 1), prepare
+
+    def forward(self, points):
+        points = self.prepare(points)
+        energy = self.out(torch.tanh(self.inner(points))).sum()
+        return energy, -torch.autograd.grad(energy, points, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("prepare", [lambda p: p, lambda p: p.requires_grad_(True)], ids=["by the caller", "by itself"])
+def test_models_that_differentiate_by_their_input(prepare):
+    points = torch.randn(4, 3, requires_grad=True)
+    graph = surgery.capture(Forces(prepare), points)
+    assert [n.target for n in graph.nodes if n.op == "call_module"] == ["inner", "out"]
+    net = surgery.decompose(Forces(prepare), {"inner": 2}, example_inputs=points)
+    report = surgery.report(net)
+    assert report["inner"].calls == 1
+    assert report.macs_before > report.macs_after > report["inner"].macs_after  # the backward pass runs in it too
+    assert points.grad is None
+    assert surgery.report(surgery.deploy(net, points)).macs_after < report.macs_before

@@ -19,6 +19,7 @@ from passes import (
     ModuleHost,
     Reconstruct,
     host_for,
+    module_host,
     run_pipeline,
     runs,
     trace,
@@ -626,19 +627,16 @@ def test_an_error_while_computing_leaves_the_model_as_it_was(host_of, apply, bui
 def test_an_interrupt_while_the_result_is_checked_is_undone(monkeypatch):
     model = made(Handmade)
     expected, modules = model(X), [id(m) for m in model.modules()]
-    check = ModuleHost._output
-    outputs = []
+    checked = []
 
-    def interrupted(host):
-        outputs.append(check(host))
-        if len(outputs) == 2:
-            raise KeyboardInterrupt
-        return outputs[-1]
+    def interrupted(changed, inputs):
+        checked.append(type(changed.norm))
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(ModuleHost, "_output", interrupted)
+    monkeypatch.setattr(module_host, "outputs_in_a_row", interrupted)
     with pytest.raises(KeyboardInterrupt):
         FuseLinearRuns()(ModuleHost(model, X))
-    assert len(outputs) == 2
+    assert checked == [nn.Identity]
     assert [id(m) for m in model.modules()] == modules
     assert difference(model(X), expected) == 0.0
 
@@ -752,3 +750,69 @@ def test_a_host_sees_what_the_pass_before_did(host_of, private):
     assert [r.modified for r in results] == [False, True, True]
     assert by_site(results[2])["1"].reason == "stands for 0, 1"
     assert_parity(model(X), net(X))
+
+
+class Delayed(nn.Module):
+    """Adds what its batch norm was given in the call before."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.kept = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), None
+
+    def forward(self, x):
+        y = self.conv(x)
+        out = self.norm(y)
+        out = out if self.kept is None else out + self.kept
+        self.kept = y
+        return out
+
+
+def test_what_only_a_second_call_shows_is_not_fused():
+    net = made(Delayed)
+    model = copy.deepcopy(net)
+    result = FuseLinearRuns()(ModuleHost(model, X))
+    assert not result.modified
+    assert "not provable" in by_site(result)["conv"].reason
+    for _ in range(3):
+        assert difference(model(X), net(X)) == 0.0
+
+
+class Data(nn.Module):
+    """Control flow on data."""
+
+    def forward(self, x):
+        return x if x.sum() > 0 else x * 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "inputs", "macs"),
+    [
+        ((nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), X, 2 * 100 * 108),
+        ((nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), X, 2 * 100 * 108),
+        ((nn.Linear(8, 4), nn.BatchNorm1d(4)), torch.randn(2, 8), 2 * 32),
+    ],
+    ids=["after", "before", "linear"],
+)
+def test_calls_are_known_where_the_proof_is_structure(layers, inputs, macs):
+    net = randomized(nn.Sequential(*layers, Data()))
+    host = ModuleHost(copy.deepcopy(net), inputs)
+    (fused,) = [o for o in FuseLinearRuns()(host).outcomes if o.params_after is not None]
+    assert (fused.macs_before, fused.macs_after) == (macs, macs)
+    (site,) = host.sites()
+    assert [c.input_shape for c in site.calls] == [tuple(inputs.shape)]
+    assert_parity(host.model(inputs), net(inputs))
+
+
+def test_what_a_norm_scales_is_not_known_without_inputs():
+    body = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)).eval()
+    reasons = {o.site: o.reason for o in FuseLinearRuns()(ModuleHost(body)).outcomes}
+    assert "is not known without example_inputs" in reasons["0"]
+
+
+def test_pooling_over_one_pixel_goes_all_at_once():
+    body = [nn.Conv2d(3, 3, 1), nn.AvgPool2d(1), nn.Dropout(), nn.MaxPool2d(1), nn.Identity(), nn.AvgPool2d(1)]
+    net = nn.Sequential(*body, nn.ReLU(), nn.AvgPool2d(1), nn.AvgPool2d(1)).eval()
+    model, host = on_graph(net)
+    assert [DropIdentities()(host).modified for _ in range(3)] == [True, False, False]
+    assert targets(model) == ["0", "6", "7", "8"]
+    assert difference(model(X), net(X)) == 0.0

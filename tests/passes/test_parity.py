@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
-from passes.errors import ParityError
-from passes.parity import assert_parity, difference, private_inputs
+from passes.errors import ParityError, SurgeryTypeError
+from passes.parity import assert_parity, difference, private_inputs, tensors_in
 
 X = torch.randn(4, 8, 5, generator=torch.Generator().manual_seed(1))
 
@@ -75,3 +76,18 @@ def test_private_inputs_do_not_share_storage():
     copied["x"].zero_()
     assert given["x"].abs().sum() > 0
     assert copied["n"] == 3
+
+
+def test_private_inputs_that_are_leaves_go_on_requiring_gradients():
+    leaf = X.clone().requires_grad_()
+    copied = private_inputs((leaf, leaf * 2, X))
+    assert [(t.requires_grad, t.is_leaf) for t in copied] == [(True, True), (False, True), (False, True)]
+
+
+def test_arrays_hold_no_tensors():
+    assert [t is X for t in tensors_in([numpy.array(3.0), numpy.zeros((2, 2)), [X]])] == [True]
+
+
+def test_inputs_that_cannot_be_copied_are_named():
+    with pytest.raises(SurgeryTypeError, match="example_inputs: they cannot be copied"):
+        private_inputs((X, __import__("threading").Lock()))

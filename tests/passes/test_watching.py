@@ -52,6 +52,13 @@ READS = {
     "written": lambda net, x: (net.conv.weight.data.clamp_(-1, 1), net.conv(x))[1],
     "stacked": lambda net, x: net.conv(x) + torch.stack([net.conv.weight, net.gain]).sum(),
     "converted": lambda net, x: functional.conv2d(x.double(), net.conv.weight.to(torch.float64)),
+    "by numpy": lambda net, x: net.conv(x) * float(net.conv.weight.detach().numpy().sum()),
+    "as a list": lambda net, x: net.conv(x) * net.conv.weight.tolist()[0][0][0][0],
+    "its memory": lambda net, x: net.conv(x) * net.conv.weight.data.untyped_storage()[0],
+    "a view's numbers": lambda net, x: net.conv(x) + net.conv.weight.data.view(-1).detach()[1:].sum(),
+    "a view written": lambda net, x: (net.conv.weight.data.view(-1).mul_(0.5), net.conv(x))[1],
+    "shared": lambda net, x: net.conv(x) + torch.from_dlpack(net.conv.weight.detach()).sum(),
+    "from the state": lambda net, x: net.conv(x) + net.state_dict()["conv.weight"].sum(),
 }
 NO_READS = {
     "shape": lambda net, x: net.conv(x) * net.conv.weight.shape[0] * net.conv.weight.size(1) * net.conv.weight.numel() * net.conv.weight.dim(),
@@ -61,6 +68,10 @@ NO_READS = {
     ),
     "attributes": lambda net, x: net.conv(x) * net.conv.kernel_size[0] * (2 if net.conv.weight.requires_grad else 3) + len(net.conv.weight),
     "its own forward": lambda net, x: net.conv.forward(x),
+    "of an alias": lambda net, x: net.conv(x.to(net.conv.weight.data.device).to(net.conv.weight.detach().dtype)),
+    "of a view": lambda net, x: net.conv(x) * net.conv.weight.view(-1).shape[0] * net.conv.weight.flatten(1).size(1),
+    "same size": lambda net, x: net.conv(x) if net.conv.weight.is_same_size(net.other.weight) else x,
+    "the names of the state": lambda net, x: net.conv(x) * ("gain" in net.state_dict()),
 }
 
 
@@ -216,6 +227,25 @@ USES = {
 }
 
 
+@torch.jit.script
+def scripted(x, weight):
+    return torch.nn.functional.conv2d(x, weight)
+
+
+DENSE = (None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+BELOW = {
+    "operator": lambda net, x: torch.ops.aten.conv2d(x, net.gain),
+    "overload": lambda net, x: torch.ops.aten.convolution.default(x, net.gain, *DENSE),
+    "private": lambda net, x: torch._convolution(x, net.gain, *DENSE, False, False, False, False),
+}
+AS_CONVOLUTION = ("body", "convolution", "body.gain", (4, 4, 3, 3), 1, 2 * 49 * 144)
+USES |= {name: (forward, AS_CONVOLUTION) for name, forward in BELOW.items()}
+
+
+def test_inside_scripted_functions():
+    assert functions(Net(lambda net, x: scripted(x, net.gain))) == [AS_CONVOLUTION]
+
+
 @pytest.mark.parametrize(("forward", "expected"), USES.values(), ids=USES)
 def test_layers_written_as_functions(forward, expected):
     model = Net(forward).eval()
@@ -256,3 +286,9 @@ def test_watching_changes_nothing():
     assert not any(m._forward_hooks or m._forward_pre_hooks or (isinstance(m, nn.Conv2d) and "forward" in vars(m)) for m in model.modules())
     assert not torch._C._is_torch_function_mode_enabled()
     assert isinstance(trace(model, X), fx.GraphModule)
+
+
+def test_calls_of_batch_norms_are_no_layers_calls():
+    seen = observe(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)), X)
+    assert seen.norms == {"1": (Call((2, 8, 7, 7), (2, 8, 7, 7)),)}
+    assert list(seen.calls) == ["0"]

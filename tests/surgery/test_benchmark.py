@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 
 import surgery
-from passes.errors import SurgeryValueError
-from tests.networks import Small
+from passes.errors import SurgeryError, SurgeryValueError
+from tests.networks import Random, Small, random_states
 
 X = torch.randn(1, 3, 12, 12)
 
@@ -70,3 +71,11 @@ def test_wrong_arguments():
         surgery.benchmark(Small(), Small(), X, runtimes=["tensorrt"])
     with pytest.raises(SurgeryValueError, match="at least 4"):
         surgery.benchmark(Small(), Small(), X, repeats=1)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_random_states_are_left_as_found(fails):
+    net, before = Random(fails), random_states()
+    with contextlib.suppress(SurgeryError):
+        surgery.benchmark(net, net, X, runtimes=["eager"], repeats=4)
+    assert random_states() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -14,7 +15,7 @@ from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import assert_parity, difference
 from passes.running import run
 from surgery.deployment import PASSES
-from tests.networks import Branching, Keyword, Small
+from tests.networks import Branching, Keyword, Random, Small, random_states
 from tests.passes.test_cleanup import Handmade, ReadsLayers, randomized
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(61))
@@ -207,3 +208,111 @@ def test_cutting_what_was_fused():
     report = surgery.report(again)
     assert (report.params_before, report.macs_before) == (params_of(randomized(Handmade())), macs_of(randomized(Handmade())))
     assert (report.params_after, report.macs_after) == (params_of(again), macs_of(again))
+
+
+class Sampling(nn.Module):
+    """A mean and a draw around it, as in variational autoencoders."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return y + torch.randn_like(y)
+
+
+def test_networks_that_are_random_in_eval_mode():
+    net = randomized(Sampling())
+    deployed = surgery.deploy(net, X)
+    assert surgery.report(deployed).passes == ("FoldBatchNorm",)
+    torch.manual_seed(5)
+    expected = net(X)
+    torch.manual_seed(5)
+    assert_parity(deployed(X), expected)
+    assert surgery.report(surgery.deploy(Random(), X)).passes == ()
+
+
+ACTS = {
+    "deploy": surgery.deploy,
+    "foreign": lambda m, x: surgery.reconstruct(m, foreign=True, example_inputs=x),
+    "inplace": lambda m, x: surgery.reconstruct(m, foreign=True, example_inputs=x, inplace=True),
+    "trace": surgery.trace,
+    "capture": surgery.capture,
+}
+
+
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+@pytest.mark.parametrize("build", [Random, lambda: Random(fails=True), Sampling, lambda: nn.Sequential(Sampling())])
+def test_random_states_are_left_as_found(act, build):
+    net, before = build().eval(), random_states()
+    with contextlib.suppress(SurgeryError):
+        act(net, X)
+    assert random_states() == before
+
+
+@pytest.mark.parametrize("was_cut", [False, True])
+@pytest.mark.parametrize("on_record", [False, True])
+def test_a_failure_in_place_leaves_the_record_as_it_was(was_cut, on_record):
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), ReadsLayers()).eval()
+    if was_cut:
+        net = surgery.decompose(net, {"0": (2, 2)}, example_inputs=X)
+    if not on_record:
+        net.__dict__.pop("surgery_record", None)
+    before = net.__dict__.get("surgery_record")
+    with pytest.raises(SurgeryError, match="no longer computes the same"):
+        surgery.reconstruct(net, foreign=True, example_inputs=X, inplace=True)
+    assert net.__dict__.get("surgery_record") == before
+    assert ("surgery_record" in net.__dict__) == (before is not None)
+    if before is not None:
+        assert surgery.report(net).passes == ("Decompose",)
+
+
+@pytest.mark.parametrize("act", [ACTS["foreign"], surgery.deploy], ids=["foreign", "deploy"])
+def test_calls_and_macs_where_the_proof_is_structure(act):
+    net = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), OnData()))
+    report = surgery.report(act(net, X))
+    assert (report["0"].calls, report["0"].macs_before) == (1, 2 * 100 * 108)
+    assert (report.macs_before, report.macs_after) == (macs_of(net), macs_of(act(net, X)))
+    line = randomized(nn.Sequential(nn.Linear(12, 4), nn.BatchNorm1d(3), OnData()))
+    inputs = X[:, :, 0]
+    assert surgery.report(act(line, inputs))["0"].reason.find("example_inputs") == -1
+
+
+class OnData(nn.Module):
+    """Control flow on data, without a layer."""
+
+    def forward(self, x):
+        return x if x.sum() > 0 else x * 2
+
+
+def test_parameters_that_layers_share_count_once():
+    left, right = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+    right.bias = left.bias
+    norms = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    norms[1].weight = norms[0].weight
+    net = randomized(nn.Sequential(left, norms[0], nn.ReLU(), right, norms[1]))
+    for fused in (surgery.reconstruct(net, foreign=True), surgery.reconstruct(net, foreign=True, example_inputs=X), surgery.deploy(net, X)):
+        report = surgery.report(fused)
+        assert (report.params_before, report.params_after) == (params_of(net), params_of(fused))
+
+
+class Holds(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.head = body, nn.Conv2d(4, 8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("clean", [surgery.deploy, ACTS["foreign"]], ids=["deploy", "foreign"])
+def test_what_was_cleaned_inside_a_model_counts_in_its_report(clean):
+    body = neighbours_net()
+    whole, outer = Holds(body).eval(), Holds(clean(cut(body), X)).eval()
+    assert surgery.report(outer).params_before == params_of(whole)
+    assert surgery.report(outer).params_after == params_of(outer)
+    for net in (surgery.decompose(outer, {"head": (2, 2)}, example_inputs=X), surgery.deploy(outer, X), ACTS["foreign"](outer, X)):
+        report = surgery.report(net)
+        assert (report.params_before, report.macs_before) == (params_of(whole), macs_of(whole))
+        assert (report.params_after, report.macs_after) == (params_of(net), macs_of(net))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from passes.effective import effective_layer
 from passes.errors import SurgeryValueError
 from passes.parity import assert_parity
 from passes.running import private_copy
+from tests.networks import random_states
 
 X = torch.randn(2, 6, 12, 12, generator=torch.Generator().manual_seed(6))
 
@@ -150,6 +153,19 @@ def test_layers_that_cannot_be_run_alone_or_do_something_else_are_kept():
     hooked.register_forward_pre_hook(lambda module, args: None)
     assert "hooks that may take part" in effective_layer(hooked)
     assert "no numbers" in effective_layer(Standardised(3, 4, 3, device="meta"))
+
+
+class Noisy(nn.Conv2d):
+    """Draws from every generator, to no effect."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * 2, self.bias) + 0 * (torch.rand(()) + random.random() + numpy.random.rand())
+
+
+def test_random_states_are_left_as_found():
+    layer, before = Noisy(6, 4, 3), random_states()
+    assert isinstance(effective_layer(layer), nn.Conv2d)
+    assert random_states() == before
 
 
 def test_a_hook_on_the_layer_runs_on_its_chain():

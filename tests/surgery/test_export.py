@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import onnx
 import pytest
 import torch
@@ -12,7 +14,7 @@ from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryValueE
 from surgery.export import common
 from surgery.export.common import fresh_inputs
 from surgery.export.onnx import onnx_session, run_session
-from tests.networks import Keyword
+from tests.networks import Keyword, Random, random_states
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(51))
 
@@ -149,3 +151,12 @@ def test_a_tuple_that_ends_in_a_dict(tmp_path):
     inputs = ({"b": torch.randn(1, 3, 8, 8), "a": torch.randn(1, 3, 8, 8)},)
     for dynamic in (False, True):
         assert surgery.export_onnx(Named(), tmp_path / "net.onnx", inputs, dynamic_batch=dynamic).difference < 1e-4
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("export", [surgery.export_onnx, surgery.export_torchscript], ids=["onnx", "torchscript"])
+def test_random_states_are_left_as_found(export, fails, tmp_path):
+    net, before = Random(fails).eval(), random_states()
+    with contextlib.suppress(SurgeryError):
+        export(net, tmp_path / "net", X)
+    assert random_states() == before

@@ -166,9 +166,27 @@ def plan(
     calibration: Any = None,
     device: torch.device | str | None = DEFAULT.device,
     effective_weights: bool = DEFAULT.effective_weights,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    max_drop: float = 0.0,
     progress: bool = False,
 ) -> Plan:
-    """What ``decompose`` would do with the same arguments, as a ``Plan`` to read, edit, save and replay. The model is not touched."""
+    """What ``decompose`` would do with the same arguments, as a ``Plan`` to read, edit, save and replay. The model is not touched.
+
+    Args:
+        evaluate: a metric of one's own, of a network, higher is better. ``ranks`` is then a ``Budget`` with the least share of MACs or parameters
+            that is wanted, and the plan is for the smallest share from there on at which the metric is at most ``max_drop`` below the original's,
+            found by bisection; ``plan.trials`` has what was tried. Replay it with the same ``calibration``.
+        max_drop: how far the metric may fall, in its own unit.
+    """
+    if evaluate is not None:
+        from surgery.gate import gated_plan
+
+        shared: dict[str, Any] = {"example_inputs": example_inputs, "method": method, "include": include, "exclude": exclude, "guard": guard}
+        shared |= {"round_to": round_to, "device": device, "effective_weights": effective_weights, "progress": progress}
+        shared["calibration"] = None if calibration is None else usable_batches(calibration)
+        return gated_plan(
+            model, ranks, evaluate, max_drop, lambda budget: plan(model, budget, **shared), lambda found: decompose(model, found, **shared)
+        )
     options = Options(
         method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device, effective_weights=effective_weights
     )

@@ -16,6 +16,7 @@ from surgery.files import write_atomically
 
 if TYPE_CHECKING:
     from surgery.cost.outcome import LatencyOutcome
+    from surgery.gate import Trial
 
 __all__ = ["Change", "Plan", "no_duplicates"]
 
@@ -48,6 +49,7 @@ class Plan(MutableMapping[str, Decision]):
     def __init__(self, decisions: Mapping[str, Decision] | None = None) -> None:
         self._decisions: dict[str, Decision] = {}
         self.latency: LatencyOutcome | None = None  # what a latency budget came to; of the moment, so not saved
+        self.trials: tuple[Trial, ...] = ()  # what was tried where a metric of one's own decided; likewise
         self.update(decisions or {})
 
     def __getitem__(self, name: str) -> Decision:

@@ -30,6 +30,7 @@ from surgery.version import __version__
 
 if TYPE_CHECKING:
     from passes.recording import RecordedGraph
+    from surgery.alternatives import explain, tradeoff
     from surgery.checkpoint import load, save
     from surgery.deployment import deploy
     from surgery.export import ExportReport, export_onnx, export_torchscript
@@ -41,6 +42,8 @@ LATER = {
     "RecordedGraph": "passes.recording",
     "Refine": "surgery.refinement",
     "deploy": "surgery.deployment",
+    "explain": "surgery.alternatives",
+    "tradeoff": "surgery.alternatives",
     "ExportReport": "surgery.export",
     "export_onnx": "surgery.export",
     "export_torchscript": "surgery.export",
@@ -91,6 +94,7 @@ __all__ = [
     "capture",
     "decompose",
     "deploy",
+    "explain",
     "export_onnx",
     "export_torchscript",
     "load",
@@ -100,4 +104,5 @@ __all__ = [
     "report",
     "save",
     "trace",
+    "tradeoff",
 ]

@@ -103,9 +103,24 @@ def _plan(options: argparse.Namespace) -> None:
     plan = surgery.plan(model, options.ranks, example_inputs=inputs, progress=True, **_rank_options(options))
     if options.out is not None:
         plan.save(options.out)
-    from surgery.tables import plan_table
+    from surgery.tables import explain_table, plan_table, tradeoff_table
 
-    _show(options, lambda: plan_table(plan), plan.to_json)
+    chosen = _rank_options(options)
+    if options.pareto or options.picture is not None:
+        from surgery.alternatives import tradeoff
+
+        found = tradeoff(model, example_inputs=inputs, **chosen)
+        if options.picture is not None:
+            found.save_picture(options.picture)
+        _show(options, lambda: tradeoff_table(found), lambda: json.dumps(found.to_data(), indent=1))
+    elif options.explain is not None:
+        from surgery.alternatives import explain
+
+        near = explain(model, options.explain, plan, example_inputs=inputs, **chosen)
+        as_data = [{"decision": a.decision.to_json(), "cost": a.cost, "error": a.error, "chosen": a.chosen} for a in near]
+        _show(options, lambda: explain_table(near), lambda: json.dumps(as_data, indent=1))
+    else:
+        _show(options, lambda: plan_table(plan), plan.to_json)
 
 
 def _decompose(options: argparse.Namespace) -> None:
@@ -200,6 +215,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "Choose ranks and print or save the plan; the model is not changed.")
     _add_rank_arguments(plan)
     plan.add_argument("--out", metavar="FILE", type=Path, help="save the plan as JSON")
+    plan.add_argument("--pareto", action="store_true", help="show the least error at every budget")
+    plan.add_argument("--picture", metavar="FILE", type=Path, help="draw that")
+    plan.add_argument("--explain", metavar="LAYER", help="show what the plan does with a layer among its nearest alternatives")
     decompose = command("decompose", _decompose, "Decompose a model and report what was done.")
     _add_rank_arguments(decompose)
     decompose.add_argument("--out", metavar="FOLDER", type=Path, help="save the network: plan.json and model.safetensors")

@@ -27,6 +27,7 @@ from surgery.ranks.rules import Rule, fraction_of
 
 if TYPE_CHECKING:
     from surgery.latency import Stopwatch
+    from surgery.ranks.candidates import Candidates
 
 __all__ = ["Draft", "Options"]
 
@@ -120,7 +121,8 @@ class Draft(Mapping[str, Decision]):
         if options.guard == "latency":
             _check_guard(request, stopwatch)
         linear_too = options.method == "svd"
-        self._options, self._totals = options, totals
+        self._options, self.totals = options, totals
+        self.candidates: list[Candidates] = []  # what a budget chose from
         self._tied = {site.name: site for site in sites if site.tied_to is not None}
         self._names = [site.name for site in sites]
         sites = [_with_ties(site, sites) for site in sites if site.tied_to is None]
@@ -251,18 +253,24 @@ class Draft(Mapping[str, Decision]):
         free = [site for site in self._sites.values() if site.name not in self._decided]
         if budget.latency is not None:
             return self._by_latency(budget, free)
-        unit = budget.unit or ("macs" if self._totals.macs is not None else "params")
-        if getattr(self._totals, unit) is None:
+        unit = budget.unit or ("macs" if self.totals.macs is not None else "params")
+        if getattr(self.totals, unit) is None:
             raise SurgeryValueError(f"ranks: {budget} needs example_inputs: without them MACs are not known")
         keep = Keep("the budget is better spent on other layers")
-        candidates = []
+        self.candidates = []
         for site in free:
             costs = {"macs": partial(_macs, site), "params": partial(_params, site)}
             guards = [] if self._options.guard == "none" else [c for name, c in costs.items() if name != unit and (name == "params" or site.calls)]
             kinds = self._kinds_for(site)
-            candidates.append(candidates_of(site, kinds, self.spectra, cost=costs[unit], guards=guards, round_to=self._options.round_to, keep=keep))
+            found = candidates_of(site, kinds, self.spectra, cost=costs[unit], guards=guards, round_to=self._options.round_to, keep=keep)
+            self.candidates.append(found)
             self.spectra.let_go(site)
-        return solve(budget, candidates, self._totals)
+        return solve(budget, self.candidates, self.totals)
+
+    def cost_of(self, site: Site, decision: Decision) -> int:
+        """MACs of a layer under a decision, or parameters where MACs are not known."""
+        count = _params if self.totals.macs is None else _macs
+        return count(site, decision if isinstance(decision, Factorization) else None)
 
     def _by_latency(self, budget: Budget, free: Sequence[Site]) -> dict[str, Decision]:
         if self._stopwatch is None:

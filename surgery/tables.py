@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from passes.watching import COMPUTED
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from passes.watching import FunctionUse
+    from surgery.alternatives import Alternative, Tradeoff
     from surgery.benchmark import Benchmark
     from surgery.plan import Plan
     from surgery.report import LayerReport, Report
@@ -79,6 +81,35 @@ def plan_table(plan: Plan) -> RenderableType:
         from rich.console import Group
 
         return Group(table, "", str(plan.latency))
+    return table
+
+
+def tradeoff_table(found: Tradeoff) -> RenderableType:
+    """A row a budget: what is used of the network, the error, and how many layers are cut."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in (f"share of {found.unit}", "used", "error", "layers cut"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in found.rows:
+        table.add_row(f"{row.share:.2f}", f"{row.used:.3f}", f"{row.error:.3f}", str(row.cut))
+    return table
+
+
+def explain_table(near: Sequence[Alternative]) -> RenderableType:
+    """A row an alternative for one layer; the one that the plan takes is marked."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    for heading in ("ranks", "cost", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in near:
+        data: dict[str, Any] = one.decision.to_json()
+        kind = data.pop("kind")
+        data.pop("reason", None)
+        table.add_row("->" if one.chosen else "", kind, _ranks(tuple(data.values()) or None), f"{one.cost:,}", f"{one.error:.3f}")
     return table
 
 

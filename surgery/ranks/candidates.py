@@ -37,6 +37,7 @@ class Candidates:
         errors: |W - W'|_F / |W|_F of each.
         losses: what adds up over layers: squared errors; where the store has a metric for the layer, in its unit, so that they compare.
         before: what the layer costs as it is.
+        energy: the loss of the whole layer, to which losses compare.
     """
 
     site: Site
@@ -45,6 +46,7 @@ class Candidates:
     errors: Numbers
     losses: Numbers
     before: float
+    energy: float = 1.0
 
 
 def candidates_of(
@@ -76,6 +78,7 @@ def candidates_of(
     costs = np.concatenate([family.costs for family in families] + [np.array([float(cost(None))])])
     errors = np.concatenate([family.errors for family in families] + [np.zeros(1)])
     losses = np.concatenate([family.energy * family.errors**2 for family in families] + [np.zeros(1)])
+    energy = max((family.energy for family in families), default=1.0)
     starts = np.cumsum([0, *(len(family.costs) for family in families)])
     chosen = pareto(costs, losses, MOST)
 
@@ -85,7 +88,15 @@ def candidates_of(
         number = int(np.searchsorted(starts, index, side="right")) - 1
         return families[number].at(index - int(starts[number]))
 
-    return Candidates(site, tuple(decision(int(index)) for index in chosen), costs[chosen], errors[chosen], losses[chosen], float(cost(None)))
+    return Candidates(
+        site,
+        tuple(decision(int(index)) for index in chosen),
+        costs[chosen],
+        errors[chosen],
+        losses[chosen],
+        float(cost(None)),
+        energy,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

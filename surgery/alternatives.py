@@ -91,8 +91,9 @@ def tradeoff(model: nn.Module, *, example_inputs: Any = None, shares: Sequence[f
     total = getattr(draft.totals, unit)
     rows = []
     for share in shares:
+        budget = _share_of(unit, float(share))
         try:
-            chosen = solve(_share_of(unit, float(share)), draft.candidates, draft.totals)
+            chosen = solve(budget, draft.candidates, draft.totals)
         except SurgeryError:
             break  # less cannot be reached
         rows.append(_row(draft.candidates, chosen, float(share), total))
@@ -110,7 +111,7 @@ def explain(
     if site not in plan:
         raise SurgeryValueError(f"explain: {site!r} is no layer of this model: {nearest(site, plan)}")
     draft, _ = _draft(model, example_inputs, calibration, options)
-    mine = next((c for c in draft.candidates if c.site.name == site), None)
+    mine = next((c for c in draft.candidates if site in c.site.aliases), None)
     if mine is None:
         raise SurgeryValueError(f"explain: nothing can be done with {site!r}: {getattr(draft[site], 'reason', draft[site])}")
     chosen = plan[site]

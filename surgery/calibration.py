@@ -52,7 +52,7 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
         sites: those to look at; chains are left out.
 
     Raises:
-        SurgeryValueError: a batch does not fit the model.
+        SurgeryValueError: a batch does not fit the model, or gives numbers that are not finite.
     """
     twin = private_copy(model).eval()
     for parameter in twin.parameters():
@@ -70,7 +70,7 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
             examples += next((len(t) for t in tensors_in(batch) if t.ndim), 0)
     for handle in handles:
         handle.remove()
-    return Calibration(metrics={name: moments.metric() for name, moments in seen.items() if moments.positions}, examples=examples)
+    return Calibration(metrics={name: moments.metric(name) for name, moments in seen.items() if moments.positions}, examples=examples)
 
 
 def batches_of(calibration: Any) -> list[Any]:
@@ -117,7 +117,9 @@ class _Moments:
         self.outputs = _added(self.outputs, rows)
         self.examples += len(gradient)
 
-    def metric(self) -> Metric:
+    def metric(self, name: str) -> Metric:
+        if not all(bool(moment.isfinite().all()) for moment in (self.inputs, self.outputs) if moment is not None):
+            raise SurgeryValueError(f"calibration: {name or 'the model'} sees, or its output has, numbers that are not finite on these batches")
         inputs = None if self.inputs is None else self.inputs / max(self.positions, 1)
         return Metric(inputs=inputs, outputs=None if self.outputs is None else self.outputs / max(self.examples, 1))
 

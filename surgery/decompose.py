@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -275,16 +276,31 @@ def learn(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> tu
 
 
 def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Refine | None) -> dict[str, float]:
-    """Correct the chains that a cut has made, one after the other, then polish them together; output errors by layer, as ``correct`` has them."""
+    """Correct the chains that a cut has made, one after the other, then polish them together; output errors by layer, as ``correct`` has them.
+
+    What else is held elsewhere in the network (tied factors, a shared bias) is left as it is. After an error every number is as it was.
+    """
     from surgery.correction import correct
     from surgery.refinement import refine
 
     cut = {outcome.site for outcome in result.outcomes if outcome.status == "applied"}
-    sites = [site for site in host_for(result.model).sites() if site.name in cut and site.tied_to is None and site.name]
-    errors = correct(teacher, result.model, {site.name: f"{site.name}.{site.pieces[-1].name}" for site in sites}, batches) if sites else {}
-    if how is not None and sites:
-        names = [f"{site.name}.{piece.name}" for site in sites for piece in site.pieces]
-        refine(teacher, result.model, [p for name in names for p in result.model.get_submodule(name).parameters()], batches, how)
+    model = result.model
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    sites = [site for site in host_for(model).sites() if site.name in cut and site.name]
+    layers = {site.name: [f"{site.name}.{piece.name}" for piece in site.pieces] for site in sites}
+    own = {name: [p for layer in names for p in model.get_submodule(layer).parameters() if holders[id(p)] == 1] for name, names in layers.items()}
+    lasts = {name: names[-1] for name, names in layers.items() if all(holders[id(p)] == 1 for p in model.get_submodule(names[-1]).parameters())}
+    factors = [p for parameters in own.values() for p in parameters]
+    before = [p.detach().clone() for p in factors]
+    try:
+        errors = correct(teacher, model, lasts, batches) if lasts else {}
+        if how is not None and factors:
+            refine(teacher, model, factors, batches, how)
+    except BaseException:  # the biases are the caller's own where the surgery is in place
+        with torch.no_grad():
+            for p, value in zip(factors, before, strict=True):
+                p.copy_(value)
+        raise
     return errors
 
 

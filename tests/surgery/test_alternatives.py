@@ -41,6 +41,11 @@ def test_shares_that_cannot_be_reached_are_left_out(model):
     assert [row.share for row in found.rows] == [0.5]
 
 
+def test_a_share_that_means_nothing_is_an_error(model):
+    with pytest.raises(surgery.SurgeryValueError, match="must be an int, or a share"):
+        surgery.tradeoff(model, shares=(2.0,))
+
+
 @pytest.mark.parametrize("ranks", [0.5, Budget(macs=0.5)])
 def test_alternatives_lie_around_what_the_plan_does(model, ranks):
     plan = surgery.plan(model, ranks, example_inputs=X)

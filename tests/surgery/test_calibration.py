@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -179,6 +180,32 @@ def test_shared_and_tied_layers_and_other_inputs():
     assert distance(aware, kinds, images) < distance(surgery.decompose(kinds, {"re:.*": 0.5}), kinds, images)
 
 
+def test_what_others_hold_is_not_moved():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    model[2].bias = model[0].bias
+    net = surgery.decompose(model, {"0": (2, 2)}, calibration=IMAGES, refine=Refine(epochs=1))
+    assert torch.equal(net[2].bias, model[0].bias)
+    assert net[0].bias is net[2].bias
+
+
+@pytest.mark.parametrize("stage", ["surgery.correction.correct", "surgery.refinement.refine"])
+def test_an_interrupt_while_chains_are_mended_leaves_the_model_as_it_was(stage, monkeypatch):
+    model = Small().eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    module, name = stage.rsplit(".", 1)
+    real = getattr(importlib.import_module(module), name)
+
+    def interrupted(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        surgery.decompose(model, 0.4, guard="none", inplace=True, calibration=IMAGES, refine=Refine(epochs=1))
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
 def test_labels_of_a_loader_are_dropped():
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES, torch.arange(64)), batch_size=16)
     assert [b.shape[0] for b in batches_of(loader)] == [16] * 4
@@ -194,6 +221,7 @@ def test_labels_of_a_loader_are_dropped():
     [
         ({"calibration": 3}, "calibration: expected batches"),
         ({"calibration": []}, "calibration: there is no batch"),
+        ({"calibration": IMAGES * float("nan")}, "numbers that are not finite"),
         ({"calibration": [torch.randn(2, 5, 4, 4)]}, "fails on them"),
         ({"refine": Refine()}, "refine: needs calibration"),
         ({"calibration": IMAGES, "refine": 3}, "refine: expected surgery.Refine"),

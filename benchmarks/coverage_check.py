@@ -124,7 +124,7 @@ class Steps:
             yield
         except Checked as error:
             self._row["failures"].append(f"{name}: {error}")
-        except Exception as error:
+        except Exception as error:  # the network's code and ours run here: whatever is raised is the result
             where = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{name}: {type(error).__name__}: {str(error)[:1500]} [{where.filename.rpartition('/')[2]}:{where.lineno}]"
             self._row["failures"].append(text)
@@ -253,7 +253,7 @@ def attempt(model: nn.Module, inputs: Any, train: bool = False) -> tuple[str | N
             module.register_forward_pre_hook(note)
     try:
         seeded(twin, inputs)
-    except Exception as error:
+    except Exception as error:  # the network's own code refuses these inputs in its own way
         return f"{type(error).__name__}: {str(error).strip()[:300]}", 0
     return None, fewest
 
@@ -263,7 +263,7 @@ def refuses_float64(model: nn.Module, inputs: Any, modes: Sequence[bool]) -> str
     for train in modes:
         try:
             wide = seeded(private_copy(model).double().train(train), to_dtype(inputs, torch.float64))
-        except Exception as error:
+        except Exception as error:  # likewise
             return f"{type(error).__name__}: {str(error).strip()[:300]}"
         if not finite(wide) and finite(seeded(private_copy(model).train(train), inputs)):
             return "its output is finite in float32 and not in float64"

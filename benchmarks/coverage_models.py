@@ -82,7 +82,7 @@ def _size(make: Callable[[], nn.Module]) -> int:
     try:
         with torch.device("meta"):
             return sum(p.numel() for p in make().parameters())
-    except Exception:
+    except Exception:  # networks that cannot be made on the meta device fail in their own ways
         return 10**12
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "cut_chain",
     "cut_layer",
     "has_hooks",
+    "in_format_of",
     "merged_piece",
     "original_layer",
     "pieces_of",
@@ -228,7 +229,7 @@ def original_layer(info: ChainInfo, piece: Piece, layers: dict[str, nn.Module], 
     trainable = any(m.weight.requires_grad for m in layers.values())  # type: ignore[union-attr]
     weight = piece.weight
     if not isinstance(weight, nn.Parameter):
-        weight = nn.Parameter(_in_format_of(weight.detach(), _telling_weight(layers)), requires_grad=trainable)
+        weight = nn.Parameter(in_format_of(weight.detach(), _telling_weight(layers)), requires_grad=trainable)
     own = dict(info.original._parameters)
     own["weight"] = weight
     own["bias"] = list(layers.values())[-1]._parameters["bias"]
@@ -265,7 +266,7 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 def _build_layer(piece: Piece, layer: nn.Module, weight: Tensor) -> nn.Module:
     if not isinstance(piece.weight, nn.Parameter):
-        numbers = _in_format_of(piece.weight.detach().to(device=weight.device, dtype=weight.dtype), weight)
+        numbers = in_format_of(piece.weight.detach().to(device=weight.device, dtype=weight.dtype), weight)
         piece = Piece(piece.name, piece.geometry, nn.Parameter(numbers, requires_grad=weight.requires_grad), piece.bias)
     return plain_layer(piece, layer._parameters["bias"] if piece.bias is not None else None).train(layer.training)
 
@@ -276,7 +277,7 @@ def _telling_weight(layers: dict[str, nn.Module]) -> Tensor:
     return next((weight for weight in weights if _is_channels_last(weight)), weights[0])
 
 
-def _in_format_of(tensor: Tensor, like: Tensor) -> Tensor:
+def in_format_of(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor`` in storage of its own, in the memory format of ``like`` (contiguous, or channels last in two or three dimensions)."""
     return tensor.clone(memory_format=FORMATS[tensor.ndim] if _is_channels_last(like) else torch.contiguous_format)
 

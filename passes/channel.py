@@ -17,8 +17,9 @@ from torch import Tensor
 
 from passes.factorization import Factorization
 from passes.geometry import Geometry
-from passes.kind import Kind, Rank
-from passes.linalg import Spectrum, lying, relative_tails, two_factors
+from passes.kind import Kind
+from passes.linalg import Spectrum, lying, two_factors
+from passes.one_rank import OneRank
 
 __all__ = ["CHANNEL", "Channel"]
 
@@ -32,7 +33,7 @@ class Channel(Factorization):
     rank: int
 
 
-class ChannelKind(Kind):
+class ChannelKind(OneRank):
     """Conv k  ->  k, 1x1. Assumes a kernel of more than one pixel."""
 
     factorization = Channel
@@ -43,10 +44,6 @@ class ChannelKind(Kind):
 
     def full_ranks(self, geometry: Geometry) -> tuple[int, ...]:
         return (min(geometry.out_channels, geometry.in_channels * prod(geometry.kernel)),)
-
-    def from_ranks(self, geometry: Geometry, ranks: Sequence[Rank]) -> Channel:
-        (rank,) = ranks
-        return Channel(self.full_ranks(geometry)[0] if rank is None else rank)
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (lying(weight.flatten(1)),)
@@ -61,10 +58,6 @@ class ChannelKind(Kind):
     def split(self, weight: Tensor, factorization: Factorization, spectra: Sequence[Spectrum]) -> Mapping[str, Tensor]:
         expand, core = two_factors(weight.flatten(1), factorization.ranks[0], spectra[0].basis)  # type: ignore[arg-type]
         return {"core": core.reshape(-1, *weight.shape[1:]), "expand": expand.reshape(*expand.shape, *(1,) * (weight.ndim - 2))}
-
-    def error_surface(self, weight: Tensor, spectra: Sequence[Spectrum]) -> Tensor:
-        """Exact (Eckart and Young 1936): the singular values that are left out."""
-        return relative_tails(spectra[0].values)
 
     def merge(self, weights: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
         product: Tensor = torch.tensordot(weights["expand"].flatten(1), weights["core"], dims=1)

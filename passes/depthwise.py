@@ -18,8 +18,9 @@ from torch import Tensor
 
 from passes.factorization import Factorization
 from passes.geometry import Geometry
-from passes.kind import Kind, Rank
-from passes.linalg import Spectrum, lying, relative_tails, two_factors
+from passes.kind import Kind
+from passes.linalg import Spectrum, lying, two_factors
+from passes.one_rank import OneRank
 
 __all__ = ["DEPTHWISE", "Depthwise"]
 
@@ -33,7 +34,7 @@ class Depthwise(Factorization):
     rank: int
 
 
-class DepthwiseKind(Kind):
+class DepthwiseKind(OneRank):
     """Conv k  ->  depthwise k, 1x1. Assumes a kernel of more than one pixel."""
 
     factorization = Depthwise
@@ -46,10 +47,6 @@ class DepthwiseKind(Kind):
 
     def full_ranks(self, geometry: Geometry) -> tuple[int, ...]:
         return (min(geometry.out_channels, prod(geometry.kernel)),)
-
-    def from_ranks(self, geometry: Geometry, ranks: Sequence[Rank]) -> Depthwise:
-        (rank,) = ranks
-        return Depthwise(self.full_ranks(geometry)[0] if rank is None else rank)
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (lying(_filters(weight)),)
@@ -69,10 +66,6 @@ class DepthwiseKind(Kind):
         out, _, *kernel = weight.shape
         pointwise = left.transpose(0, 1).reshape(out, -1, *(1,) * len(kernel))
         return {"depthwise": right.reshape(-1, 1, *kernel), "pointwise": pointwise}
-
-    def error_surface(self, weight: Tensor, spectra: Sequence[Spectrum]) -> Tensor:
-        """Exact (Eckart and Young 1936, for every input channel): the singular values that are left out."""
-        return relative_tails(spectra[0].values)
 
     def merge(self, weights: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
         out, into = geometry.out_channels, geometry.in_channels

@@ -97,7 +97,7 @@ def _observed(layer: nn.Module, geometry: Geometry, like: Tensor) -> nn.Module |
             try:
                 with seen:
                     expected = twin(given)
-            except Exception:
+            except Exception:  # the layer's own code runs here: it may raise anything
                 if needed:
                     raise
                 if all(call.on_input for call in seen.calls):
@@ -140,7 +140,7 @@ def _takes_other_dtypes(twin: nn.Module, probe: Tensor) -> bool:
     """Whether the layer also takes inputs that are not of its weight's dtype, as a plain one does not."""
     try:
         twin(probe.to(torch.float32 if probe.dtype == torch.float64 else torch.float64))
-    except Exception:
+    except Exception:  # likewise
         return False
     return True
 

@@ -111,18 +111,9 @@ def batch_norm_piece(dims: int, mean: Tensor, var: Tensor, weight: Tensor | None
     shift = -mean.double() * scale
     if bias is not None:
         shift = shift + bias.double()
-    channels = len(scale)
     ones, zeros = (1,) * dims, (0,) * dims
-    geometry = Geometry(
-        in_channels=channels,
-        out_channels=channels,
-        kernel=ones,
-        stride=ones,
-        padding=zeros,
-        dilation=ones,
-        groups=channels,
-        output_padding=zeros,
-    )
+    one = Geometry(in_channels=1, out_channels=1, kernel=ones, stride=ones, padding=zeros, dilation=ones, output_padding=zeros)
+    geometry = one.times(len(scale))
     return Piece("", geometry, scale.reshape(geometry.weight_shape), shift)
 
 

@@ -33,7 +33,7 @@ def run_pipeline(passes: Sequence[Pass], host: Host) -> tuple[PassResult, ...]:
     for step in passes:
         try:
             results.append(step(host))
-        except BaseException as error:
+        except BaseException as error:  # goes on, with a note; an interrupt too
             ran = [f"{name_of(done)}{'' if result.modified else ' (nothing to do)'}" for done, result in zip(passes, results, strict=False)]
             error.add_note(f"in the pass {name_of(step)}, number {len(ran) + 1} of {len(passes)}; before it ran: {', '.join(ran) or 'none'}")
             raise

@@ -7,9 +7,16 @@ from torch import Tensor
 
 from passes.geometry import Geometry, Piece
 
-__all__ = ["refit"]
+__all__ = ["refit", "rows"]
 
 RIDGE = 1e-4  # of the mean square of what a channel sees: pulls towards the weight as it is, where the data say little
+
+
+def rows(x: Tensor, dims: int, groups: int) -> Tensor:
+    """What a layer sees, or gives, at every position: (..., C, *spatial), or (..., C) for ``dims`` 0, as (groups, positions, C / groups), float64."""
+    if dims:
+        x = x.movedim(-dims - 1, -1)
+    return x.reshape(-1, groups, x.shape[-1] // groups).transpose(0, 1).double()
 
 
 def refit(piece: Piece, xtx: Tensor, xty: Tensor) -> Piece:

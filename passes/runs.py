@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.chain import _in_format_of
+from passes.chain import in_format_of, plain_layer
 from passes.fusing import known_calls
 from passes.fusion import batch_norm_piece, fuse, refuses
 from passes.geometry import Geometry, Piece, PieceShape
@@ -23,15 +23,6 @@ from passes.result import Outcome, PassResult
 from passes.site import is_layer
 
 __all__ = ["Part", "fuse_runs"]
-
-LAYERS: dict[tuple[bool, int], type[nn.Module]] = {
-    (False, 1): nn.Conv1d,
-    (False, 2): nn.Conv2d,
-    (False, 3): nn.Conv3d,
-    (True, 1): nn.ConvTranspose1d,
-    (True, 2): nn.ConvTranspose2d,
-    (True, 3): nn.ConvTranspose3d,
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,23 +201,14 @@ def _put(host: Host, part: Part) -> dict[str, Outcome]:
 def _layer(part: Part, home: nn.Module) -> nn.Module:
     """The fused layer: of the home's own class where it has the home's geometry, else a plain one; dtype, device and format are the home's."""
     g, like = part.piece.geometry, home.weight
-    layer: nn.Module
-    if g == Geometry.of(home):
-        layer = copy.copy(home)
-    elif g.is_linear:
-        layer = nn.Linear(g.in_channels, g.out_channels, device="meta")
-    else:
-        options: dict[str, Any] = {"output_padding": g.output_padding} if g.transposed else {"padding_mode": g.padding_mode}
-        options |= {"stride": g.stride, "padding": g.padding, "dilation": g.dilation, "groups": g.groups, "device": "meta"}
-        layer = LAYERS[g.transposed, g.dims](g.in_channels, g.out_channels, g.kernel, **options)
     trainable = any(p.requires_grad for m in part.layers for p in m.module.parameters())
-
     with torch.no_grad():
         weight, bias = (None if t is None else t.to(device=like.device, dtype=like.dtype) for t in (part.piece.weight, part.piece.bias))  # type: ignore[arg-type,union-attr]
-        layer.__dict__["_parameters"] = {
-            "weight": nn.Parameter(_in_format_of(weight, like), requires_grad=trainable),  # type: ignore[arg-type]
-            "bias": None if bias is None else nn.Parameter(bias.clone(), requires_grad=trainable),
-        }
+        piece = Piece("", g, nn.Parameter(in_format_of(weight, like), requires_grad=trainable), None)  # type: ignore[arg-type]
+        layer = plain_layer(piece, None if bias is None else nn.Parameter(bias.clone(), requires_grad=trainable))
+    if g == Geometry.of(home):
+        parameters, layer = layer._parameters, copy.copy(home)
+        layer.__dict__["_parameters"] = parameters
     return layer.train(home.training)
 
 

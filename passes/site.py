@@ -9,22 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from passes.chain import MODULE_ATTRIBUTES, Chain
+from passes.chain import BUILT, MODULE_ATTRIBUTES, Chain
 from passes.errors import SurgeryValueError
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
 
 __all__ = ["Call", "Found", "Site", "computes_weight", "find_layers", "held_outside", "is_layer", "kept_together", "named_groups", "reason_to_keep"]
 
-PLAIN_LAYERS: tuple[type[nn.Module], ...] = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
 COMPUTING_METHODS = ("forward", "_conv_forward", "__call__")
 COMPUTING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -255,7 +246,7 @@ def computes_weight(layer: nn.Module, name: str) -> str | None:
         return "its weight is computed by a parametrization"
     if layer._parameters.get("weight") is None:
         return "its weight is computed (weight_norm, spectral_norm, pruning or the like)"
-    plain = next((cls for cls in PLAIN_LAYERS if isinstance(layer, cls)), None)
+    plain = next((cls for cls in BUILT if isinstance(layer, cls)), None)
     changed = plain is None or any(getattr(type(layer), m, None) is not getattr(plain, m, None) or m in vars(layer) for m in COMPUTING_METHODS)
     if changed:
         return f"{type(layer).__name__} computes its output in its own way"

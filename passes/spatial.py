@@ -18,8 +18,9 @@ from torch import Tensor
 
 from passes.factorization import Factorization
 from passes.geometry import Geometry
-from passes.kind import Kind, Rank
-from passes.linalg import Spectrum, lying, relative_tails, two_factors
+from passes.kind import Kind
+from passes.linalg import Spectrum, lying, two_factors
+from passes.one_rank import OneRank
 
 __all__ = ["SPATIAL", "Spatial"]
 
@@ -33,7 +34,7 @@ class Spatial(Factorization):
     rank: int
 
 
-class SpatialKind(Kind):
+class SpatialKind(OneRank):
     """Conv k x l  ->  k x 1, 1 x l. Assumes a kernel that extends in more than one direction."""
 
     factorization = Spatial
@@ -48,10 +49,6 @@ class SpatialKind(Kind):
         first = _first_axis(geometry.kernel)
         along = geometry.kernel[first]
         return (min(geometry.in_channels * along, geometry.out_channels * prod(geometry.kernel) // along),)
-
-    def from_ranks(self, geometry: Geometry, ranks: Sequence[Rank]) -> Spatial:
-        (rank,) = ranks
-        return Spatial(self.full_ranks(geometry)[0] if rank is None else rank)
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (lying(_unfold(weight)),)
@@ -72,10 +69,6 @@ class SpatialKind(Kind):
         along = [k if axis == first else 1 for axis, k in enumerate(kernel)]
         across = [1 if axis == first else k for axis, k in enumerate(kernel)]
         return {"vertical": left.mT.reshape(-1, into, *along), "horizontal": right.reshape(-1, out, *across).transpose(0, 1)}
-
-    def error_surface(self, weight: Tensor, spectra: Sequence[Spectrum]) -> Tensor:
-        """Exact (Eckart and Young 1936): the singular values that are left out."""
-        return relative_tails(spectra[0].values)
 
     def merge(self, weights: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
         # along every axis one of the two is a single pixel, so that the product of their kernels is one of broadcasting

@@ -44,6 +44,7 @@ class Spectra:
         self._device, self._together = device, together
         self.metrics: Mapping[str, Metric] = metrics or {}
         self._found: dict[tuple[str, str], tuple[Spectrum, ...]] = {}
+        self._weighted: dict[tuple[str, str], Tensor] = {}
         self._waiting: dict[tuple[object, ...], dict[str, tuple[Site, Blockwise]]] = {}
         self._room = 0
         for site, kind in wanted:
@@ -63,9 +64,13 @@ class Spectra:
 
     def weight(self, site: Site, kind: Blockwise) -> Tensor:
         """The site's weight in float64, weighted by its metric if it has one."""
-        weight = usable_weight(site, self._device)
-        metric = self.metrics.get(site.name)
-        return weight if metric is None else weighted(weight, site.geometry, metric, kind)
+        weight, metric = usable_weight(site, self._device), self.metrics.get(site.name)
+        if metric is None:
+            return weight
+        key = (site.name, kind.name)
+        if key not in self._weighted:
+            self._weighted[key] = weighted(weight, site.geometry, metric, kind)
+        return self._weighted[key]
 
     def split(self, site: Site, kind: Blockwise, factorization: Factorization) -> tuple[Piece, ...]:
         """The chain that stands for the site's weight; with a metric the one that loses least in it."""
@@ -79,8 +84,9 @@ class Spectra:
 
     def let_go(self, site: Site) -> None:
         """Forget what is known of a site."""
-        for key in [key for key in self._found if key[0] == site.name]:
-            del self._found[key]
+        for known in (self._found, self._weighted):
+            for key in [key for key in known if key[0] == site.name]:
+                del known[key]
 
     def _companions(self, site: Site, kind: Blockwise) -> list[Site]:
         """The site, and those waiting sites that are computed together with it."""

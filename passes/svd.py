@@ -15,8 +15,9 @@ from torch import Tensor
 
 from passes.factorization import Factorization
 from passes.geometry import Geometry
-from passes.kind import Kind, Rank
-from passes.linalg import Spectrum, lying, relative_tails, two_factors
+from passes.kind import Kind
+from passes.linalg import Spectrum, lying, two_factors
+from passes.one_rank import OneRank
 
 __all__ = ["SVD", "SVD_KIND"]
 
@@ -30,7 +31,7 @@ class SVD(Factorization):
     rank: int
 
 
-class SVDKind(Kind):
+class SVDKind(OneRank):
     """1x1  ->  1x1, 1x1. Assumes a kernel of one pixel."""
 
     factorization = SVD
@@ -43,10 +44,6 @@ class SVDKind(Kind):
 
     def full_ranks(self, geometry: Geometry) -> tuple[int, ...]:
         return (min(geometry.out_channels, geometry.in_channels),)
-
-    def from_ranks(self, geometry: Geometry, ranks: Sequence[Rank]) -> SVD:
-        (rank,) = ranks
-        return SVD(self.full_ranks(geometry)[0] if rank is None else rank)
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (lying(weight.flatten(1)),)
@@ -62,10 +59,6 @@ class SVDKind(Kind):
         expand, reduce = two_factors(weight.flatten(1), factorization.ranks[0], spectra[0].basis)  # type: ignore[arg-type]
         ones = weight.shape[2:]
         return {"reduce": reduce.reshape(*reduce.shape, *ones), "expand": expand.reshape(*expand.shape, *ones)}
-
-    def error_surface(self, weight: Tensor, spectra: Sequence[Spectrum]) -> Tensor:
-        """Exact (Eckart and Young 1936): the singular values that are left out."""
-        return relative_tails(spectra[0].values)
 
     def merge(self, weights: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
         reduce, expand = weights["reduce"], weights["expand"]

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from passes import host_for
 from passes.errors import SurgeryError, SurgeryValueError, nearest
 from passes.factorization import Decision, Keep
-from surgery.decompose import learn, look, totals_of, usable_batches, usable_model
+from surgery.decompose import draft_of, usable_model
 from surgery.plan import Plan
 from surgery.planning import Draft, Options
 from surgery.ranks.budget import Budget
@@ -125,12 +125,9 @@ def explain(
 
 def _draft(model: nn.Module, example_inputs: Any, calibration: Any, options: dict[str, Any]) -> tuple[Draft, str]:
     usable_model(model)
-    seen = look(model, example_inputs)
-    unit = "params" if seen.macs is None else "macs"
-    chosen = Options(**options)
-    sites = host_for(model, observed=seen.observed, effective_weights=chosen.effective_weights).sites()
-    metrics = {} if calibration is None else learn(model, usable_batches(calibration), sites)[0]
-    return Draft(sites, _share_of(unit, 1.0), chosen, totals_of(model, seen), metrics=metrics), unit
+    unit = "params" if example_inputs is None else "macs"
+    with torch.inference_mode(False):
+        return draft_of(model, _share_of(unit, 1.0), Options(**options), example_inputs, calibration)[0], unit
 
 
 def _share_of(unit: str, share: float) -> Budget:

@@ -20,6 +20,7 @@ from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.geometry import Geometry
 from passes.metric import Metric
 from passes.parity import private_inputs, tensors_in
+from passes.refit import rows
 from passes.running import arguments, kept_random_states, model_errors, private_copy
 from passes.site import Site
 
@@ -108,13 +109,12 @@ class _Moments:
     examples: int = 0
 
     def saw(self, x: Tensor) -> None:
-        rows = _rows(x.detach(), self.geometry, self.geometry.in_channels)
-        self.inputs = _added(self.inputs, rows)
-        self.positions += rows.shape[1]
+        seen = rows(x.detach(), self.geometry.dims, self.geometry.groups)
+        self.inputs = _added(self.inputs, seen)
+        self.positions += seen.shape[1]
 
     def gave(self, gradient: Tensor) -> None:
-        rows = _rows(gradient, self.geometry, self.geometry.out_channels)
-        self.outputs = _added(self.outputs, rows)
+        self.outputs = _added(self.outputs, rows(gradient, self.geometry.dims, self.geometry.groups))
         self.examples += len(gradient)
 
     def metric(self, name: str) -> Metric:
@@ -136,16 +136,8 @@ def _note(moments: _Moments, _: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     return output
 
 
-def _rows(x: Tensor, geometry: Geometry, channels: int) -> Tensor:
-    """(groups, positions, channels / groups) of a layer's input or output."""
-    if not geometry.is_linear:
-        x = x.movedim(-geometry.dims - 1, -1)
-    return x.reshape(-1, geometry.groups, channels // geometry.groups).transpose(0, 1)
-
-
-def _added(total: Tensor | None, rows: Tensor) -> Tensor:
-    rows = rows.double()
-    moment = rows.mT @ rows
+def _added(total: Tensor | None, seen: Tensor) -> Tensor:
+    moment = seen.mT @ seen
     return moment if total is None else total + moment
 
 

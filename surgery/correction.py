@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from passes.chain import pieces_of, plain_layer
 from passes.geometry import Geometry, Piece
 from passes.parity import private_inputs, tensors_in
-from passes.refit import refit
+from passes.refit import refit, rows
 from passes.running import arguments, quiet_run
 
 __all__ = ["can_be_refitted", "correct"]
@@ -62,10 +62,16 @@ class _Enough(BaseException):
     """All that was to be seen of this pass has been seen. No ``Exception``, which a model might catch."""
 
 
-def _run(model: nn.Module, batch: Any) -> None:
+def _watched(model: nn.Module, names: Iterable[str], note: Callable[..., None], batch: Any) -> None:
+    """One pass of a batch, with ``note(name, module, args, output)`` after each call of the named modules; it may end the pass by ``_Enough``."""
+    handles = [model.get_submodule(name).register_forward_hook(partial(note, name)) for name in names]
     args, kwargs = arguments(private_inputs(batch))
-    with suppress(_Enough):
-        model(*args, **kwargs)
+    try:
+        with suppress(_Enough):
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _calls(model: nn.Module, names: Sequence[str], batch: Any) -> dict[str, int]:
@@ -75,12 +81,7 @@ def _calls(model: nn.Module, names: Sequence[str], batch: Any) -> dict[str, int]
     def note(name: str, *_: Any) -> None:
         found[name] = found.get(name, 0) + 1
 
-    handles = [model.get_submodule(name).register_forward_hook(partial(note, name)) for name in names]
-    try:
-        _run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _watched(model, names, note, batch)
     return found
 
 
@@ -108,12 +109,7 @@ def _seen(model: nn.Module, calls: Mapping[str, int], batch: Any, *, outputs: bo
         if all(len(found[name]) >= often for name, often in calls.items()):
             raise _Enough
 
-    handles = [model.get_submodule(name).register_forward_hook(partial(note, name)) for name in calls]
-    try:
-        _run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _watched(model, calls, note, batch)
     return found
 
 
@@ -130,10 +126,10 @@ class _Moments:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         g = self.piece.geometry
-        rows = _rows(x if self.patches is None else self.patches(x), g.dims, g.groups)
-        rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
-        wanted = _rows(y, g.dims, g.groups)
-        xtx, xty = rows.mT @ rows, rows.mT @ wanted
+        given = rows(x if self.patches is None else self.patches(x), g.dims, g.groups)
+        given = torch.cat([given, given.new_ones(*given.shape[:2], 1)], 2)
+        wanted = rows(y, g.dims, g.groups)
+        xtx, xty = given.mT @ given, given.mT @ wanted
         self.xtx = xtx if self.xtx is None else self.xtx + xtx
         self.xty = xty if self.xty is None else self.xty + xty
         self.yty += float(wanted.square().sum())
@@ -172,10 +168,3 @@ def _patches(piece: Piece) -> nn.Module | None:
     seeing = replace(g, out_channels=g.in_channels * pixels, groups=g.in_channels)
     each = torch.eye(pixels, dtype=piece.weight.dtype, device=piece.weight.device).reshape(pixels, 1, *g.kernel)
     return plain_layer(Piece("", seeing, each.repeat(g.in_channels, 1, *one), None), None)
-
-
-def _rows(x: Tensor, dims: int, groups: int) -> Tensor:
-    """(groups, positions, channels / groups), float64."""
-    if dims:
-        x = x.movedim(-dims - 1, -1)
-    return x.reshape(-1, groups, x.shape[-1] // groups).transpose(0, 1).double()

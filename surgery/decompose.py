@@ -194,11 +194,8 @@ def plan(
     usable_model(model)
     chosen = Plan()
     with torch.inference_mode(False):
-        seen = look(model, example_inputs)
-        sites = host_for(model, observed=seen.observed, effective_weights=effective_weights).sites()
-        metrics = {} if calibration is None else learn(model, usable_batches(calibration), sites)[0]
-        stopwatch = _stopwatch(model, example_inputs)
-        draft = Draft(sites, ranks, options, totals_of(model, seen), metrics=metrics, stopwatch=stopwatch)
+        draft, stopwatch = draft_of(model, ranks, options, example_inputs, calibration)
+        sites = draft.all_sites
         with _progress(progress, len(sites), "planning") as step:
             for site in sites:
                 if step is not None:
@@ -251,6 +248,15 @@ def look(model: nn.Module, example_inputs: Any) -> Seen:
 def totals_of(model: nn.Module, seen: Seen) -> Totals:
     """What the network takes now."""
     return Totals(params=sum(p.numel() for p in model.parameters()), macs=seen.macs)
+
+
+def draft_of(model: nn.Module, ranks: Ranks, options: Options, example_inputs: Any, calibration: Any) -> tuple[Draft, Stopwatch]:
+    """The draft of a plan for a model that is not touched."""
+    seen = look(model, example_inputs)
+    sites = host_for(model, observed=seen.observed, effective_weights=options.effective_weights).sites()
+    metrics = {} if calibration is None else learn(model, usable_batches(calibration), sites)[0]
+    stopwatch = _stopwatch(model, example_inputs)
+    return Draft(sites, ranks, options, totals_of(model, seen), metrics=metrics, stopwatch=stopwatch), stopwatch
 
 
 def usable_batches(calibration: Any, refine: Any = None) -> list[Any]:

@@ -124,7 +124,7 @@ class Draft(Mapping[str, Decision]):
         self._options, self.totals = options, totals
         self.candidates: list[Candidates] = []  # what a budget chose from
         self._tied = {site.name: site for site in sites if site.tied_to is not None}
-        self._names = [site.name for site in sites]
+        self.all_sites = tuple(sites)
         sites = [_with_ties(site, sites) for site in sites if site.tied_to is None]
         self._sites = {site.name: site for site in sites}
         self._replay = isinstance(request, Plan)
@@ -161,10 +161,10 @@ class Draft(Mapping[str, Decision]):
         return decision
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return (site.name for site in self.all_sites)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.all_sites)
 
     def _kind(self, site: Site) -> Blockwise:
         return usual_kind(site.geometry, "tucker" if self._options.method == AUTO else self._options.method)

@@ -100,7 +100,7 @@ def test_what_is_accepted_is_exact():
         answers.append(accepted_is_exact(*pair))
 
     check()
-    assert 0.2 < sum(answers) / len(answers) < 0.8  # both are seen
+    assert min(answers.count(True), answers.count(False)) >= 10  # both are seen; how often depends on what hypothesis makes of the source
 
 
 def accepted_is_exact(first, second, x):

@@ -1,0 +1,144 @@
+"""What several commands share: MODEL and how to open it, the options that choose ranks, a result as a table or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import surgery
+from surgery.decompose import DEFAULT
+from surgery.plan import no_duplicates
+from surgery.planning import Options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from torch import Tensor, nn
+
+Commands = Any
+"""What ``ArgumentParser.add_subparsers`` gives."""
+
+MODEL_HELP = "torchvision:NAME, timm:NAME, surgery:NAME (bundled), package.module:factory, or a folder written by surgery.save"
+
+
+def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    """A command that takes MODEL and ``--json``."""
+    made: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    add_model_arguments(made)
+    made.add_argument("--json", action="store_true", help="print JSON for machines instead of a table")
+    made.set_defaults(run=run)
+    return made
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL and what is needed to run it."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--architecture", metavar="NAME", help="what a saved folder is a checkpoint of, written like MODEL, where it does not say so")
+    parser.add_argument("--weights", metavar="FILE", type=Path, help="state dict to fill the model with: .safetensors, or written by torch.save")
+    parser.add_argument(
+        "--input-shape",
+        metavar="N,C,H,W",
+        type=shape,
+        help="shape of the one input, filled with noise (default: what the model is usually given)",
+    )
+
+
+def open_model(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """The model that MODEL and ``--weights`` name, and an input."""
+    import torch
+
+    from surgery.zoo import load_weights, make
+
+    model, shape = make(options.model, options.architecture)
+    if options.weights is not None:
+        load_weights(model, options.weights)
+    return model, torch.randn(options.input_shape or shape, generator=torch.Generator().manual_seed(0))
+
+
+def parse_ranks_text(text: str) -> Any:
+    """``--ranks`` as ``surgery.decompose`` takes it: a fraction, a JSON object of layers, the name of a rule, or the path of a plan."""
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text, object_pairs_hook=no_duplicates)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"not a JSON object: {error}") from error
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return int(text) if text.strip().lstrip("+-").isdigit() else value
+
+
+def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
+    ranks_help = "evbmf, evbmf:weaken=W, energy:P, stable, a fraction in (0, 1], a JSON object of layers, a plan's file, or budget:macs=SHARE, "
+    ranks_help += "budget:latency=SHARE,runtime=NAME and the like (default: %(default)s)"
+    parser.add_argument("--ranks", type=parse_ranks_text, default="evbmf", help=ranks_help)
+    parser.add_argument(
+        "--method",
+        type=option("method", str),
+        default=DEFAULT.method,
+        help="tucker, spatial, channel, depthwise, cp, auto or svd (default: %(default)s)",
+    )
+    parser.add_argument("--include", action="append", metavar="NAME", help="cut only these layers; a name or re:PATTERN, repeatable")
+    parser.add_argument("--exclude", action="append", metavar="NAME", help="keep these layers; a name or re:PATTERN, repeatable")
+    parser.add_argument("--guard", type=option("guard", str), default=DEFAULT.guard, help="macs, latency or none (default: %(default)s)")
+    parser.add_argument(
+        "--round-to", type=option("round_to", int), default=DEFAULT.round_to, help="round ranks up to a multiple of this (default: %(default)s)"
+    )
+    parser.add_argument("--effective-weights", action="store_true", help="cut also layers whose weight is computed, by what it amounts to now")
+    parser.add_argument("--device", default=DEFAULT.device, help="where to compute, for example cuda (default: the model's device)")
+
+
+def option(name: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Reads an option of ``surgery.decompose``; a value that it would not take is wrong usage."""
+
+    def read(text: str) -> Any:
+        value = kind(text)  # argparse words the error of a text that is none
+        try:
+            Options(**{name: value})
+        except surgery.SurgeryError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    read.__name__ = kind.__name__
+
+    return read
+
+
+def rank_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("method", "include", "exclude", "guard", "round_to", "device", "effective_weights")}
+
+
+def show_report(options: argparse.Namespace, model: nn.Module) -> None:
+    from surgery.tables import report_table
+
+    found = surgery.report(model)
+    show(options, lambda: report_table(found), found.to_json)
+
+
+def show(options: argparse.Namespace, table: Callable[[], RenderableType], as_json: Callable[[], str]) -> None:
+    from surgery.tables import print_table
+
+    if options.json:
+        print(as_json(), end="")
+    else:
+        print_table(table())
+
+
+def count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Reads positive numbers with commas or ``x`` between them."""
+    try:
+        found = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive numbers such as 1,3,224,224, got {text!r}")
+    return found

@@ -1,0 +1,44 @@
+"""``surgery plan``: ranks without a cut, the trade-off behind them, a layer's alternatives."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import surgery
+from surgery.cli.arguments import Commands, add_command, add_rank_arguments, open_model, rank_options, show
+
+
+def add(commands: Commands) -> None:
+    plan = add_command(commands, "plan", _plan, "Choose ranks and print or save the plan; the model is not changed.")
+    add_rank_arguments(plan)
+    plan.add_argument("--out", metavar="FILE", type=Path, help="save the plan as JSON")
+    plan.add_argument("--pareto", action="store_true", help="show the least error at every budget")
+    plan.add_argument("--picture", metavar="FILE", type=Path, help="draw that")
+    plan.add_argument("--explain", metavar="LAYER", help="show what the plan does with a layer among its nearest alternatives")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    model, inputs = open_model(options)
+    plan = surgery.plan(model, options.ranks, example_inputs=inputs, progress=True, **rank_options(options))
+    if options.out is not None:
+        plan.save(options.out)
+    from surgery.tables import explain_table, plan_table, tradeoff_table
+
+    chosen = rank_options(options)
+    if options.pareto or options.picture is not None:
+        from surgery.alternatives import tradeoff
+
+        found = tradeoff(model, example_inputs=inputs, **chosen)
+        if options.picture is not None:
+            found.save_picture(options.picture)
+        show(options, lambda: tradeoff_table(found), lambda: json.dumps(found.to_data(), indent=1))
+    elif options.explain is not None:
+        from surgery.alternatives import explain
+
+        near = explain(model, options.explain, plan, example_inputs=inputs, **chosen)
+        as_data = [{"decision": a.decision.to_json(), "cost": a.cost, "error": a.error, "chosen": a.chosen} for a in near]
+        show(options, lambda: explain_table(near), lambda: json.dumps(as_data, indent=1))
+    else:
+        show(options, lambda: plan_table(plan), plan.to_json)

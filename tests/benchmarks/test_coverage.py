@@ -230,6 +230,39 @@ def test_after_a_choice_of_the_data_only_what_was_before_must_agree():
         coverage_check.compare(reference, model, inputs)
 
 
+class Chaotic(nn.Module):
+    """Batch norm after batch norm: in train mode each layer makes a little more of what rounding did in those before."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(130)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("wrong", [None, 1e-8])
+def test_what_makes_much_of_rounding_is_compared_layer_by_layer(wrong):
+    torch.manual_seed(0)
+    model, inputs = Chaotic().double(), torch.rand(4, 8, 2, 2, dtype=torch.float64)
+    reference = coverage_check.run(coverage_check.private_copy(model), inputs)
+    net = surgery.decompose(model, {"re:.*": 1.0})
+    if wrong is not None:
+        with torch.no_grad():
+            next(net.layers[100].parameters()).mul_(1 + wrong)
+    with pytest.raises(coverage_check.Checked, match="beyond 1e-09"):
+        coverage_check.compare(reference, net, inputs)
+    if wrong is not None:
+        with pytest.raises(coverage_check.Checked, match="beyond 1e-09"):
+            coverage_check.compare_conditioned(reference, model, net, inputs)
+    else:
+        found = coverage_check.compare_conditioned(reference, model, net, inputs)
+        assert found["layers"] <= 1e-12
+        assert "a unit in the last place" in found["compared"]
+
+
 def test_given_inputs_are_used():
     row = check(network(given=Given(text="small", inputs=lambda b: torch.rand(b, 3, 8, 8))))
     assert row["passed"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import os
@@ -21,7 +22,7 @@ from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryValueE
 from passes.parity import assert_parity, difference, private_inputs, tensors_in
 from passes.running import first_line, kept_random_states, private_copy, run, seed_all
 from surgery.decompose import usable_model
-from surgery.export.inputs import DynamicSize, Openings, Shapes, fresh_inputs, input_names, openings, shapes_of
+from surgery.export.inputs import DynamicSize, Openings, Shapes, filled, fresh_inputs, input_names, openings, shapes_of
 from surgery.export.metadata import metadata_of
 from surgery.files import temporary_beside
 
@@ -145,7 +146,8 @@ def prepare(
     names = input_names(twin, example_inputs)
     run(twin, example_inputs)
     found = openings(twin, example_inputs, names, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
-    inputs = private_inputs(example_inputs)
+    # each tensor by itself: torch.export takes one that is given twice for one input
+    inputs = filled(example_inputs, iter([t.detach().clone() for t in tensors_in(example_inputs)]), copy.deepcopy)
     if found.exported != shapes_of(example_inputs):
         inputs = fresh_inputs(example_inputs, torch.Generator().manual_seed(0), shapes=found.exported)
     output, layers = _observed(private_copy(model, share_parameters=True).eval(), inputs)
@@ -196,6 +198,7 @@ def check_network(
 
     Raises:
         ParityError: beyond the tolerance of the coarsest dtype that the numbers go through; it says so where the network does not agree with itself.
+        SurgeryError: the exported form does not take inputs that the network takes.
     """
     generator = torch.Generator().manual_seed(20)
     worst = 0.0
@@ -204,7 +207,12 @@ def check_network(
         dtypes = {t.dtype for t in (*tensors_in(expected), *network.parameters()) if t.is_floating_point()} | {computes_in or torch.float64}
         exact = not any(t.is_floating_point() or t.is_complex() for t in tensors_in(expected))
         tolerance = 0.0 if exact else max(TOLERANCE.get(dtype, 1e-4) for dtype in dtypes)
-        got = exported(private_inputs(inputs))
+        try:
+            got = exported(private_inputs(inputs))
+        except SurgeryError:
+            raise
+        except Exception as error:  # of whatever runtime it is
+            raise SurgeryError(f"{what}: the first fails on inputs {one} that the second takes ({shorten(first_line(error))})") from error
         try:
             worst = max(worst, assert_parity(got, list(tensors_in(expected)), tolerance=tolerance, what=what))
         except ParityError as error:

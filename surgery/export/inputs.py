@@ -141,8 +141,8 @@ def tensor_names(value: Any, top: str) -> Iterator[str]:
         for field in fields(value):
             yield from tensor_names(getattr(value, field.name), below(field.name))
     elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from tensor_names(item, below(index))
+        for part, item in zip(getattr(value, "_fields", range(len(value))), value, strict=True):
+            yield from tensor_names(item, below(part))
 
 
 def unique(names: Iterable[str], taken: Iterable[str] = ()) -> tuple[str, ...]:

@@ -92,11 +92,13 @@ def _none(_: Any) -> None:
 
 def _all_open(job: Job, program: ExportedProgram, to: str) -> None:
     """Refuse a program in which a dimension that is to be open has one size: torch fixes it without a word."""
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in program.graph_signature.user_inputs]
     tensors = [value for value in values if isinstance(value, Tensor)]
     for name, dims, tensor in zip(job.names, job.openings.dims, tensors, strict=True):
         for index, word in dims.items():
-            if isinstance(tensor.shape[index], int):
+            if is_concrete_int(tensor.shape[index]):
                 raise SurgeryError(
                     f"torch cannot export {job.title} to {to} with an open {word}: torch.export fixed dimension {index} of {name!r} at "
                     f"{tensor.shape[index]}, as the network computes with it as with a plain number"

@@ -108,13 +108,13 @@ def installed(library: str) -> str | None:
         return None
 
 
-def in_a_process(name: str, timeout: int, memory: float) -> Row:
-    """The row of one network; a process that ends early or takes too long makes a row that says so."""
+def in_a_process(name: str, timeout: int, memory: float, script: str = __file__) -> Row:
+    """The row of one network, as ``script --one NAME`` prints it; a process that ends early or takes too long makes a row that says so."""
     began = time.perf_counter()
     limit = int(memory * GIGABYTE)
     with tempfile.TemporaryDirectory() as home:  # some libraries write settings
         process = subprocess.Popen(
-            [sys.executable, __file__, "--one", name],
+            [sys.executable, script, "--one", name],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from surgery.alternatives import explain, tradeoff
     from surgery.checkpoint import load, save
     from surgery.deployment import deploy
-    from surgery.export import ExportReport, export_onnx, export_torchscript
+    from surgery.export import ExportReport, export_onnx, export_openvino, export_program, export_torchscript, exported_plan
     from surgery.refinement import Refine
 
 plan = _plan  # the function, not the module of the same name
@@ -46,7 +46,10 @@ LATER = {
     "tradeoff": "surgery.alternatives",
     "ExportReport": "surgery.export",
     "export_onnx": "surgery.export",
+    "export_openvino": "surgery.export",
+    "export_program": "surgery.export",
     "export_torchscript": "surgery.export",
+    "exported_plan": "surgery.export",
     "load": "surgery.checkpoint",
     "save": "surgery.checkpoint",
 }
@@ -96,7 +99,10 @@ __all__ = [
     "deploy",
     "explain",
     "export_onnx",
+    "export_openvino",
+    "export_program",
     "export_torchscript",
+    "exported_plan",
     "load",
     "plan",
     "ranks",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import surgery
 from surgery.cli.arguments import Commands, add_command, open_model
@@ -13,27 +13,60 @@ from surgery.cli.arguments import Commands, add_command, open_model
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+ENDINGS = {
+    ".onnx": "onnx",
+    ".pt": "torchscript",
+    ".ts": "torchscript",
+    ".torchscript": "torchscript",
+    ".pt2": "program",
+    ".xml": "openvino",
+}
+ONLY_FOR = {"opset": ("onnx",), "exporter": ("onnx", "openvino")}
+TEXT = "Export a model and check the file against it. The ending of OUT names the format: .onnx (ONNX), .pt or .torchscript (TorchScript), "
+TEXT += ".pt2 (torch.export), .xml (OpenVINO, with its weights in a .bin beside it)."
+
 
 def add(commands: Commands) -> None:
-    export = add_command(commands, "export", _export, "Export a model and check the file against it: OUT.onnx or OUT.pt (TorchScript).")
+    export = add_command(commands, "export", _export, TEXT)
     export.add_argument("out", metavar="OUT", type=Path)
+    export.add_argument("--dynamic-batch", action="store_true", help="leave the batch dimension open")
+    export.add_argument("--dynamic-size", action="store_true", help="leave height, width and the like open, as far as the network takes other sizes")
     export.add_argument("--opset", type=int, help="ONNX operator set")
-    export.add_argument("--dynamic-batch", action="store_true", help="leave the batch dimension open (ONNX)")
+    export.add_argument("--exporter", choices=("auto", "dynamo", "torchscript"), help="torch's exporter to ONNX, for .onnx and .xml (default: auto)")
 
 
 def _export(options: argparse.Namespace) -> None:
+    format_of(options.out)  # before minutes are spent on a model
     model, inputs = open_model(options)
-    export_to(model, options.out, inputs, opset=options.opset, dynamic_batch=options.dynamic_batch, as_json=options.json)
+    chosen = {name: getattr(options, name) for name in ("dynamic_batch", "dynamic_size", "opset", "exporter")}
+    export_to(model, options.out, inputs, as_json=options.json, **chosen)
 
 
-def export_to(model: nn.Module, out: Path, inputs: Tensor, *, opset: int | None, dynamic_batch: bool, as_json: bool) -> None:
-    """Export in the format that the file's ending names, and print what came out."""
-    if out.suffix == ".onnx":
-        done = surgery.export_onnx(model, out, inputs, dynamic_batch=dynamic_batch, opset=opset)
-    elif out.suffix in (".pt", ".torchscript", ".ts"):
-        if opset is not None or dynamic_batch:
-            raise surgery.SurgeryValueError("--opset and --dynamic-batch are for ONNX; TorchScript takes any batch as it is")
-        done = surgery.export_torchscript(model, out, inputs)
-    else:
-        raise surgery.SurgeryValueError(f"OUT {str(out)!r}: the ending names the format: .onnx for ONNX, .pt for TorchScript")
+def export_to(model: nn.Module, out: Path, inputs: Tensor, *, as_json: bool = False, **options: Any) -> None:
+    """Export in the format that the file's ending names, and print what came out. Options that are None are left to their defaults."""
+    export, name = (
+        {
+            "onnx": surgery.export_onnx,
+            "torchscript": surgery.export_torchscript,
+            "program": surgery.export_program,
+            "openvino": surgery.export_openvino,
+        },
+        format_of(out),
+    )
+    given = {key: value for key, value in options.items() if value is not None}
+    for key, formats in ONLY_FOR.items():
+        if key in given and name not in formats:
+            raise surgery.SurgeryValueError(f"--{key} is for {' and '.join(formats)}; {out} is to be {name}")
+    done = export[name](model, out, inputs, **given)
     print(json.dumps(done.to_data()) if as_json else done)
+
+
+def format_of(out: Path) -> str:
+    """The format that an ending names.
+
+    Raises:
+        SurgeryValueError: it names none.
+    """
+    if out.suffix not in ENDINGS:
+        raise surgery.SurgeryValueError(f"OUT {str(out)!r}: the ending names the format, one of {', '.join(ENDINGS)}")
+    return ENDINGS[out.suffix]

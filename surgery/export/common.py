@@ -1,26 +1,47 @@
-"""What all exporters share: a private network in eval mode, fresh inputs, the check, and files that appear whole or not at all."""
+"""What all exporters share: a private network in eval mode, the check, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
+import logging
 import os
+import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from passes.errors import SurgeryValueError
-from passes.parity import assert_parity, private_inputs, tensors_in
-from passes.running import private_copy, run
+from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryValueError
+from passes.parity import assert_parity, difference, private_inputs, tensors_in
+from passes.running import first_line, kept_random_states, private_copy, run, seed_all
 from surgery.decompose import usable_model
+from surgery.export.inputs import DynamicSize, Openings, Shapes, filled, fresh_inputs, input_names, openings, shapes_of
+from surgery.export.metadata import metadata_of
 from surgery.files import temporary_beside
 
-__all__ = ["ExportReport", "check_network", "fresh_inputs", "installed", "network_to_export", "quiet"]
+__all__ = [
+    "ExportReport",
+    "Job",
+    "check_network",
+    "exporting",
+    "fresh_inputs",
+    "installed",
+    "need",
+    "prepare",
+    "quiet",
+    "shorten",
+    "torch_errors",
+    "written",
+]
 
+LONGEST = 400
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
@@ -30,10 +51,12 @@ class ExportReport:
 
     Attributes:
         path: the file.
-        format: ``"onnx"`` or ``"torchscript"``.
-        size_bytes: of the file and of external data beside it.
+        format: ``"onnx"``, ``"torchscript"``, ``"program"`` or ``"openvino"``.
+        size_bytes: of the file and of the files beside it that belong to it.
         difference: largest max |a - b| / max |b| over the checks, None where none was made.
-        batch_sizes: on which the file was checked.
+        checked_shapes: of all inputs, an entry a check.
+        inputs: name and shape of each input, open dimensions by name.
+        exporter: that of torch which wrote it, ``"dynamo"`` or ``"torchscript"``.
         opset: ONNX operator set, None for other formats.
     """
 
@@ -41,103 +64,290 @@ class ExportReport:
     format: str
     size_bytes: int
     difference: float | None
-    batch_sizes: tuple[int, ...]
+    checked_shapes: tuple[Shapes, ...]
+    inputs: tuple[str, ...]
+    exporter: str
     opset: int | None = None
 
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """First dimension of the first input in each check, 1 where it has none."""
+        return tuple(next((shape[0] for shape in shapes if shape), 1) for shapes in self.checked_shapes)
+
     def to_data(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"batch_sizes": self.batch_sizes}
 
     def __str__(self) -> str:
         checked = "not checked"
         if self.difference is not None:
-            sizes = " and ".join(map(str, self.batch_sizes))
-            checked = f"agrees with the network to {self.difference:.1e} (batch {sizes})"
+            shapes = " and ".join(", ".join("x".join(map(str, shape)) for shape in shapes) for shapes in self.checked_shapes)
+            checked = f"agrees with the network to {self.difference:.1e} (on {shapes})"
         return f"{self.path}: {self.format}, {self.size_bytes / 1e6:.2f} MB, {checked}"
 
 
-def network_to_export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any) -> tuple[nn.Module, Path]:
-    """A private copy in eval mode, proved to accept the inputs, and a path whose folder exists."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A network that is about to be exported: a private copy in eval mode that accepts its inputs.
+
+    Attributes:
+        title: the model's class, for messages.
+        network: the copy; its parameters are the caller's own.
+        target: the file to write; its folder exists.
+        example_inputs: what to export with, private.
+        names: of the input tensors.
+        openings: their open dimensions, and what to check on.
+        output: what the network gives for ``example_inputs``.
+        layers: weight shape of every convolution module that was called, by name.
+        metadata: how the network was made, as texts by key.
+    """
+
+    title: str
+    network: nn.Module
+    target: Path
+    example_inputs: Any
+    names: tuple[str, ...]
+    openings: Openings
+    output: Any
+    layers: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Name and shape of each input in words."""
+        shapes = zip(self.names, shapes_of(self.example_inputs), self.openings.dims, strict=True)
+        return tuple(f"{name}: {' x '.join(dims.get(i, str(size)) for i, size in enumerate(shape)) or 'one number'}" for name, shape, dims in shapes)
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """What surrounds every export: no gradients, and the callers' random states and inference mode left as found."""
+    with kept_random_states(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def prepare(
+    model: nn.Module, path: str | os.PathLike[str], example_inputs: Any, *, dynamic_batch: bool = False, dynamic_size: DynamicSize = False
+) -> Job:
+    """All that is wrong with the arguments is found here, before anything is written.
+
+    Raises:
+        SurgeryTypeError: no module, or one that hides another; inputs that cannot be copied or hold tensors in containers of their own.
+        SurgeryValueError: no such folder; the model does not take the inputs, or no others where dimensions are to be open; they hold no tensor.
+    """
     usable_model(model)
     target = Path(path)
     if target.is_dir():
         raise SurgeryValueError(f"path: {target} is a folder; give the name of a file in it")
     if not target.parent.is_dir():
         raise SurgeryValueError(f"path: the folder {target.parent} does not exist; make it first")
-    network = private_copy(model).eval()
-    with torch.no_grad():
-        run(network, example_inputs)
-    return network, target
+    if next(tensors_in(example_inputs), None) is None:
+        raise SurgeryValueError("example_inputs: they hold no tensor, so nothing can be exported")
+    twin = private_copy(model, share_parameters=True).eval()
+    names = input_names(twin, example_inputs)
+    run(twin, example_inputs)
+    found = openings(twin, example_inputs, names, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+    # each tensor by itself: torch.export takes one that is given twice for one input
+    inputs = filled(example_inputs, iter([t.detach().clone() for t in tensors_in(example_inputs)]), copy.deepcopy)
+    if found.exported != shapes_of(example_inputs):
+        inputs = fresh_inputs(example_inputs, torch.Generator().manual_seed(0), shapes=found.exported)
+    output, layers = _observed(private_copy(model, share_parameters=True).eval(), inputs)
+    return Job(
+        title=type(model).__name__,
+        network=private_copy(model, share_parameters=True).eval(),
+        target=target,
+        example_inputs=inputs,
+        names=names,
+        openings=found,
+        output=output,
+        layers=layers,
+        metadata=metadata_of(model),
+    )
 
 
-def fresh_inputs(example_inputs: Any, generator: torch.Generator, batch: int | None = None) -> Any:
-    """New inputs of the same structure, dtypes and shapes: normal noise for floats, the example's own values shuffled for others.
+def _observed(network: nn.Module, inputs: Any) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """The output, and the weight shapes of the convolution modules that were called for it, by first name."""
+    called: dict[str, tuple[int, ...]] = {}
 
-    With ``batch``, the first dimension of every tensor takes that size.
-    """
-    import copy
+    def note(name: str) -> Callable[..., None]:
+        return lambda layer, _: called.update({name: tuple(layer.weight.shape)})
 
-    memo: dict[int, Any] = {}
-    for tensor in tensors_in(example_inputs):
-        shape = tensor.shape if batch is None or tensor.ndim == 0 else (batch, *tensor.shape[1:])
-        count = torch.Size(shape).numel()
-        if tensor.is_floating_point():
-            fresh = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(tensor)
-        else:
-            pick = torch.randint(tensor.numel(), (count,), generator=generator, device="cpu")
-            fresh = tensor.detach().flatten().cpu()[pick].reshape(shape).to(tensor)
-        memo[id(tensor)] = fresh
-    return copy.deepcopy(example_inputs, memo)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            nn.Module.register_forward_pre_hook(module, note(name))
+    return run(network, inputs), called
 
 
 def check_network(
-    network: nn.Module, exported: Callable[[Any], Any], example_inputs: Any, batches: tuple[int | None, ...], what: str
-) -> tuple[float, tuple[int, ...]]:
-    """Largest difference between a network and its exported form on fresh inputs of each batch size, and the sizes.
+    network: nn.Module,
+    exported: Callable[[Any], Any],
+    example_inputs: Any,
+    shapes: tuple[Shapes, ...],
+    what: str,
+    *,
+    computes_in: torch.dtype | None = None,
+) -> float:
+    """Largest difference between a network and its exported form on fresh inputs of each set of shapes.
+
+    Args:
+        network: the one that was exported.
+        exported: takes inputs like the network and gives its output's tensors, in containers or not.
+        example_inputs: what fresh inputs look like.
+        shapes: of all inputs, one set a check.
+        what: the two, for the error.
+        computes_in: the dtype inside of the runtime where it is not the network's.
 
     Raises:
-        ParityError: beyond the tolerance of the outputs' dtype.
+        ParityError: beyond the tolerance of the coarsest dtype that the numbers go through; it says so where the network does not agree with itself.
+        SurgeryError: the exported form does not take inputs that the network takes.
     """
     generator = torch.Generator().manual_seed(20)
-    worst, sizes = 0.0, []
-    for batch in batches:
-        inputs = fresh_inputs(example_inputs, generator, batch)
-        with torch.no_grad():
-            expected = run(network, inputs)
-        floats = [t.dtype for t in tensors_in(expected) if t.is_floating_point()]
-        tolerance = max((TOLERANCE.get(dtype, 1e-4) for dtype in floats), default=0.0)
-        got = exported(private_inputs(inputs))
-        worst = max(worst, assert_parity(got, list(tensors_in(expected)), tolerance=tolerance, what=what))
-        first = next((t for t in tensors_in(inputs) if t.ndim), None)
-        sizes.append(1 if first is None else first.shape[0])
-    return worst, tuple(sizes)
+    worst = 0.0
+    for one in shapes:
+        inputs, expected = _example(network, example_inputs, one, generator)
+        dtypes = {t.dtype for t in (*tensors_in(expected), *network.parameters()) if t.is_floating_point()} | {computes_in or torch.float64}
+        exact = not any(t.is_floating_point() or t.is_complex() for t in tensors_in(expected))
+        tolerance = 0.0 if exact else max(TOLERANCE.get(dtype, 1e-4) for dtype in dtypes)
+        try:
+            got = exported(private_inputs(inputs))
+        except SurgeryError:
+            raise
+        except Exception as error:  # of whatever runtime it is
+            raise SurgeryError(f"{what}: the first fails on inputs {one} that the second takes ({shorten(first_line(error))})") from error
+        try:
+            worst = max(worst, assert_parity(got, list(tensors_in(expected)), tolerance=tolerance, what=what))
+        except ParityError as error:
+            raise ParityError(f"{error}{_own_noise(network, inputs, expected, tolerance)}") from None
+    return worst
+
+
+def _example(network: nn.Module, example_inputs: Any, shapes: Shapes, generator: torch.Generator) -> tuple[Any, Any]:
+    """Fresh inputs that the network takes, and its output: noise, or else the example's own numbers in another order, or else as they are."""
+    for noise in (True, False):
+        inputs = fresh_inputs(example_inputs, generator, shapes=shapes, noise=noise)
+        with contextlib.suppress(SurgeryValueError):
+            return inputs, run(network, inputs)
+    return example_inputs, run(network, example_inputs)
+
+
+def _own_noise(network: nn.Module, inputs: Any, expected: Any, tolerance: float) -> str:
+    """What to add where the network gives something else each time, so that no file could agree with it."""
+    seed_all(1)
+    again = difference(run(network, inputs), expected)
+    if again <= tolerance:
+        return ""
+    return (
+        f"; the network itself differs by {again:.3g} from call to call (random numbers or memory of earlier calls); check=False writes it unchecked"
+    )
+
+
+def written(
+    job: Job,
+    work: Path,
+    format: str,
+    *,
+    exporter: str,
+    load: Callable[[], Callable[[Any], Any]] | None,
+    what: str,
+    computes_in: torch.dtype | None = None,
+    opset: int | None = None,
+) -> ExportReport:
+    """The report of a file in its temporary folder, checked by what ``load`` makes of it, unless that is None.
+
+    Raises:
+        ParityError: the file computes something else.
+    """
+    worst: float | None = None
+    if load is not None:
+        worst = check_network(job.network, load(), job.example_inputs, job.openings.checked, f"{what} and the network", computes_in=computes_in)
+    return ExportReport(
+        path=str(job.target),
+        format=format,
+        size_bytes=sum(p.stat().st_size for p in work.parent.iterdir()),
+        difference=worst,
+        checked_shapes=job.openings.checked if load is not None else (),
+        inputs=job.inputs,
+        exporter=exporter,
+        opset=opset,
+    )
+
+
+@contextmanager
+def torch_errors(job: Job, to: str) -> Iterator[None]:
+    """Whatever torch's exporters raise becomes one error that says what could not be exported, and the innermost reason."""
+    try:
+        with quiet():
+            yield
+    except (OSError, SurgeryError):
+        raise
+    except Exception as error:  # exporters run the model's own code and wrap all kinds of errors
+        inner: BaseException = error
+        while inner.__cause__ is not None:
+            inner = inner.__cause__
+        raise SurgeryError(f"torch cannot export {job.title} to {to}: {shorten(first_line(inner))}") from error
+
+
+def shorten(text: str) -> str:
+    """At most three lines of it: torch's errors may hold whole graphs."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings by which torch's exporters announce their own deprecations and internals."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without what torch's exporters print, log and warn of: their own deprecations, progress and internals."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir", "openvino")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
 def installed(target: Path) -> Iterator[Path]:
-    """A file name in a temporary folder; when the block ends without an error, all files written beside it move to their places."""
+    """A file name in a temporary folder; when the block ends without an error, all files written beside it move to their places.
+
+    Either all of them move or none: files that were there before come back where a later one cannot be moved.
+    """
     with temporary_beside(target) as folder:
         work = folder / target.name
         yield work
-        others = sorted(p for p in folder.iterdir() if p != work)
-        for file in (*others, work):
-            os.replace(file, target.parent / file.name)
+        _move([*sorted(p for p in folder.iterdir() if p != work), work], target)
 
 
-def total_size(file: Path) -> int:
-    """Bytes of all files in a temporary export folder."""
-    return sum(p.stat().st_size for p in file.parent.iterdir())
+def _move(files: Sequence[Path], target: Path) -> None:
+    with temporary_beside(target) as kept:
+        moved: list[Path] = []
+        try:
+            for file in files:
+                place = target.parent / file.name
+                if place.is_file() and len(files) > 1:
+                    _second_name(place, kept / file.name)
+                os.replace(file, place)
+                moved.append(place)
+        except BaseException:
+            for place in moved:
+                if (kept / place.name).exists():
+                    os.replace(kept / place.name, place)
+                else:
+                    place.unlink(missing_ok=True)
+            raise
 
 
-def tensors_or_error(example_inputs: Any) -> list[Tensor]:
-    tensors = list(tensors_in(example_inputs))
-    if not tensors:
-        raise SurgeryValueError("example_inputs: they hold no tensor, so nothing can be exported")
-    return tensors
+def _second_name(file: Path, other: Path) -> None:
+    try:
+        os.link(file, other)
+    except OSError:  # a file system without links
+        shutil.copy2(file, other)
+
+
+def need(package: str, what: str, extra: str) -> None:
+    """Raise ``MissingExtra`` where an optional package is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtra(f"{what} needs {package}: pip install 'surgery[{extra}]'")

@@ -1,36 +1,35 @@
-"""ONNX: written by torch's exporter, read back and compared with the network by onnxruntime."""
+"""ONNX: written by one of torch's two exporters, read back and compared with the network by onnxruntime."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from passes.errors import MissingExtra, SurgeryError, SurgeryValueError
+from passes.errors import SurgeryError, SurgeryValueError
 from passes.parity import tensors_in
-from passes.running import arguments, kept_random_states
-from surgery.export.common import (
-    ExportReport,
-    check_network,
-    installed,
-    network_to_export,
-    quiet,
-    tensors_or_error,
-    total_size,
-)
+from passes.running import first_line
+from surgery.export.common import ExportReport, Job, exporting, installed, need, prepare, shorten, torch_errors, written
+from surgery.export.inputs import DynamicSize, Flat, tensor_names, unique
+from surgery.export.onnx_layers import check_chains, name_layers
+from surgery.export.program import exported_program
 
-__all__ = ["export_onnx", "onnx_session", "run_session"]
+__all__ = ["Exporter", "export_onnx", "needs", "onnx_session", "run_session", "with_exporter", "write_onnx"]
+
+Exporter = Literal["auto", "dynamo", "torchscript"]
+
+NO_KERNEL = ("NOT_IMPLEMENTED", "Type Error")  # how onnxruntime says that it cannot compute in a dtype
+BRANCH = "GuardOnDataDependentSymNode"  # how torch.export says that the network's way depends on numbers
 
 
-@kept_random_states()
+@exporting()
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -38,75 +37,155 @@ def export_onnx(
     *,
     check: bool = True,
     dynamic_batch: bool = False,
+    dynamic_size: DynamicSize = False,
     opset: int | None = None,
+    exporter: Exporter = "auto",
 ) -> ExportReport:
     """Write a model as ONNX and prove that onnxruntime computes the same.
 
-    The model is exported in eval mode, from a copy. Nothing is left behind if the export or the check fails.
+    The model is exported in eval mode, from a copy. Nothing is left behind if the export or the check fails. In the graph the nodes of convolutions
+    and linear layers have the qualified names of their layers, and the convolutions of chains are proved to be those of the plan, which the file's
+    metadata holds (``surgery.exported_plan``). Inputs have the names of the parameters of ``forward``.
 
     Args:
-        model: plain, decomposed or reconstructed module, or a ``GraphModule``.
+        model: plain, decomposed, reconstructed or deployed module, or a ``GraphModule``.
         path: file to write; weights of very large models go beside it.
-        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        check: compare with onnxruntime on fresh random inputs (two batch sizes with ``dynamic_batch``).
-        dynamic_batch: leave the first dimension of every input open.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; what is no tensor in them is fixed in the file.
+        check: compare with onnxruntime on fresh random inputs (on two sizes of what is open).
+        dynamic_batch: leave the first dimension of the first input open, and of all that have as many entries there.
+        dynamic_size: leave the dimensions from the third on (N, C, ...) open where the network takes other sizes, or those named, as ``{"x": [1]}``.
         opset: ONNX operator set; torch's default where None.
+        exporter: ``"dynamo"``, which proves by ``torch.export`` that one graph holds for all inputs and folds batch norms; ``"torchscript"``, which
+            traces one call, is several times as fast, and keeps batch norms as nodes (``surgery.deploy`` folds them); ``"auto"``: the first, and
+            where it fails the second, unless the network's way depends on its numbers, of which a trace would keep one, or nothing is checked.
 
     Raises:
         MissingExtra: onnxscript, or onnxruntime for the check, is not installed.
         ParityError: onnxruntime computes something else.
-        SurgeryError: torch cannot export the model; its error is the cause.
+        SurgeryError: torch cannot export the model, or onnxruntime cannot run the file; the reason is in the message.
+        SurgeryValueError: the arguments do not fit the model.
         OSError: the file cannot be written.
     """
-    network, target = network_to_export(model, path, example_inputs)
-    _need("onnxscript")
+    job = prepare(model, path, example_inputs, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+    needs(exporter, "ONNX export", "export")
     if check:
-        _need("onnxruntime")
-    tensors = tensors_or_error(example_inputs)
-    if dynamic_batch and any(t.ndim == 0 for t in tensors):
-        raise SurgeryValueError("dynamic_batch: an example input has no dimension that could be open")
-    exported_inputs = _batch_of_two(example_inputs) if dynamic_batch else example_inputs
-    args, kwargs = arguments(exported_inputs)
-    if args and isinstance(args[-1], dict):
-        args = (*args, {})  # torch takes a dict at the end of args for keyword arguments
-    with installed(target) as work:
-        try:
-            with quiet(), _silent_exporter(), torch.no_grad():
-                program = torch.onnx.export(
-                    network,
-                    args,
-                    kwargs=kwargs,
-                    dynamo=True,
-                    opset_version=opset,
-                    dynamic_shapes=_open_batches(exported_inputs) if dynamic_batch else None,
-                    verbose=False,
-                )
-                if program is None:
-                    raise SurgeryError("torch.onnx.export returned nothing")
-                program.save(str(work))
-        except (OSError, SurgeryError):
+        need("onnxruntime", "the check of an ONNX file", "export")
+
+    def attempt(name: str) -> ExportReport:
+        with installed(job.target) as work:
+            written_opset = write_onnx(job, work, name, opset)
+            load = (lambda: _loaded(work, job)) if check else None
+            return written(job, work, "onnx", exporter=name, load=load, what="onnxruntime", opset=written_opset)
+
+    return with_exporter(exporter, attempt, check=check)
+
+
+def needs(exporter: Exporter, what: str, extra: str) -> None:
+    """Refuse an exporter that does not exist, or whose package is not installed."""
+    if exporter not in ("auto", "dynamo", "torchscript"):
+        raise SurgeryValueError(f"exporter: expected 'auto', 'dynamo' or 'torchscript', got {exporter!r}")
+    if exporter != "torchscript":
+        need("onnxscript", what, extra)
+
+
+def with_exporter(exporter: Exporter, attempt: Callable[[str], ExportReport], *, check: bool) -> ExportReport:
+    """What an attempt with the exporter gives, or for ``"auto"`` the first that succeeds.
+
+    Raises:
+        SurgeryError: that of the first attempt; what the second came to is in its message.
+    """
+    if exporter != "auto":
+        return attempt(exporter)
+    try:
+        return attempt("dynamo")
+    except SurgeryValueError:
+        raise
+    except SurgeryError as first:
+        if not check or _branches(first):
             raise
-        except Exception as error:  # the exporter runs the model and wraps all kinds of errors
-            raise SurgeryError(f"torch cannot export {type(model).__name__} to ONNX: {type(error).__name__}: {_first_line(error)}") from error
-        written = _opset(work)
-        if opset is not None and written != opset:
-            raise SurgeryValueError(f"opset: torch wrote operator set {written}, it cannot write {opset}; ask for {written} or one between")
-        difference: float | None = None
-        sizes: tuple[int, ...] = ()
-        if check:
-            session = onnx_session(work)
-            batches = (3, 1) if dynamic_batch else (None,)
-            difference, sizes = check_network(
-                network, lambda inputs: run_session(session, inputs), example_inputs, batches, "onnxruntime and the network"
+        try:
+            return attempt("torchscript")
+        except SurgeryError as second:
+            raise type(first)(f"{first}; and with exporter='torchscript': {second}") from first
+
+
+def _branches(error: BaseException) -> bool:
+    """Whether an export failed because the network's way depends on its numbers."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if any(kind.__name__ == BRANCH for kind in type(cause).__mro__):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def write_onnx(job: Job, work: Path, exporter: str, opset: int | None) -> int:
+    """Write the job's network to a file in a temporary folder, its layers named and its metadata in it, and return the operator set.
+
+    Raises:
+        ParityError: the graph has other convolutions than the network's chains.
+        SurgeryError: torch cannot export the network.
+        SurgeryValueError: torch cannot write this operator set.
+    """
+    import onnx
+
+    flat = Flat(job.network, job.example_inputs)
+    tensors = tuple(tensors_in(job.example_inputs))
+    outputs = unique(_output_names(job.output), taken=job.names)
+    if exporter == "dynamo":
+        program = exported_program(job, flat, tensors, {}, "ONNX")
+        with torch_errors(job, "ONNX"):
+            made: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(job.names),
+                output_names=list(outputs),
+                dynamic_shapes=(tuple(dims or None for dims in job.openings.dims),),
+                optimize=not any(p.dtype == torch.bfloat16 for p in job.network.parameters()),  # folds batch norms into float32 weights there
+                verbose=False,
             )
-        return ExportReport(
-            path=str(target),
-            format="onnx",
-            size_bytes=total_size(work),
-            difference=difference,
-            batch_sizes=sizes,
-            opset=written,
-        )
+            made.save(str(work))
+    else:
+        axes = {name: dims for name, dims in zip(job.names, job.openings.dims, strict=True) if dims}
+        with torch_errors(job, "ONNX"), _no_graphs_printed():
+            torch.onnx.export(
+                flat,
+                tensors,
+                str(work),
+                dynamo=False,
+                training=torch.onnx.TrainingMode.PRESERVE,  # what it would fold loses the names of its weights
+                opset_version=opset,
+                input_names=list(job.names),
+                output_names=list(outputs),
+                dynamic_axes=axes,
+                verbose=False,
+            )
+    proto = onnx.load(str(work), load_external_data=False)
+    name_layers(proto, job.network, "network")
+    check_chains(proto, job.network, job.layers)
+    onnx.helper.set_model_props(proto, job.metadata)
+    onnx.save(proto, str(work))
+    found = next(int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    if opset is not None and found != opset:
+        raise SurgeryValueError(f"opset: torch wrote operator set {found}, it cannot write {opset}; ask for {found} or one between")
+    return found
+
+
+@contextmanager
+def _no_graphs_printed() -> Iterator[None]:
+    """The older exporter prints the whole graph where it fails, from C++, and its switch for that is always on."""
+    log = "_jit_onnx_log"
+    with patch.object(torch._C, log, lambda *_: None) if hasattr(torch._C, log) else nullcontext():
+        yield
+
+
+def _output_names(output: Any) -> list[str]:
+    """Keys of an output in a mapping or dataclass, else ``output`` with the way to each tensor."""
+    top = "" if isinstance(output, Mapping) or is_dataclass(output) else "output"
+    names = list(tensor_names(output, top))
+    count = sum(1 for _ in tensors_in(output))
+    return names if len(names) == count else [f"output_{index}" for index in range(count)]
 
 
 def onnx_session(file: Path, threads: int | None = None) -> Any:
@@ -115,7 +194,7 @@ def onnx_session(file: Path, threads: int | None = None) -> Any:
     Raises:
         SurgeryError: onnxruntime refuses the file.
     """
-    _need("onnxruntime")
+    need("onnxruntime", "running an ONNX file", "export")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -125,75 +204,57 @@ def onnx_session(file: Path, threads: int | None = None) -> Any:
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has its own family of exceptions, none of them public
-        raise SurgeryError(f"onnxruntime cannot run the exported network (check=False skips this): {_first_line(error)}") from error
+        raise _refused(error) from error
 
 
-def run_session(session: Any, inputs: Any) -> list[torch.Tensor]:
-    """Outputs of a session for inputs given as to the network."""
-    arrays = [t.detach().cpu().numpy() for t in tensors_in(inputs)]
+def run_session(session: Any, inputs: Any) -> list[Tensor]:
+    """Outputs of a session for inputs given as to the network.
+
+    Raises:
+        SurgeryError: onnxruntime cannot compute with them.
+    """
     names = [i.name for i in session.get_inputs()]
-    if isinstance(inputs, dict) and set(names) <= set(inputs):
-        feed = {name: inputs[name].detach().cpu().numpy() for name in names}
-    else:
-        feed = dict(zip(names, arrays, strict=True))
-    return [torch.from_numpy(array) for array in session.run(None, feed)]
+    if isinstance(inputs, Mapping) and set(names) <= set(inputs):
+        return _outputs(session, {name: inputs[name] for name in names})
+    return _outputs(session, dict(zip(names, tensors_in(inputs), strict=True)))
 
 
-def _need(package: str) -> None:
-    import importlib.util
+def _loaded(file: Path, job: Job) -> Callable[[Any], list[Tensor]]:
+    session = onnx_session(file)
+    used = {i.name for i in session.get_inputs()}  # what the network does not read may be no input of the graph
 
-    if importlib.util.find_spec(package) is None:
-        raise MissingExtra(f"ONNX export needs {package}: pip install 'surgery[export]'")
+    def call(inputs: Any) -> list[Tensor]:
+        return _outputs(session, {name: t for name, t in zip(job.names, tensors_in(inputs), strict=True) if name in used})
 
-
-def _batch_of_two(example_inputs: Any) -> Any:
-    """Torch specialises a dimension of size one, so an open dimension is exported with two entries."""
-    from surgery.export.common import fresh_inputs
-
-    first = next(tensors_in(example_inputs))
-    if first.shape[0] > 1:
-        return example_inputs
-    return fresh_inputs(example_inputs, torch.Generator().manual_seed(0), 2)
+    return call
 
 
-def _open_batches(example_inputs: Any) -> Any:
-    batch = torch.export.Dim("batch")
-
-    def mark(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return {0: batch}
-        if isinstance(value, dict):
-            return {key: mark(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(mark(item) for item in value)
-        return None
-
-    if isinstance(example_inputs, tuple | dict):
-        return mark(example_inputs)
-    return (mark(example_inputs),)
-
-
-def _opset(file: Path) -> int:
-    import onnx
-
-    model = onnx.load(str(file), load_external_data=False)
-    return next(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-@contextmanager
-def _silent_exporter() -> Iterator[None]:
-    """torch.onnx prints and logs its progress; callers asked for a file."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
+def _outputs(session: Any, feed: Mapping[str, Tensor]) -> list[Tensor]:
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        values = session.run_with_ort_values(None, {name: _value(tensor) for name, tensor in feed.items()})
+    except Exception as error:  # as for a session
+        raise _refused(error) from error
+    return [_tensor(value) for value in values]
+
+
+def _value(tensor: Tensor) -> Any:
+    import onnx
+    from onnxruntime import OrtValue
+
+    plain = tensor.detach().cpu().contiguous()
+    if plain.dtype == torch.bfloat16:  # numpy has none
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(plain.view(torch.uint16).numpy(), onnx.TensorProto.BFLOAT16)
+    return OrtValue.ortvalue_from_numpy(plain.numpy())
+
+
+def _tensor(value: Any) -> Tensor:
+    array = value.numpy()
+    return torch.from_numpy(array).view(torch.bfloat16) if "bfloat16" in value.data_type() else torch.from_numpy(array)
+
+
+def _refused(error: Exception) -> SurgeryError:
+    text = shorten(first_line(error))
+    advice = "check=False writes it unchecked"
+    if any(sign in text for sign in NO_KERNEL):
+        advice = f"it has no kernel for this dtype on the CPU: export a float32 copy of the network, or {advice}"
+    return SurgeryError(f"onnxruntime cannot run the exported network: {text}; {advice}")

@@ -56,6 +56,11 @@ def test_export_and_bench(capsys, tmp_path):
     assert "torchscript" in out(capsys, "export", MODEL, str(tmp_path / "net.pt"))
     data = json.loads(out(capsys, "export", MODEL, str(tmp_path / "net.onnx"), "--json", "--dynamic-batch"))
     assert data["difference"] < 1e-4
+    assert data["inputs"] == ["x: batch x 3 x 32 x 32"]
+    options = ("--dynamic-size", "--exporter", "torchscript", "--opset", "17", "--json")
+    data = json.loads(out(capsys, "export", MODEL, str(tmp_path / "size.onnx"), *options))
+    assert (data["inputs"], data["opset"], data["exporter"]) == (["x: 1 x 3 x height x width"], 17, "torchscript")
+    assert "program" in out(capsys, "export", MODEL, str(tmp_path / "net.pt2"))
     measured = json.loads(out(capsys, "bench", MODEL, "--ranks", "0.25", "--runtimes", "eager", "--repeats", "4", "--json"))
     assert measured["flops_ratio"] > 2
 
@@ -74,7 +79,9 @@ def test_export_and_bench(capsys, tmp_path):
         (["summary", MODEL, "--input-shape", "1,4,32,32"], "example_inputs: CifarResNet fails"),
         (["summary", MODEL, "--weights", "absent.pt"], "absent.pt"),
         (["export", MODEL, "net.tflite"], "the ending names the format"),
-        (["export", MODEL, "net.pt", "--opset", "20"], "for ONNX"),
+        (["export", MODEL, "net.pt", "--opset", "20"], "--opset is for onnx"),
+        (["export", MODEL, "net.pt2", "--exporter", "dynamo"], "--exporter is for onnx and openvino"),
+        (["export", "tests.networks:Random", "net.pt", "--input-shape", "1,3,8,8"], "the network itself differs"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_exit_code_1(capsys, arguments, message, tmp_path, monkeypatch):

@@ -1,82 +1,173 @@
-"""Exporters: what they write computes the same on another runtime, and a failure leaves nothing."""
+"""Exporters: what they write computes the same on another runtime, and a failure leaves nothing. What holds for every format is tried on each."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+from collections import namedtuple
+from dataclasses import dataclass
+from functools import partial
 
-import onnx
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import surgery
-from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryValueError
+from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryTypeError, SurgeryValueError
 from surgery.export import common
-from surgery.export.common import fresh_inputs
 from surgery.export.onnx import onnx_session, run_session
-from tests.networks import Keyword, Random, random_states
+from tests.networks import Branching, Keyword, Kinds, Random, Twice, random_states
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(51))
+OPENVINO = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs openvino")
+EXPORTS = {
+    "onnx": ("net.onnx", partial(surgery.export_onnx, exporter="torchscript")),
+    "torchscript": ("net.pt", surgery.export_torchscript),
+    "program": ("net.pt2", surgery.export_program),
+    "openvino": ("net.xml", partial(surgery.export_openvino, exporter="torchscript")),
+}
+EVERY = pytest.mark.parametrize("form", [pytest.param(form, marks=OPENVINO if form == "openvino" else ()) for form in EXPORTS])
 
 
-def convolutions(path):
-    return [node for node in onnx.load(path).graph.node if node.op_type == "Conv"]
+def export(form, model, folder, inputs, **options):
+    name, function = EXPORTS[form]
+    return function(model, folder / name, inputs, **options)
 
 
-def test_onnx_of_a_decomposed_network_has_the_convolutions_of_its_plan(small, tmp_path):
-    net = surgery.decompose(small, {"re:conv.*": 0.5, "mix": 3})
-    report = surgery.export_onnx(net, tmp_path / "net.onnx", X, dynamic_batch=True)
+@EVERY
+@pytest.mark.parametrize("state", ["plain", "decomposed", "reconstructed", "trace", "deployed"])
+def test_every_state_of_a_network_goes_out_with_its_plan(small, tmp_path, form, state):
+    net = small if state == "plain" else surgery.decompose(small, {"re:conv.*": 0.5, "mix": 3})
+    if state == "reconstructed":
+        net = surgery.reconstruct(net)
+    elif state != "plain":
+        net = {"decomposed": lambda: net, "trace": lambda: surgery.trace(net, X), "deployed": lambda: surgery.deploy(net, X)}[state]()
+    report = export(form, net.train(), tmp_path, X)
     assert report.difference < 1e-5
-    assert report.batch_sizes == (3, 1)
+    assert report.checked_shapes == (((2, 3, 12, 12),),)
     assert report.size_bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
-    assert len(convolutions(tmp_path / "net.onnx")) == 3 + 3 + 2 + 2  # conv1, conv2, mix, and wide and tail.1 as they were
-    session = onnx_session(tmp_path / "net.onnx")
-    for batch in (1, 7):
-        x = torch.randn(batch, 3, 12, 12)
-        assert torch.allclose(run_session(session, x)[0], net(x), atol=1e-5)
-
-
-@pytest.mark.parametrize("cut", [False, True])
-@pytest.mark.parametrize("export", [surgery.export_onnx, surgery.export_torchscript], ids=["onnx", "torchscript"])
-def test_graphs_export_too(small, tmp_path, cut, export):
-    graph = surgery.trace(small, X)
-    if cut:
-        graph = surgery.decompose(graph, 0.5)
-    report = export(graph, tmp_path / "net.bin", X)
-    assert report.difference < 1e-5
-    assert report.batch_sizes == (2,)
-    assert str(report).startswith(str(tmp_path / "net.bin"))
-
-
-def test_torchscript_round_trip(small, tmp_path):
-    net = surgery.decompose(small, 0.5)
-    report = surgery.export_torchscript(net.train(), tmp_path / "net.pt", X)
-    assert (report.format, report.opset) == ("torchscript", None)
+    assert str(report).startswith(f"{report.path}: {report.format}, ")
     assert net.training  # exported from a copy in eval mode
-    loaded = torch.jit.load(tmp_path / "net.pt")
-    assert torch.allclose(loaded(X), net.eval()(X), atol=1e-6)
+    found = surgery.exported_plan(report.path)
+    assert {name: None if isinstance(d, surgery.Keep) else d for name, d in found.items()} == {
+        row.name: row.factorization for row in surgery.report(net).layers
+    }
+    if state == "decomposed":
+        assert found["mix"] == surgery.SVD(3)
 
 
-def test_inputs_by_keyword_and_outputs_in_a_dict(tmp_path):
-    inputs = {"sound": torch.randn(2, 4, 20), "gain": torch.ones(1)}
+@EVERY
+def test_open_dimensions_are_proved_on_two_sizes(small, tmp_path, form):
+    report = export(form, surgery.decompose(small, 0.5), tmp_path, X[:1], dynamic_batch=True, dynamic_size=True)
+    assert report.inputs == ("x: batch x 3 x height x width",)
+    (first,), (second,) = report.checked_shapes
+    assert first == (3, 3, 12, 12)
+    assert (second[0], second[1]) == (1, 3)
+    assert second[2] != second[3]
+    assert 12 not in second
+    assert report.batch_sizes == (3, 1)
+
+
+@pytest.mark.parametrize("form", ["torchscript", "program"])
+def test_files_are_called_as_the_model_is(tmp_path, form):
+    inputs = {"gain": torch.ones(1), "sound": torch.randn(2, 4, 20)}
     net = surgery.decompose(Keyword().eval(), {"conv": 0.5})
-    assert surgery.export_onnx(net, tmp_path / "net.onnx", inputs).difference < 1e-5
-    assert surgery.export_torchscript(net, tmp_path / "checked.pt", inputs).difference < 1e-5
-    assert surgery.export_torchscript(net, tmp_path / "net.pt", inputs, check=False).difference is None
+    path = export(form, net, tmp_path, inputs).path
+    loaded = torch.jit.load(path) if form == "torchscript" else torch.export.load(path).module()
+    got = loaded(**inputs)
+    assert list(got) == ["sound", "total"]
+    assert torch.allclose(got["sound"], net(**inputs)["sound"], atol=1e-6)
 
 
-def test_a_chosen_opset(small, tmp_path):
-    assert surgery.export_onnx(small, tmp_path / "net.onnx", X, opset=20).opset == 20
+Two = namedtuple("Two", "one other")
 
 
-@pytest.mark.parametrize("export", [surgery.export_onnx, surgery.export_torchscript], ids=["onnx", "torchscript"])
-def test_a_failed_check_leaves_no_file(small, tmp_path, monkeypatch, export):
+@dataclass
+class Named:
+    one: Tensor
+    other: Tensor
+
+
+class Structured(nn.Module):
+    """Takes tensors in containers, and constants; gives what it is told to."""
+
+    def __init__(self, output="tuple"):
+        super().__init__()
+        self.conv, self.output = nn.Conv2d(3, 4, 3, padding=1), output
+
+    def forward(self, pair, *others, scale=1.0):
+        a, b = self.conv(pair["a"]) * scale, self.conv(pair["b"][0])
+        b = b + sum(others)
+        return {"tuple": (a, [b, None]), "namedtuple": Two(a, b), "dataclass": Named(a, b), "dict": {"deep": {"a": a}, "b": b, "n": 3}}[self.output]
+
+
+@EVERY
+@pytest.mark.parametrize("output", ["tuple", "namedtuple", "dataclass", "dict"])
+def test_structures_on_both_sides(tmp_path, form, output):
+    x = torch.randn(2, 3, 8, 8)
+    report = export(form, Structured(output).eval(), tmp_path, ({"b": [x], "a": x}, torch.ones(2, 4, 8, 8)), dynamic_batch=True)
+    assert report.inputs == ("pair_b_0: batch x 3 x 8 x 8", "pair_a: batch x 3 x 8 x 8", "others_1: batch x 4 x 8 x 8")
+    assert report.difference < 1e-5
+
+
+@EVERY
+def test_what_is_no_tensor_is_fixed_in_the_file(tmp_path, form):
+    class Scaled(nn.Module):
+        def forward(self, x, scale, mask=None, flag=False):
+            return x * scale if mask is None and flag else x
+
+    assert export(form, Scaled(), tmp_path, (X, 2.5, None, True)).difference < 1e-6
+    assert export(form, Scaled(), tmp_path, {"scale": 2.5, "x": X, "flag": True}).difference < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@EVERY
+def test_other_dtypes_and_memory_formats(small, tmp_path, form, dtype):
+    net = surgery.decompose(small.to(dtype=dtype, memory_format=torch.channels_last), {"conv2": 0.5})
+    x = X.to(dtype=dtype, memory_format=torch.channels_last)
+    if form == "onnx" and dtype != torch.float16:
+        with pytest.raises(SurgeryError, match=r"onnxruntime cannot run .* it has no kernel for this dtype on the CPU: export a float32 copy"):
+            export(form, net, tmp_path, x)
+        assert export(form, net, tmp_path, x, check=False).difference is None
+    else:
+        assert export(form, net, tmp_path, x).difference <= {torch.float64: 1e-6}.get(dtype, 1e-2)
+
+
+@EVERY
+def test_layers_of_all_dimensions_and_shared_ones(tmp_path, form):
+    layers = dict(Kinds().named_children())
+    shapes = {name: (1, layer.in_channels, *(9,) * (layer.weight.ndim - 2)) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        cut = surgery.decompose(nn.Sequential(layer).eval(), {"0": 0.5})
+        assert export(form, cut, tmp_path, torch.randn(shapes[name])).difference < 1e-5, name
+    twice = surgery.decompose(Twice().eval(), {"re:.*": 0.5})
+    assert export(form, twice, tmp_path, torch.randn(1, 8, 8, 8)).difference < 1e-5
+
+
+@EVERY
+def test_a_failed_check_leaves_all_files_as_they_were(small, tmp_path, monkeypatch, form):
     monkeypatch.setattr(common, "TOLERANCE", dict.fromkeys(common.TOLERANCE, -1.0))
-    (tmp_path / "net.bin").write_text("the one before")
-    with pytest.raises(ParityError, match="differ"):
-        export(small, tmp_path / "net.bin", X)
-    assert [p.name for p in tmp_path.iterdir()] == ["net.bin"]
-    assert (tmp_path / "net.bin").read_text() == "the one before"
+    before = {name: f"{name}, the one before" for name in (EXPORTS[form][0], "net.bin")}
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ParityError, match="and the network: outputs differ"):
+        export(form, small, tmp_path, X)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == before
+
+
+def test_files_that_belong_together_move_together_or_not_at_all(tmp_path):
+    (tmp_path / "net.bin").write_text("weights before")
+    (tmp_path / "net.xml").mkdir()
+
+    def write():
+        with common.installed(tmp_path / "net.xml") as work:
+            for name in ("net.xml", "net.bin", "net.aux"):
+                (work.parent / name).write_text("new")
+
+    with pytest.raises(OSError, match=r"net\.xml"):
+        write()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.bin", "net.xml"]
+    assert (tmp_path / "net.bin").read_text() == "weights before"
 
 
 class Unexportable(nn.Module):
@@ -84,79 +175,118 @@ class Unexportable(nn.Module):
         return torch.from_numpy(x.numpy() + 1) if x.sum() > 1e9 else x * float(x.sum())
 
 
-def test_a_network_that_torch_cannot_export(tmp_path):
-    with pytest.raises(SurgeryError, match="torch cannot export Unexportable to ONNX"):
-        surgery.export_onnx(Unexportable(), tmp_path / "net.onnx", X)
+@pytest.mark.parametrize("form", ["torchscript", "onnx"])
+def test_a_trace_that_depends_on_data_is_caught_by_the_check(tmp_path, form):
+    with pytest.raises(ParityError, match="and the network"):
+        export(form, Unexportable(), tmp_path, X)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_trace_that_depends_on_data_is_caught_by_the_check(tmp_path):
-    with pytest.raises(ParityError, match="TorchScript file and the network"):
-        surgery.export_torchscript(Unexportable(), tmp_path / "net.pt", X)
+@pytest.mark.parametrize("function", [surgery.export_program, surgery.export_onnx])
+def test_branches_on_data_are_refused_and_not_traced_instead(tmp_path, capfd, function):
+    with pytest.raises(SurgeryError, match=r"torch cannot export Branching to .*data-dependent") as caught:
+        function(Branching().eval(), tmp_path / "net", X)
+    assert "torchscript" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_size_that_torch_fixes_is_refused(tmp_path):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return x * x.shape[2] if x.shape[2] != 12 else x.cumsum(2)
+
+    class Stepwise(nn.Module):
+        def forward(self, x):
+            return torch.stack([x[:, :, i] for i in range(x.shape[2])])
+
+    for net in (Odd(), Stepwise()):
+        with pytest.raises(SurgeryError, match=r"with an open height: torch\.export fixed dimension 2 of 'x' at 12"):
+            surgery.export_program(net, tmp_path / "net.pt2", X, dynamic_size=True)
+    for net in (Odd(), Stepwise()):
+        with pytest.raises(ParityError):
+            surgery.export_torchscript(net, tmp_path / "net.pt", X, dynamic_size=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_does_not_agree_with_itself_is_told_so(tmp_path):
+    with pytest.raises(ParityError, match=r"the network itself differs by .* from call to call"):
+        surgery.export_torchscript(Random().eval(), tmp_path / "net.pt", X)
 
 
 def test_interrupted(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.jit.save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("torch.jit.save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         surgery.export_torchscript(small, tmp_path / "net.pt", X)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_arguments(small, tmp_path):
-    for export in (surgery.export_onnx, surgery.export_torchscript):
-        with pytest.raises(SurgeryValueError, match="does not exist; make it first"):
-            export(small, tmp_path / "nowhere" / "net.onnx", X)
-        with pytest.raises(SurgeryValueError, match="is a folder"):
-            export(small, tmp_path, X)
-        with pytest.raises(SurgeryValueError, match="example_inputs: Small fails on them"):
-            export(small, tmp_path / "net", X[:, :2])
-    with pytest.raises(SurgeryValueError, match="dynamic_batch"):
-        surgery.export_onnx(Keyword(), tmp_path / "net.onnx", {"sound": torch.randn(2, 4, 20), "gain": torch.tensor(1.0)}, dynamic_batch=True)
+@EVERY
+def test_wrong_arguments(small, tmp_path, form):
+    name, _ = EXPORTS[form]
+    with pytest.raises(SurgeryValueError, match="does not exist; make it first"):
+        export(form, small, tmp_path / "nowhere", X)
+    with pytest.raises(SurgeryValueError, match="example_inputs: Small fails on them"):
+        export(form, small, tmp_path, X[:, :2])
+    with pytest.raises(SurgeryValueError, match="they hold no tensor"):
+        export(form, small, tmp_path, {"x": 3})
+    with pytest.raises(SurgeryValueError, match=r"dynamic_batch: the network takes a batch of 2, but not of [13] \(RuntimeError"):
+        export(form, FixedBatch(), tmp_path, X, dynamic_batch=True)
+    with pytest.raises(SurgeryValueError, match="dynamic_size: no input is named 'y'"):
+        export(form, small, tmp_path, X, dynamic_size={"y": [2]})
+    with pytest.raises(SurgeryValueError, match="'x' has the dimensions 0 to 3"):
+        export(form, small, tmp_path, X, dynamic_size={"x": [4]})
+    with pytest.raises(SurgeryTypeError, match=r"expected an nn\.Module"):
+        export(form, small.forward, tmp_path, X)
+    (tmp_path / name).mkdir()
+    with pytest.raises(SurgeryValueError, match="is a folder"):
+        export(form, small, tmp_path, X)
 
 
-def test_a_missing_extra_is_named(small, tmp_path, monkeypatch):
+class FixedBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2, 1, 1, 1))
+
+    def forward(self, x):
+        return torch.cat([x, self.scale.expand_as(x)])
+
+
+@pytest.mark.parametrize(("form", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_a_missing_extra_is_named(small, tmp_path, monkeypatch, form, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"ONNX export needs onnxscript: pip install 'surgery\[export\]'"):
-        surgery.export_onnx(small, tmp_path / "net.onnx", X)
+    with pytest.raises(MissingExtra, match=rf"needs {package}: pip install 'surgery\[(export|openvino)\]'"):
+        export(form, small, tmp_path, X)
+    with pytest.raises(MissingExtra, match="needs onnxscript"):
+        export(form, small, tmp_path, X, exporter="dynamo")
 
 
-def test_fresh_inputs_have_the_shape_and_dtype_and_are_not_the_example():
-    inputs = {"picture": X, "ids": torch.tensor([[3, 7, 9], [3, 7, 9]]), "flag": True}
-    fresh = fresh_inputs(inputs, torch.Generator().manual_seed(0), batch=5)
-    assert fresh["picture"].shape == (5, 3, 12, 12)
-    assert fresh["ids"].shape == (5, 3)
-    assert set(fresh["ids"].flatten().tolist()) <= {3, 7, 9}
-    assert fresh["flag"] is True
-    assert not torch.equal(fresh["picture"][:2], X)
+@pytest.mark.parametrize("fails", [False, True])
+@EVERY
+def test_random_states_are_left_as_found(form, fails, tmp_path):
+    net, before = Random(fails).eval(), random_states()
+    with contextlib.suppress(SurgeryError):
+        export(form, net, tmp_path, X)
+    assert random_states() == before
+
+
+@EVERY
+def test_the_model_and_its_inputs_are_left_alone_also_in_inference_mode(small, tmp_path, form):
+    state, x = {name: t.clone() for name, t in small.state_dict().items()}, X.clone().requires_grad_()
+    hooks = {name: [module.__dict__ for module in (small, small.conv1)] for name in "ab"}
+    with torch.inference_mode():
+        export(form, small.train(), tmp_path, x)
+    assert all(torch.equal(t, state[name]) for name, t in small.state_dict().items())
+    assert all(p.requires_grad and not p.is_inference() for p in small.parameters())
+    assert small.training
+    assert not any(d["_forward_pre_hooks"] or d["_forward_hooks"] for d in hooks["a"])
+    assert x.requires_grad
+    assert torch.equal(x, X)
 
 
 def test_wrong_parity_would_be_seen(small, tmp_path):
     """The check must be able to fail: another network's file does not pass for this one."""
-    surgery.export_onnx(surgery.decompose(small, {"conv2": (1, 1)}), tmp_path / "other.onnx", X)
+    surgery.export_onnx(surgery.decompose(small, {"conv2": (1, 1)}), tmp_path / "other.onnx", X, exporter="torchscript")
     session = onnx_session(tmp_path / "other.onnx")
     with pytest.raises(ParityError):
-        common.check_network(small, lambda inputs: run_session(session, inputs), X, (None,), "onnxruntime and the network")
-
-
-def test_a_tuple_that_ends_in_a_dict(tmp_path):
-    class Named(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, pair):
-            return self.conv(pair["a"]) + self.conv(pair["b"])
-
-    inputs = ({"b": torch.randn(1, 3, 8, 8), "a": torch.randn(1, 3, 8, 8)},)
-    for dynamic in (False, True):
-        assert surgery.export_onnx(Named(), tmp_path / "net.onnx", inputs, dynamic_batch=dynamic).difference < 1e-4
-
-
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("export", [surgery.export_onnx, surgery.export_torchscript], ids=["onnx", "torchscript"])
-def test_random_states_are_left_as_found(export, fails, tmp_path):
-    net, before = Random(fails).eval(), random_states()
-    with contextlib.suppress(SurgeryError):
-        export(net, tmp_path / "net", X)
-    assert random_states() == before
+        common.check_network(small, lambda inputs: run_session(session, inputs), X, (((2, 3, 12, 12),),), "onnxruntime and the network")

@@ -1,0 +1,79 @@
+"""How an exported network was made, written into its file: the plan, the passes, the version."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from passes.errors import SurgeryValueError
+from passes.factorization import Keep
+from surgery.plan import Plan
+from surgery.report import report
+from surgery.version import __version__
+
+__all__ = ["KEYS", "exported_plan", "metadata_of"]
+
+PLAN = "surgery.plan"
+KEYS = (PLAN, "surgery.passes", "surgery.version")
+
+
+def metadata_of(model: nn.Module) -> dict[str, str]:
+    """The plan of what a model now is (``Plan.to_json``), the names of the passes that made it so, and this release, by ``KEYS``."""
+    found = report(model)
+    plan = Plan({row.name: row.factorization or Keep(row.reason or "kept") for row in found.layers})
+    return dict(zip(KEYS, (plan.to_json(), json.dumps(found.passes), __version__), strict=True))
+
+
+def exported_plan(path: str | os.PathLike[str]) -> Plan:
+    """The plan in a file that one of the exporters wrote: which layers of the network are chains, of what kind and ranks.
+
+    Args:
+        path: ``.onnx``, ``.xml`` (OpenVINO), ``.pt2``, or TorchScript.
+
+    Raises:
+        SurgeryValueError: the file holds no plan.
+        OSError: it cannot be read.
+    """
+    file = Path(path)
+    reader = {".onnx": _onnx, ".xml": _openvino, ".pt2": _archive}.get(file.suffix, _archive)
+    text = reader(file).get(PLAN)
+    if text is None:
+        raise SurgeryValueError(f"{file}: it holds no plan; only files that surgery exported do")
+    return Plan.from_json(text)
+
+
+def _onnx(file: Path) -> Mapping[str, str]:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except DecodeError as error:
+        raise SurgeryValueError(f"{file}: no ONNX file ({error})") from error
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _openvino(file: Path) -> Mapping[str, str]:
+    from xml.etree import ElementTree
+
+    try:
+        tree = ElementTree.parse(file)
+    except ElementTree.ParseError as error:
+        raise SurgeryValueError(f"{file}: no OpenVINO file ({error})") from error
+    found = {key: tree.find(f"./rt_info/{key.replace('.', '/')}") for key in KEYS}
+    return {key: element.get("value", "") for key, element in found.items() if element is not None}
+
+
+def _archive(file: Path) -> Mapping[str, str]:
+    """TorchScript files and exported programs are zip archives, with what was added to them under ``extra``."""
+    from zipfile import BadZipFile, ZipFile
+
+    try:
+        with ZipFile(file) as archive:
+            return {key: archive.read(name).decode() for name in archive.namelist() for key in KEYS if name.endswith(f"extra/{key}")}
+    except BadZipFile as error:
+        raise SurgeryValueError(f"{file}: neither TorchScript nor an exported program ({error})") from error

@@ -1,0 +1,182 @@
+"""ONNX: layers found by name, the convolutions of the plan, torch's two exporters, operator sets, names of inputs and outputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import surgery
+from passes import host_for
+from passes.errors import ParityError, SurgeryError, SurgeryValueError
+from passes.kinds import kind_of
+from surgery.export import onnx as exporter_file
+from surgery.export import onnx_convolutions
+from surgery.export.onnx import onnx_session, run_session
+from surgery.export.onnx_layers import check_chains
+from tests.networks import Keyword, Small
+
+X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(51))
+BOTH = pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+
+
+def planned(net):
+    """Name and weight shape of every convolution, by the plan: those of a chain from its factorization alone."""
+    found = Counter()
+    for site in host_for(net).sites():
+        if site.chain is None:
+            found[site.name, site.geometry.weight_shape] += not site.geometry.is_linear
+        else:
+            pieces = kind_of(site.chain).shapes(site.geometry, site.chain, site.bias is not None)
+            found.update((f"{site.name}.{piece.name}", piece.geometry.weight_shape) for piece in pieces)
+    return +found
+
+
+def in_file(path):
+    return Counter((c.layer, c.weight_shape) for c in onnx_convolutions(path))
+
+
+@BOTH
+def test_onnx_of_a_decomposed_network_has_the_convolutions_of_its_plan(small, tmp_path, exporter):
+    net = surgery.decompose(small, {"re:conv.*": 0.5, "mix": 3, "tail.1": surgery.Spatial(4)})
+    report = surgery.export_onnx(net, tmp_path / "net.onnx", X, dynamic_batch=True, dynamic_size=True, exporter=exporter)
+    assert report.exporter == exporter
+    assert in_file(report.path) == planned(net)
+    assert sum(in_file(report.path).values()) == 3 + 3 + 2 + 2 + 1  # conv1, conv2, mix, tail.1, and wide as it was
+    session = onnx_session(tmp_path / "net.onnx")
+    for batch, height in ((1, 12), (7, 20)):
+        x = torch.randn(batch, 3, height, 12)
+        assert torch.allclose(run_session(session, x)[0], net(x), atol=1e-5)
+
+
+class Everywhere(nn.Module):
+    """Layers in containers that are never called, one called twice, two with one weight and batch norms, a function, a computed weight."""
+
+    def __init__(self):
+        super().__init__()
+        blocks = [nn.ModuleDict({"c": nn.Conv2d(4, 4, 3, padding=1)}) for _ in range(2)]
+        self.a, self.b = nn.ModuleDict({"x": nn.Conv2d(3, 4, 1)}), nn.ModuleList(blocks)
+        self.tied, self.norms = nn.ModuleList([nn.Conv2d(4, 4, 3, bias=False) for _ in range(2)]), nn.ModuleList(nn.BatchNorm2d(4) for _ in "ab")
+        self.tied[1].weight = self.tied[0].weight
+        self.computed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.a["x"](x)
+        for block in (*self.b, self.b[1]):
+            x = block["c"](x).relu()
+        for tied, norm in zip(self.tied, self.norms, strict=True):
+            x = norm(tied(x))
+        x = functional.conv2d(self.computed(x), x.new_ones(4, 4, 1, 1))
+        return self.head(x.mean((2, 3)))
+
+
+@BOTH
+@pytest.mark.parametrize("form", ["module", "trace"])
+def test_nodes_have_the_names_of_their_layers(tmp_path, exporter, form):
+    net = Everywhere().eval()
+    if form == "trace":
+        net = surgery.trace(net, X)
+    surgery.export_onnx(net, tmp_path / "net.onnx", X, exporter=exporter)
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    names = [node.name for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    tied = names[4:6]
+    if form == "module":
+        assert tied == ["tied.0", "tied.1"]
+    assert names[:4] + names[8:] == ["a.x", "b.0.c", "b.1.c", "b.1.c#2", "head"]
+    assert [c.layer for c in onnx_convolutions(tmp_path / "net.onnx")][7] == ""  # called as a function
+    everything = [t.name for t in graph.initializer] + [name for node in graph.node for name in (node.name, *node.input, *node.output)]
+    assert not [name for name in everything if "network" in name]  # of the wrapper nothing is left
+    assert len({node.name for node in graph.node}) == len(graph.node)
+
+
+def test_files_hold_no_paths_of_the_machine(small, tmp_path):
+    surgery.export_onnx(small, tmp_path / "net.onnx", X, exporter="dynamo", check=False)
+    assert __file__.encode() not in (tmp_path / "net.onnx").read_bytes()
+    assert b".py" not in (tmp_path / "net.onnx").read_bytes()
+
+
+def test_chains_with_other_convolutions_are_refused(small, tmp_path):
+    net = surgery.decompose(small, {"conv2": (8, 6)})
+    report = surgery.export_onnx(net, tmp_path / "net.onnx", X, exporter="torchscript")
+    called = {name: shape for name, shape in in_file(report.path) if name}
+    graph = onnx.load(report.path)
+    check_chains(graph, net, called)
+    other = surgery.decompose(small, {"conv2": (8, 5)})
+    with pytest.raises(ParityError, match=r"other convolutions than the network's chains: conv2\.core \(8, 5, 3, 3\), conv2\.core \(8, 6, 3, 3\)"):
+        check_chains(graph, other, dict(planned(other).keys()))
+    with pytest.raises(ParityError, match=r"conv1\.reduce"):
+        check_chains(graph, surgery.decompose(small, 0.5), called | {"conv1.reduce": (2, 3, 1, 1)})
+
+
+@BOTH
+def test_a_chosen_opset(small, tmp_path, exporter):
+    assert surgery.export_onnx(small, tmp_path / "net.onnx", X, opset=19, exporter=exporter).opset == 19
+    with pytest.raises(SurgeryError, match=r"opset|version"):
+        surgery.export_onnx(small, tmp_path / "other.onnx", X, opset=99, exporter=exporter)
+    assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+
+
+@BOTH
+def test_inputs_and_outputs_have_the_names_of_the_model(tmp_path, exporter):
+    inputs = {"sound": torch.randn(2, 4, 20), "gain": torch.ones(1)}
+    net = surgery.decompose(Keyword().eval(), {"conv": 0.5})
+    assert surgery.export_onnx(net, tmp_path / "net.onnx", inputs, exporter=exporter).difference < 1e-5
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    assert [i.name for i in graph.input] == ["sound", "gain"]
+    assert [o.name for o in graph.output] == ["sound_2", "total"]  # an input has the first one's name
+
+
+class Refused(nn.Module):
+    """Exports only by tracing: what it calls has no meaning to torch.export."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y + float(torch.tensor([len(repr(type(y)))]).numpy()[0] > 1e6)
+
+
+def test_auto_takes_the_second_exporter_where_the_first_fails(tmp_path):
+    report = surgery.export_onnx(Refused(), tmp_path / "net.onnx", X)
+    assert report.exporter == "torchscript"
+    with pytest.raises(SurgeryError, match="torch cannot export Refused to ONNX"):
+        surgery.export_onnx(Refused(), tmp_path / "net.onnx", X, check=False)  # a trace that nobody checks is no proof
+    with pytest.raises(SurgeryValueError, match="expected 'auto', 'dynamo' or 'torchscript', got 'old'"):
+        surgery.export_onnx(Refused(), tmp_path / "net.onnx", X, exporter="old")
+
+
+def test_where_both_fail_both_reasons_are_told(small, tmp_path, monkeypatch):
+    def write(job, work, name, opset):
+        raise ParityError(f"not with {name}") if name == "dynamo" else SurgeryError(f"nor with {name}")
+
+    monkeypatch.setattr(exporter_file, "write_onnx", write)
+    with pytest.raises(ParityError, match="not with dynamo; and with exporter='torchscript': nor with torchscript"):
+        surgery.export_onnx(small, tmp_path / "net.onnx", X)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_bfloat16_stay_so(tmp_path):
+    net = Small().bfloat16().eval()
+    surgery.export_onnx(net, tmp_path / "net.onnx", X.bfloat16(), check=False, exporter="dynamo")
+    kinds = {t.data_type for t in onnx.load(tmp_path / "net.onnx").graph.initializer if t.name.endswith("weight")}
+    assert kinds == {onnx.TensorProto.BFLOAT16}  # what torch folds batch norms into is float32, and no valid graph
+
+
+def test_inputs_that_the_network_does_not_read(tmp_path):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x, unused):
+            return self.conv(x)
+
+    for exporter in ("dynamo", "torchscript"):
+        assert surgery.export_onnx(Half(), tmp_path / "net.onnx", (X, torch.ones(2)), exporter=exporter).difference < 1e-5

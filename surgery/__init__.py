@@ -35,18 +35,24 @@ if TYPE_CHECKING:
     from surgery.deployment import deploy
     from surgery.export import ExportReport, export_onnx, export_torchscript
     from surgery.refinement import Refine
+    from surgery.training.decay import frobenius_decay
+    from surgery.training.schedule import DecompositionSchedule
+    from surgery.training.settling import Settled
 
 plan = _plan  # the function, not the module of the same name
 
 LATER = {
+    "DecompositionSchedule": "surgery.training.schedule",
     "RecordedGraph": "passes.recording",
     "Refine": "surgery.refinement",
+    "Settled": "surgery.training.settling",
     "deploy": "surgery.deployment",
     "explain": "surgery.alternatives",
     "tradeoff": "surgery.alternatives",
     "ExportReport": "surgery.export",
     "export_onnx": "surgery.export",
     "export_torchscript": "surgery.export",
+    "frobenius_decay": "surgery.training.decay",
     "load": "surgery.checkpoint",
     "save": "surgery.checkpoint",
 }
@@ -73,6 +79,7 @@ __all__ = [
     "Budget",
     "Chain",
     "Channel",
+    "DecompositionSchedule",
     "Depthwise",
     "ExportReport",
     "Factorization",
@@ -84,6 +91,7 @@ __all__ = [
     "RecordedGraph",
     "Refine",
     "Report",
+    "Settled",
     "Spatial",
     "SurgeryError",
     "SurgeryTypeError",
@@ -97,6 +105,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "export_torchscript",
+    "frobenius_decay",
     "load",
     "plan",
     "ranks",

@@ -81,9 +81,10 @@ def decompose(
 
     Args:
         model: any module, in any mode, of any float dtype, on any device. A ``GraphModule`` is rewritten node for node.
-        ranks: how many channels each chain keeps. ``"evbmf"`` (the default; Nakajima et al. 2012), ``"evbmf:weaken=W"``, ``"energy:P"``,
-            ``"stable"``, a fraction in (0, 1] of the full rank, a dict from layer names or ``"re:..."`` patterns to ranks, a ``Plan`` or the
-            path of one, a ``Budget`` for the whole network, or a callable ``(site, spectra) -> ranks``. Pairs are (rank_out, rank_in).
+        ranks: how many channels each chain keeps. ``"evbmf"`` (the default; Nakajima et al. 2012), ``"evbmf:weaken=W"``, ``"evbmf:noise=SHARE"`` or
+            ``"evbmf:noise=tucker-1"`` (cuts also where EVBMF sees only noise), ``"energy:P"``, ``"stable"``, a fraction in (0, 1] of the full rank,
+            a dict from layer names or ``"re:..."`` patterns to ranks, a ``Plan`` or the path of one, a ``Budget`` for the whole network, or a
+            callable ``(site, spectra) -> ranks``. Pairs are (rank_out, rank_in).
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; with them MACs are known and guarded.
         method: kind for convolutions with a kernel: ``"tucker"``, ``"spatial"``, ``"channel"``, ``"depthwise"``, ``"cp"`` (ranks by name only), or
             ``"auto"``, which takes for each layer the kind with the smallest error at the MACs of the Tucker ranks that a rule asks for. 1x1
@@ -91,7 +92,7 @@ def decompose(
         include: names or patterns; only these layers are cut, linear ones too.
         exclude: names or patterns of layers to keep.
         guard: ``"macs"``: a cut by a rule must lower parameters and, with example inputs, MACs; ``"latency"``: it must be measured faster than its
-            layer on these inputs in eager mode; ``"none"``: anything goes.
+            layer on these inputs in eager mode; ``"step"``: in forward and backward of training; ``"none"``: anything goes.
             What is named in a dict or a plan is always done.
         calibration: batches of inputs, unlabelled (or with labels, which are not used): ranks and factors are then chosen for what these inputs
             make of the weights and for what the network's output makes of the layers', not for the weights alone; and each chain is corrected in turn
@@ -102,7 +103,8 @@ def decompose(
         effective_weights: cut also layers whose weight is computed (weight and spectral norm, parametrizations, pruning, weight standardisation), by
             the weight that it amounts to now. What computed it is gone from then on: ``reconstruct`` gives a plain layer.
         refine: after the cut polish all factors together against the outputs of the original network on the calibration batches, unlabelled.
-        balanced: scale the layers of each chain to equal norms, by powers of two, so that one step size fits all of them in training.
+        balanced: scale the layers of each chain to equal norms, by powers of two, so that one step size fits all of them in training;
+            factors of a cut with ``calibration`` are otherwise of very different sizes.
         optimizer: with ``inplace``, the optimizer that trains the model, or a list. New factors take the slot of their layer's weight in its group,
             so that groups and schedulers hold, and the state becomes theirs: momentum m as J^T m, with J the Jacobian of the map from the factors
             to the weight; second moments v as (J * J)^T v, never negative (see ``surgery.training.chain_map``). Gradients go as momentum does.
@@ -234,7 +236,7 @@ def usable_model(model: Any) -> None:
     """Refuse what is no module, or hides one.
 
     Raises:
-        SurgeryTypeError: not a module, compiled, wrapped for parallel training, or TorchScript.
+        SurgeryTypeError: not a module, compiled, wrapped for parallel training, sharded, or TorchScript.
     """
     if not isinstance(model, nn.Module):
         raise SurgeryTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -244,6 +246,13 @@ def usable_model(model: Any) -> None:
         kind = "compiled" if "_orig_mod" in model._modules else f"wrapped in {type(model).__name__}"
         inner = "model._orig_mod" if "_orig_mod" in model._modules else "model.module"
         raise SurgeryTypeError(f"model: it is {kind}; do the surgery on {inner}, then compile or wrap the result anew")
+    if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(model).__mro__) or any(
+        type(p).__name__ == "DTensor" for p in model.parameters()
+    ):
+        raise SurgeryTypeError(
+            "model: its parameters are shared out over several processes, and a cut needs all of a weight; do the surgery before fully_shard, or "
+            "gather them (torch.distributed.checkpoint.state_dict.get_state_dict, full_state_dict=True) into a fresh model, cut that, and shard it"
+        )
 
 
 @dataclass(frozen=True, slots=True)

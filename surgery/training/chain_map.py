@@ -30,7 +30,7 @@ Factors = tuple[Tensor, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChainMap:
-    """Factors of one chain, as torch stores them in float64, and the layer that they stand for.
+    """Factors of one chain, as torch stores them, and the layer that they stand for.
 
     Attributes:
         geometry: of the layer.
@@ -47,14 +47,14 @@ class ChainMap:
     factors: Factors
 
     @classmethod
-    def of(cls, geometry: Geometry, factorization: Factorization, pieces: Sequence[Piece]) -> ChainMap:
-        """The map of a chain of these pieces."""
+    def of(cls, geometry: Geometry, factorization: Factorization, pieces: Sequence[Piece], dtype: torch.dtype | None = torch.float64) -> ChainMap:
+        """The map of a chain of these pieces; with ``dtype=None`` in their own."""
         return cls(
             geometry=geometry,
             factorization=factorization,
             names=tuple(p.name for p in pieces),
             geometries=tuple(p.geometry for p in pieces),
-            factors=tuple(p.weight.detach().double() for p in pieces),
+            factors=tuple(p.weight.detach().to(dtype or p.weight.dtype) for p in pieces),
         )
 
     def weight(self, *factors: Tensor) -> Tensor:

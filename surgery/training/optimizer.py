@@ -88,7 +88,7 @@ class OptimizerChange:
 
 
 def as_optimizers(optimizer: Any) -> tuple[Any, ...]:
-    """One optimizer or several, none twice.
+    """One optimizer or several, none twice, without the wrappers of training frameworks.
 
     Raises:
         SurgeryTypeError: something that is none, or one whose state cannot be carried over.
@@ -96,6 +96,7 @@ def as_optimizers(optimizer: Any) -> tuple[Any, ...]:
     if optimizer is None:
         return ()
     several = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+    several = [_bare(each) for each in several]
     for each in several:
         if not isinstance(getattr(each, "param_groups", None), list) or not isinstance(getattr(each, "state", None), Mapping):
             raise SurgeryTypeError(f"optimizer: expected a torch optimizer, or a list of them, got {type(each).__name__}")
@@ -106,6 +107,12 @@ def as_optimizers(optimizer: Any) -> tuple[Any, ...]:
                 f"optimizer: {type(each).__name__} holds a part of the state only; decompose without it and make it anew afterwards"
             )
     return tuple({id(each): each for each in several}.values())
+
+
+def _bare(optimizer: Any) -> Any:
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def as_rules(state: Any) -> Mapping[str, str] | None:

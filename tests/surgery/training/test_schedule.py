@@ -69,10 +69,10 @@ def test_later_cuts_go_deeper_and_never_back():
     assert set(map(id, optimizer.param_groups[0]["params"])) == set(map(id, model.parameters()))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"warm_up": 4, "decay": "product", "balanced": False, "batch_norm": [INPUTS]}, {"calibration": lambda: [INPUTS]}]
-)
-@pytest.mark.parametrize("stop", [3, 7])
+EVERYTHING = {"warm_up": 4, "decay": "product", "balanced": False, "batch_norm": [INPUTS]}
+
+
+@pytest.mark.parametrize(("options", "stop"), [({}, 3), (EVERYTHING, 3), (EVERYTHING, 5), (EVERYTHING, 7), ({"calibration": lambda: [INPUTS]}, 5)])
 def test_a_run_that_is_resumed_has_the_same_numbers_to_the_bit(options, stop):
     def begin():
         torch.manual_seed(7)

@@ -50,12 +50,24 @@ def frobenius_decay(model: nn.Module, optimizer: Any) -> FrobeniusDecay:
 
 
 def _hook(sites: Sequence[Site]) -> Any:
-    def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    def decay(optimizer: Any) -> None:
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"] if group.get("weight_decay")}
-        if groups:
-            with torch.no_grad():
-                for site in sites:
-                    _decay(optimizer, site, groups)
+        with torch.no_grad():
+            for site in sites if groups else ():
+                _decay(optimizer, site, groups)
+
+    def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args begin with the optimizer
+        if closure is None:
+            decay(optimizer)
+            return None
+
+        def then_decay() -> Any:  # it makes the gradients, inside of the step
+            loss = closure()
+            decay(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": then_decay}
 
     return before_step
 

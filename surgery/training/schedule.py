@@ -18,6 +18,7 @@ from passes.decompose import ALREADY
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.factorization import Factorization, Keep
 from passes.kinds import kind_of
+from passes.running import output_of
 from passes.site import Site
 from surgery.checkpoint import record_from_text, record_to_data, with_empty_chains
 from surgery.decompose import DEFAULT_STATE, Ranks, decompose, plan, usable_batches, usable_model
@@ -132,6 +133,7 @@ class DecompositionSchedule:
         self._plan: Plan | None = None
         self._record: SurgeryRecord | None = None
         self._looked_at: int | None = None
+        self._warmed_up = 0  # optimizer steps since the last cut that were slowed down
         self._warming: WarmUp | None = None
         self._decaying: FrobeniusDecay | None = None
 
@@ -156,12 +158,14 @@ class DecompositionSchedule:
         position = _position("position", position)
         usable_model(model)
         optimizers, schedulers = as_optimizers(optimizer), _schedulers(scheduler)
-        if not optimizers and (self.warm_up or self.decay == "product"):
-            raise SurgeryValueError("optimizer: warm_up and decay='product' act on it; give the one that trains the model")
+        self._check_optimizers(optimizers)
         found = None
         while (work := self._due(position, model)) is not None:
+            cuts = self.cuts_done
             followers = followers_of(model, optimizer, also, self.state, inplace=True) or Followers(model=model)
             done_together(lambda act=work, f=followers: act(f), self._facts, self._take, followers)  # type: ignore[misc]
+            self._unhook()
+            self._warmed_up = 0 if self.cuts_done > cuts else self._warmed_up
             self._hook(model, optimizers)
             for each in schedulers:
                 if isinstance(each, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -185,10 +189,10 @@ class DecompositionSchedule:
             "record": None if self._record is None else record_to_data(self._record),
             "history": [dict(look) for look in self.history],
             "looked_at": self._looked_at,
-            "warmed_up": None if self._warming is None else self._warming.done,
+            "warmed_up": self._warmed_up if self._warming is None else self._warming.done,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module, optimizer: Any = None, *, also: Any = None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module, optimizer: Any = None, *, also: Any = None, hooks: bool = True) -> None:
         """Bring a fresh model, its optimizer and its copies to the architecture that they had, then load their own state dicts into them.
 
             schedule.load_state_dict(saved["schedule"], model, optimizer)
@@ -196,13 +200,14 @@ class DecompositionSchedule:
             optimizer.load_state_dict(saved["optimizer"])
 
         The optimizer may as well be made after this from ``model.parameters()``: the order is the same. With ``warm_up`` or ``decay="product"`` it
-        has to be given here.
+        has to be given here, or to ``attach``.
 
         Args:
             state: what ``state_dict`` gave.
             model: a fresh instance of the original architecture, in its memory format; changed in place.
             optimizer: the one that will train it, or a list of several.
             also: fresh averaged copies.
+            hooks: False where the optimizer does not exist yet; call ``attach`` when it does.
 
         Raises:
             SurgeryValueError: no such state, or it does not fit the model, which is then as it was.
@@ -210,11 +215,24 @@ class DecompositionSchedule:
         usable_model(model)
         facts = _read(state)
         followers = followers_of(model, optimizer, also, "reset", inplace=True) or Followers(model=model)
-        if followers.optimizers == () and facts["plan"] is not None and (self.warm_up or self.decay == "product"):
-            raise SurgeryValueError("optimizer: warm_up and decay='product' act on it; give the one that trains the model")
+        if hooks and facts["plan"] is not None:
+            self._check_optimizers(followers.optimizers)
+        self._unhook()
         self._take(facts, followers)
-        self.history, self._looked_at = facts["history"], facts["looked_at"]
-        self._hook(model, followers.optimizers, facts["warmed_up"])
+        self.history, self._looked_at, self._warmed_up = facts["history"], facts["looked_at"], facts["warmed_up"]
+        if hooks:
+            self._hook(model, followers.optimizers)
+
+    def attach(self, model: nn.Module, optimizer: Any) -> None:
+        """Have ``warm_up`` and ``decay`` act on an optimizer that was made after ``load_state_dict``. Called twice it does no harm."""
+        optimizers = as_optimizers(optimizer)
+        self._check_optimizers(optimizers)
+        self._unhook()
+        self._hook(model, optimizers)
+
+    def _check_optimizers(self, optimizers: Sequence[Any]) -> None:
+        if not optimizers and (self.warm_up or self.decay == "product"):
+            raise SurgeryValueError("optimizer: warm_up and decay='product' act on it; give the one that trains the model")
 
     def _due(self, position: int, model: nn.Module) -> Callable[[Followers], None] | None:
         """What is to be done at this position, if anything."""
@@ -240,7 +258,9 @@ class DecompositionSchedule:
         model = followers.model
         cut_before = any(site.chain is not None for site in host_for(model).sites())
         whole = reconstruct(model) if cut_before else model
-        batches = _batches(self.calibration)
+        batches, statistics = _batches(self.calibration), _batches(self.batch_norm)
+        if statistics is not None:
+            output_of(model, statistics[0])  # what cannot be run is said before anything is cut
         chosen = self._chosen(model, whole, batches)
         decompose(
             model,
@@ -257,12 +277,11 @@ class DecompositionSchedule:
         )
         if chosen.latency is not None:
             write_record(model, replace(read_record(model) or SurgeryRecord(), latency=chosen.latency))
-        statistics = _batches(self.batch_norm)
-        for network in (model, *followers.copies) if statistics is not None else ():
-            reestimate(network, statistics or [])
         self.cuts_done += 1
         self._plan = _plan_of(model)
         self._record = whole_record(model)
+        for network in (model, *followers.copies) if statistics is not None else ():
+            reestimate(network, statistics or [])
 
     def _chosen(self, model: nn.Module, whole: nn.Module, batches: Any) -> Plan:
         """What the cut that is due would make of the network as it was without chains."""
@@ -303,13 +322,18 @@ class DecompositionSchedule:
         self.cuts_done, self.whole_again = facts["cuts_done"], facts["whole_again"]
         self._plan, self._record = facts["plan"], facts["record"]
 
-    def _hook(self, model: nn.Module, optimizers: Sequence[Any], warmed_up: int | None = 0) -> None:
-        """Learning rates and decay from here on; ``warmed_up`` steps were made already, all of them where it is None."""
-        for old in (self._warming, self._decaying):
-            if old is not None:
-                old.remove()
+    def _unhook(self) -> None:
+        if self._warming is not None:
+            self._warming.remove()
+            self._warmed_up, self._warming = self._warming.done, None
+        if self._decaying is not None:
+            self._decaying.remove()
+            self._decaying = None
+
+    def _hook(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
+        """Learning rates and decay from here on."""
         cut = self.cuts_done > 0 and not self.whole_again
-        self._warming = WarmUp(list(optimizers), self.warm_up, warmed_up) if cut and warmed_up is not None and self.warm_up else None
+        self._warming = WarmUp(list(optimizers), self.warm_up, self._warmed_up) if cut and self.warm_up else None
         self._decaying = frobenius_decay(model, list(optimizers)) if cut and self.decay == "product" else None
 
 
@@ -387,7 +411,7 @@ def _read(state: Any) -> dict[str, Any]:
     if state.get("version") != VERSION:
         raise SurgeryValueError(f"schedule: version {state.get('version')!r} is not one that this release reads ({VERSION})")
     fields: dict[str, Any] = {"cuts_done": int, "whole_again": bool, "plan": dict | None, "record": dict | None, "history": list}
-    fields |= {"looked_at": int | None, "warmed_up": int | None}
+    fields |= {"looked_at": int | None, "warmed_up": int}
     for name, kind in fields.items():
         if name not in state or not isinstance(state[name], kind):
             raise SurgeryValueError(f"schedule: its field {name!r} is missing or damaged ({state.get(name)!r})")

@@ -72,7 +72,7 @@ def test_later_cuts_go_deeper_and_never_back():
 EVERYTHING = {"warm_up": 4, "decay": "product", "balanced": False, "batch_norm": [INPUTS]}
 
 
-@pytest.mark.parametrize(("options", "stop"), [({}, 3), (EVERYTHING, 3), (EVERYTHING, 5), (EVERYTHING, 7), ({"calibration": lambda: [INPUTS]}, 5)])
+@pytest.mark.parametrize(("options", "stop"), [({}, 3), (EVERYTHING, 3), (EVERYTHING, 5), (EVERYTHING, 7)])
 def test_a_run_that_is_resumed_has_the_same_numbers_to_the_bit(options, stop):
     def begin():
         torch.manual_seed(7)
@@ -107,6 +107,23 @@ def test_a_run_that_is_resumed_has_the_same_numbers_to_the_bit(options, stop):
         assert list(mine) == list(theirs)
         for key, value in theirs.items():
             assert torch.equal(mine[key], value), key
+
+
+def test_training_goes_on_after_a_cut_for_the_current_batches():
+    model, asked = Small(), []
+    optimizer = sgd(model)
+    epoch(model, optimizer, 0)
+
+    def batches():
+        asked.append(1)
+        return [(INPUTS, torch.zeros(8, dtype=torch.long))]
+
+    report = DecompositionSchedule(1, ranks=0.6, calibration=batches).step(1, model, optimizer)
+    assert (len(asked), report.calibrated) == (1, 8)
+    assert report["conv2"].output_error is not None
+    for number in range(4):
+        epoch(model, optimizer, number)
+    assert all(float(p.detach().abs().max()) < 20 for p in model.parameters())
 
 
 def test_an_optimizer_made_after_loading_has_the_same_order():
@@ -183,6 +200,25 @@ def test_the_warm_up_is_seen_by_no_scheduler_and_ends():
     assert used[:6] == pytest.approx([rate * min((k + 1) / 5, 1) for k, rate in enumerate(rates)])
 
 
+def test_each_cut_warms_up_anew_and_a_resumed_run_goes_on_where_it_was():
+    model = Small()
+    optimizer = sgd(model)
+    schedule = DecompositionSchedule([0, 1], ranks=[0.7, 0.4], warm_up=5)
+    for number in range(2):
+        schedule.step(number, model, optimizer)
+        epoch(model, optimizer, number)
+    assert schedule.state_dict()["warmed_up"] == 3
+    fresh = Small()
+    later = sgd(fresh)
+    resumed = DecompositionSchedule([0, 1], ranks=[0.7, 0.4], warm_up=5)
+    resumed.load_state_dict(schedule.state_dict(), fresh, later)
+    fresh.load_state_dict(model.state_dict())
+    rates = []
+    later.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"] / 0.05))
+    epoch(fresh, later, 2)
+    assert rates == pytest.approx([4 / 6, 5 / 6, 1])
+
+
 def test_a_plateau_is_counted_anew_after_a_cut():
     model = Small()
     optimizer = sgd(model)
@@ -225,6 +261,31 @@ def test_decay_of_the_product_is_that_of_the_layer(build, maximize):
         plain.step()
     for a, b in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("build", [torch.optim.SGD, torch.optim.AdamW], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_decay_of_the_product_where_the_step_makes_its_gradients_itself(build, by_name):
+    nets = [surgery.decompose(Small().double(), 0.5) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, inside in zip(nets, (False, True), strict=True):
+        optimizer = build(net.parameters(), 0.01, weight_decay=0.1)
+        surgery.frobenius_decay(net, optimizer)
+
+        def closure(net=net, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = net(INPUTS.double()).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            if not inside:
+                closure()
+                optimizer.step()
+            else:
+                assert (optimizer.step(closure=closure) if by_name else optimizer.step(closure)) > 0
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_statistics_of_batch_norms_are_averages_over_the_batches_and_all_else_stays():
@@ -348,6 +409,8 @@ def test_wrong_calls_are_refused_and_change_nothing():
         schedule.step(0, model, optimizer, optimizer)
     with pytest.raises(SurgeryValueError, match="warm_up and decay"):
         schedule.step(0, model)
+    with pytest.raises(SurgeryValueError, match="fails on them"):
+        DecompositionSchedule(0, ranks=0.5, batch_norm=[torch.randn(2, 4, 12, 12)]).step(0, model, optimizer)
     with pytest.raises(SurgeryValueError, match="no layer"):
         DecompositionSchedule(0, ranks={"conv9": (8, 8)}).step(0, model, optimizer)
     assert before == list(map(id, model.parameters())) == list(map(id, optimizer.param_groups[0]["params"]))

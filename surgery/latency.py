@@ -150,7 +150,9 @@ class Stopwatch:
         if new.high < old.low and new.seconds < (1 - MARGIN) * old.seconds:
             return None
         ranks = ", ".join("full" if r is None else str(r) for r in factorization.ranks)
-        return Keep(f"ranks ({ranks}): measured {1e3 * new.seconds:.3g} ms instead of {1e3 * old.seconds:.3g} ms in {WORDS.get(runtime, runtime)}")
+        noise = ", which is within the noise" if new.seconds < (1 - MARGIN) * old.seconds else ""
+        where = WORDS.get(runtime, runtime)
+        return Keep(f"ranks ({ranks}): measured {1e3 * new.seconds:.3g} ms instead of {1e3 * old.seconds:.3g} ms in {where}{noise}")
 
     def times(self, site: Site, factorization: Factorization, runtime: str) -> tuple[Entry, Entry]:
         """What a layer takes over all its calls, and what its chain would take."""

@@ -35,12 +35,17 @@ if TYPE_CHECKING:
     from surgery.deployment import deploy
     from surgery.export import ExportReport, export_onnx, export_openvino, export_program, export_torchscript, exported_plan
     from surgery.refinement import Refine
+    from surgery.training.decay import frobenius_decay
+    from surgery.training.schedule import DecompositionSchedule
+    from surgery.training.settling import Settled
 
 plan = _plan  # the function, not the module of the same name
 
 LATER = {
+    "DecompositionSchedule": "surgery.training.schedule",
     "RecordedGraph": "passes.recording",
     "Refine": "surgery.refinement",
+    "Settled": "surgery.training.settling",
     "deploy": "surgery.deployment",
     "explain": "surgery.alternatives",
     "tradeoff": "surgery.alternatives",
@@ -50,6 +55,7 @@ LATER = {
     "export_program": "surgery.export",
     "export_torchscript": "surgery.export",
     "exported_plan": "surgery.export",
+    "frobenius_decay": "surgery.training.decay",
     "load": "surgery.checkpoint",
     "save": "surgery.checkpoint",
 }
@@ -76,6 +82,7 @@ __all__ = [
     "Budget",
     "Chain",
     "Channel",
+    "DecompositionSchedule",
     "Depthwise",
     "ExportReport",
     "Factorization",
@@ -87,6 +94,7 @@ __all__ = [
     "RecordedGraph",
     "Refine",
     "Report",
+    "Settled",
     "Spatial",
     "SurgeryError",
     "SurgeryTypeError",
@@ -103,6 +111,7 @@ __all__ = [
     "export_program",
     "export_torchscript",
     "exported_plan",
+    "frobenius_decay",
     "load",
     "plan",
     "ranks",

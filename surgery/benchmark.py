@@ -94,7 +94,8 @@ def benchmark(
         before: the original network.
         after: the decomposed one.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        runtimes: ``"eager"`` (torch as it is), ``"compile"`` (``torch.compile``), ``"onnxruntime"`` and ``"openvino"`` (both on the CPU).
+        runtimes: ``"eager"`` (torch as it is), ``"compile"`` (``torch.compile``), ``"onnxruntime"`` and ``"openvino"`` (both on the CPU),
+            ``"train"`` (a training step in eager mode, forward and backward, without the optimizer's).
         repeats: pairs of samples a runtime.
         threads: for both networks; torch's current number where None.
 
@@ -157,6 +158,24 @@ def _eager(network: nn.Module, example_inputs: Any) -> Iterator[Callable[[], obj
 
 
 @contextmanager
+def _train(network: nn.Module, example_inputs: Any) -> Iterator[Callable[[], object]]:
+    """Forward in train mode, and backward from all floating-point outputs to all parameters. Nothing is accumulated in ``grad``."""
+    network.train()
+    wanted = [p for p in network.parameters() if p.requires_grad]
+    on_cuda = any(t.is_cuda for t in tensors_in(example_inputs))
+
+    def call() -> object:
+        with torch.enable_grad():
+            reached = [t for t in tensors_in(run(network, example_inputs)) if t.requires_grad]
+            found = torch.autograd.grad(reached, wanted, [torch.ones_like(t) for t in reached], allow_unused=True) if reached and wanted else ()
+        if on_cuda:
+            torch.cuda.synchronize()
+        return found
+
+    yield call
+
+
+@contextmanager
 def _compile(network: nn.Module, example_inputs: Any) -> Iterator[Callable[[], object]]:
     with _eager(torch.compile(network, dynamic=False), example_inputs) as call:  # type: ignore[arg-type]
         yield call
@@ -195,7 +214,7 @@ def openvino_call(file: Path, example_inputs: Any) -> Callable[[], object]:
     return lambda: request.infer(feed)
 
 
-RUNTIMES = {"eager": _eager, "onnxruntime": _onnxruntime, "openvino": _openvino, "compile": _compile}
+RUNTIMES = {"eager": _eager, "onnxruntime": _onnxruntime, "openvino": _openvino, "compile": _compile, "train": _train}
 
 
 def _time(runtime: str, networks: Sequence[nn.Module], example_inputs: Any, repeats: int) -> RuntimeResult:

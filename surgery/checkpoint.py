@@ -29,7 +29,7 @@ from surgery.plan import Plan
 from surgery.record import SiteRecord, SurgeryRecord, passes_of, records_by_name, whole_record, write_record
 from surgery.report import NOT_DECOMPOSED
 
-__all__ = ["PLAN_FILE", "WEIGHTS_FILE", "load", "read_architecture", "save"]
+__all__ = ["PLAN_FILE", "WEIGHTS_FILE", "load", "read_architecture", "record_from_text", "record_to_data", "save", "with_empty_chains"]
 
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -58,7 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         known = records.get(site.name)
         plan[site.name] = site.chain or Keep((known.reason if known else None) or NOT_DECOMPOSED)
     tensors = _tensors_to_write(model)
-    metadata = {METADATA: json.dumps(_record_to_data(whole_record(model) or SurgeryRecord()))}
+    metadata = {METADATA: json.dumps(record_to_data(whole_record(model) or SurgeryRecord()))}
     with temporary_beside(folder) as work:
         new = work / folder.name
         new.mkdir()
@@ -88,7 +88,7 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
     folder = Path(path)
     plan = Plan.load(folder / PLAN_FILE)
     tensors, metadata = _read_weights(folder / WEIGHTS_FILE)
-    record = _record_from_text(metadata.get(METADATA, "{}"), folder / WEIGHTS_FILE)
+    record = record_from_text(metadata.get(METADATA, "{}"), folder / WEIGHTS_FILE)
     with torch.inference_mode(False):  # what is loaded must be fit for training
         model = with_empty_chains(private_copy(fresh_model), plan, folder / PLAN_FILE)
         _fill(model, tensors, folder / WEIGHTS_FILE)
@@ -100,7 +100,7 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
 def read_architecture(path: str | os.PathLike[str]) -> str | None:
     """The registry name that a saved model was made from, or None where it was made otherwise."""
     file = Path(path) / WEIGHTS_FILE
-    return _record_from_text(_open(file, lambda f: f.metadata() or {}).get(METADATA, "{}"), file).architecture
+    return record_from_text(_open(file, lambda f: f.metadata() or {}).get(METADATA, "{}"), file).architecture
 
 
 def _check_architecture(model: nn.Module) -> None:
@@ -221,7 +221,7 @@ def _check_calls(model: nn.Module, record: SurgeryRecord, file: Path) -> None:
                 )
 
 
-def _record_to_data(record: SurgeryRecord) -> dict[str, Any]:
+def record_to_data(record: SurgeryRecord) -> dict[str, Any]:
     sites = [
         {
             "name": site.name,
@@ -249,7 +249,7 @@ def _record_to_data(record: SurgeryRecord) -> dict[str, Any]:
     return {"version": 1, "sites": sites, "functions": functions} | rest | latency
 
 
-def _record_from_text(text: str, file: Path) -> SurgeryRecord:
+def record_from_text(text: str, file: Path) -> SurgeryRecord:
     """The record in a weights file. Its values are only ever shown, so wrong types are all that must be caught."""
     try:
         data = json.loads(text)

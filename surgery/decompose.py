@@ -34,6 +34,7 @@ from surgery.record import (
     fused_in,
     merged_sites,
     params_of_modules,
+    put_back_record,
     read_record,
     records_by_name,
     unwrap,
@@ -43,11 +44,13 @@ from surgery.record import (
 if TYPE_CHECKING:
     from surgery.latency import Stopwatch
     from surgery.refinement import Refine
+    from surgery.training.followers import Followers
 
-__all__ = ["Ranks", "decompose", "plan", "usable_model"]
+__all__ = ["Ranks", "decompose", "following", "plan", "usable_model"]
 
 Ranks = str | float | Mapping[str, Any] | Plan | Budget | Rule | os.PathLike[str]
 DEFAULT = Options()
+DEFAULT_STATE = "project"
 
 
 def decompose(
@@ -64,6 +67,10 @@ def decompose(
     device: torch.device | str | None = DEFAULT.device,
     effective_weights: bool = DEFAULT.effective_weights,
     refine: Refine | None = None,
+    balanced: bool = False,
+    optimizer: Any = None,
+    also: Any = None,
+    state: Any = DEFAULT_STATE,
     inplace: bool = False,
     progress: bool = False,
 ) -> nn.Module:
@@ -74,9 +81,10 @@ def decompose(
 
     Args:
         model: any module, in any mode, of any float dtype, on any device. A ``GraphModule`` is rewritten node for node.
-        ranks: how many channels each chain keeps. ``"evbmf"`` (the default; Nakajima et al. 2012), ``"evbmf:weaken=W"``, ``"energy:P"``,
-            ``"stable"``, a fraction in (0, 1] of the full rank, a dict from layer names or ``"re:..."`` patterns to ranks, a ``Plan`` or the
-            path of one, a ``Budget`` for the whole network, or a callable ``(site, spectra) -> ranks``. Pairs are (rank_out, rank_in).
+        ranks: how many channels each chain keeps. ``"evbmf"`` (the default; Nakajima et al. 2012), ``"evbmf:weaken=W"``, ``"evbmf:noise=SHARE"`` or
+            ``"evbmf:noise=tucker-1"`` (cuts also where EVBMF sees only noise), ``"energy:P"``, ``"stable"``, a fraction in (0, 1] of the full rank,
+            a dict from layer names or ``"re:..."`` patterns to ranks, a ``Plan`` or the path of one, a ``Budget`` for the whole network, or a
+            callable ``(site, spectra) -> ranks``. Pairs are (rank_out, rank_in).
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; with them MACs are known and guarded.
         method: kind for convolutions with a kernel: ``"tucker"``, ``"spatial"``, ``"channel"``, ``"depthwise"``, ``"cp"`` (ranks by name only), or
             ``"auto"``, which takes for each layer the kind with the smallest error at the MACs of the Tucker ranks that a rule asks for. 1x1
@@ -84,7 +92,7 @@ def decompose(
         include: names or patterns; only these layers are cut, linear ones too.
         exclude: names or patterns of layers to keep.
         guard: ``"macs"``: a cut by a rule must lower parameters and, with example inputs, MACs; ``"latency"``: it must be measured faster than its
-            layer on these inputs in eager mode; ``"none"``: anything goes.
+            layer on these inputs in eager mode; ``"step"``: in forward and backward of training; ``"none"``: anything goes.
             What is named in a dict or a plan is always done.
         calibration: batches of inputs, unlabelled (or with labels, which are not used): ranks and factors are then chosen for what these inputs
             make of the weights and for what the network's output makes of the layers', not for the weights alone; and each chain is corrected in turn
@@ -95,6 +103,14 @@ def decompose(
         effective_weights: cut also layers whose weight is computed (weight and spectral norm, parametrizations, pruning, weight standardisation), by
             the weight that it amounts to now. What computed it is gone from then on: ``reconstruct`` gives a plain layer.
         refine: after the cut polish all factors together against the outputs of the original network on the calibration batches, unlabelled.
+        balanced: scale the layers of each chain to equal norms, by powers of two, so that one step size fits all of them in training;
+            factors of a cut with ``calibration`` are otherwise of very different sizes.
+        optimizer: with ``inplace``, the optimizer that trains the model, or a list. New factors take the slot of their layer's weight in its group,
+            so that groups and schedulers hold, and the state becomes theirs: momentum m as J^T m, with J the Jacobian of the map from the factors
+            to the weight; second moments v as (J * J)^T v, never negative (see ``surgery.training.chain_map``). Gradients go as momentum does.
+        also: with ``inplace``, an averaged copy of the model (``AveragedModel``, a plain copy), or a list of them, cut on the same bases.
+        state: ``"project"`` the optimizer's state as said, or ``"reset"``: begin it again for what was cut. A dict from keys of the state to what
+            they are (``surgery.training.optimizer.RULES``) projects those of an optimizer that is not known here.
         inplace: work on ``model`` itself; otherwise it is left untouched and a copy is returned.
         progress: show progress on stderr where that is a terminal.
 
@@ -116,6 +132,7 @@ def decompose(
         raise SurgeryValueError("refine: needs calibration, batches to polish the factors on")
     batches = None if calibration is None else usable_batches(calibration, refine)
     usable_model(model)
+    followers = following(model, optimizer, also, state, inplace=inplace)
     if inplace and (is_layer(model) or isinstance(model, Chain)):
         raise SurgeryValueError("inplace=True: the model itself is a layer and has no parent to hold its chain; use the model that is returned")
     with torch.inference_mode(False):  # what is made here must be fit for training
@@ -127,13 +144,17 @@ def decompose(
         teacher = None if batches is None else private_copy(model)
         stopwatch = _stopwatch(model, example_inputs)
         draft = Draft(sites, ranks, options, totals_of(target, seen), metrics=metrics, stopwatch=stopwatch)
-        before, old = records_by_name(target), read_record(target) or SurgeryRecord()
+        before, known = records_by_name(target), read_record(target)
+        old = known or SurgeryRecord()
         params = params_of_modules(target, sites) if effective_weights else {}
+        held = None if followers is None else followers.hold(sites)
         with _progress(progress, len(sites), "decomposing") as step:
             cut = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)
             try:
                 result = cut(host)
                 output_errors = {} if teacher is None else mend(teacher, result, batches or [], refine)
+                if balanced:
+                    _balance(result)
                 record = SurgeryRecord(
                     sites=merged_sites(before, sites, result.outcomes, output_errors=output_errors, params=params),
                     passes=old.passes + (("Decompose",) if result.modified else ()),
@@ -147,9 +168,12 @@ def decompose(
                     latency=stopwatch.outcome or old.latency,
                 )
                 write_record(result.model, record)
+                if followers is not None:
+                    followers.follow(held or {}, host.sites())
             except BaseException:
                 if inplace:
                     host.rollback()
+                    put_back_record(model, known)
                 raise
     return result.model
 
@@ -212,7 +236,7 @@ def usable_model(model: Any) -> None:
     """Refuse what is no module, or hides one.
 
     Raises:
-        SurgeryTypeError: not a module, compiled, wrapped for parallel training, or TorchScript.
+        SurgeryTypeError: not a module, compiled, wrapped for parallel training, sharded, or TorchScript.
     """
     if not isinstance(model, nn.Module):
         raise SurgeryTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -222,6 +246,13 @@ def usable_model(model: Any) -> None:
         kind = "compiled" if "_orig_mod" in model._modules else f"wrapped in {type(model).__name__}"
         inner = "model._orig_mod" if "_orig_mod" in model._modules else "model.module"
         raise SurgeryTypeError(f"model: it is {kind}; do the surgery on {inner}, then compile or wrap the result anew")
+    if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(model).__mro__) or any(
+        type(p).__name__ == "DTensor" for p in model.parameters()
+    ):
+        raise SurgeryTypeError(
+            "model: its parameters are shared out over several processes, and a cut needs all of a weight; do the surgery before fully_shard, or "
+            "gather them (torch.distributed.checkpoint.state_dict.get_state_dict, full_state_dict=True) into a fresh model, cut that, and shard it"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +339,21 @@ def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Re
                 p.copy_(value)
         raise
     return errors
+
+
+def following(model: nn.Module, optimizer: Any, also: Any, state: Any, *, inplace: bool) -> Followers | None:
+    """The optimizers and copies that surgery on a model has to take along, or None."""
+    if optimizer is None and also is None and state == DEFAULT_STATE:
+        return None
+    from surgery.training.followers import followers_of
+
+    return followers_of(model, optimizer, also, state, inplace=inplace)
+
+
+def _balance(result: PassResult) -> None:
+    from surgery.training.balance import balance
+
+    balance(result.model, {outcome.site for outcome in result.outcomes if outcome.status == "applied"})
 
 
 def saved_macs(site: Site) -> int | None:

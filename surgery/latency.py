@@ -40,7 +40,7 @@ from surgery.ranks.budget import Budget
 from surgery.ranks.candidates import Candidates, Cost, candidates_of
 from surgery.ranks.knapsack import least_loss, least_worst
 
-__all__ = ["LatencyOutcome", "Stopwatch", "interpolated", "profile_of"]
+__all__ = ["LatencyOutcome", "Stopwatch", "interpolated", "profile_of", "with_noise"]
 
 REPLANS = 3
 NEAR = 0.03  # of the share asked for: closer than this nothing is corrected
@@ -50,6 +50,7 @@ POINTS = {False: 8, True: 3}  # ranks timed in each mode; True in runtimes where
 STEPS = ((128, 16), (48, 8), (24, 4))  # full rank from which ranks are multiples of this: kernels work in blocks of channels
 RACE_SECONDS = 6.0
 PAIRS = (9, 101)
+WORDS = {"train": "a training step"}
 
 Numbers = Any  # a float64 numpy array
 
@@ -141,20 +142,27 @@ class Stopwatch:
     model: nn.Module
     example_inputs: Any
     outcome: LatencyOutcome | None = None
-    _guarding: _Times | None = field(default=None, repr=False)
+    _guarding: dict[str, _Times] = field(default_factory=dict, repr=False)
 
-    def pays(self, site: Site, factorization: Factorization) -> Keep | None:
-        """Why a chain is not worth having in eager mode (``guard="latency"``): it was not measured faster than its layer, beyond noise."""
-        if self._guarding is None:
-            self._guarding = _Times.of(Conditions(runtime="eager", threads=torch.get_num_threads(), device=_device_of(self.example_inputs)), None)
-        times = self._guarding
-        before, after = _timed_layer(site, "eager"), _timed_chain(site, factorization, "eager")
-        times.measure([*before, *after])
-        old, new = _sum(times, before), _sum(times, after)
+    def pays(self, site: Site, factorization: Factorization, runtime: str = "eager") -> Keep | None:
+        """Why a chain is not worth having (``guard="latency"``, ``"step"``): it was not measured faster than its layer, beyond noise."""
+        old, new = self.times(site, factorization, runtime)
         if new.high < old.low and new.seconds < (1 - MARGIN) * old.seconds:
             return None
         ranks = ", ".join("full" if r is None else str(r) for r in factorization.ranks)
-        return Keep(f"ranks ({ranks}): measured {1e3 * new.seconds:.3g} ms instead of {1e3 * old.seconds:.3g} ms in eager")
+        noise = ", which is within the noise" if new.seconds < (1 - MARGIN) * old.seconds else ""
+        where = WORDS.get(runtime, runtime)
+        return Keep(f"ranks ({ranks}): measured {1e3 * new.seconds:.3g} ms instead of {1e3 * old.seconds:.3g} ms in {where}{noise}")
+
+    def times(self, site: Site, factorization: Factorization, runtime: str) -> tuple[Entry, Entry]:
+        """What a layer takes over all its calls, and what its chain would take."""
+        if runtime not in self._guarding:
+            conditions = Conditions(runtime=runtime, threads=torch.get_num_threads(), device=_device_of(self.example_inputs))
+            self._guarding[runtime] = _Times.of(conditions, None)
+        times = self._guarding[runtime]
+        before, after = _timed_layer(site, runtime), _timed_chain(site, factorization, runtime)
+        times.measure([*before, *after])
+        return _sum(times, before), _sum(times, after)
 
     def decide(
         self,
@@ -462,7 +470,7 @@ def _timed_chain(site: Site, factorization: Factorization, runtime: str) -> list
 
 def _format(site: Site, runtime: str) -> tuple[str, bool]:
     dtype = str(site.dtype).removeprefix("torch.")
-    if runtime not in ("eager", "compile") or site.geometry.dims != 2:
+    if runtime not in ("eager", "compile", "train") or site.geometry.dims != 2:
         return dtype, False
     weight = site.weight
     return dtype, not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
@@ -537,7 +545,7 @@ def _race(model: nn.Module, inputs: Any, runtime: str) -> Iterator[Race]:
     with _running(private_copy(model, share_parameters=True).eval(), inputs, runtime) as before:
 
         def against(decisions: Mapping[str, Decision]) -> Raced:
-            with _running(_with_noise(model, decisions), inputs, runtime) as after:
+            with _running(with_noise(model, decisions), inputs, runtime) as after:
                 before(), after()  # the first calls take longer
                 began = time.perf_counter()
                 before(), after()
@@ -584,7 +592,7 @@ def _quick_onnx(network: nn.Module, inputs: Any, file: Path) -> bool:
     return file.exists()
 
 
-def _with_noise(model: nn.Module, decisions: Mapping[str, Decision]) -> nn.Module:
+def with_noise(model: nn.Module, decisions: Mapping[str, Decision]) -> nn.Module:
     """The model cut as decided, with noise for the chains' weights: time does not depend on them."""
     from surgery.checkpoint import with_empty_chains
     from surgery.plan import Plan

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Draft", "Options"]
 
-GUARDS = ("macs", "latency", "none")
+GUARDS = ("macs", "latency", "step", "none")
+MEASURED = {"latency": "eager", "step": "train"}  # guards by measured time, and what it is measured in
 AUTO = "auto"
 NOTHING = Totals()
 
@@ -47,7 +48,7 @@ class Options:
         include: names or ``"re:..."`` patterns; only these layers are cut. Also the way to name linear layers.
         exclude: names or patterns of layers that are kept.
         guard: ``"macs"``: what a rule cuts must lower parameters and, where the calls are known, MACs; ``"latency"``: it must be measured faster than
-            the layer, in eager mode, beyond noise; ``"none"``: nothing is asked.
+            the layer, in eager mode, beyond noise; ``"step"``: the same of forward and backward in training; ``"none"``: nothing is asked.
         round_to: ranks of rules are rounded up to a multiple of this, at most to the full rank.
         device: where to compute; each weight's own by default.
         effective_weights: layers whose weight is computed (weight norm, parametrizations, standardisation) are cut by the weight that it amounts
@@ -118,8 +119,8 @@ class Draft(Mapping[str, Decision]):
     ) -> None:
         request = parse_ranks(ranks)
         self._stopwatch = stopwatch
-        if options.guard == "latency":
-            _check_guard(request, stopwatch)
+        if options.guard in MEASURED:
+            _check_guard(options.guard, request, stopwatch)
         linear_too = options.method == "svd"
         self._options, self.totals = options, totals
         self.candidates: list[Candidates] = []  # what a budget chose from
@@ -330,8 +331,8 @@ class Draft(Mapping[str, Decision]):
     def _guard(self, site: Site, factorization: Factorization) -> Decision:
         if self._options.guard == "none":
             return factorization
-        if self._options.guard == "latency" and self._stopwatch is not None:
-            return self._stopwatch.pays(site, factorization) or factorization
+        if self._options.guard in MEASURED and self._stopwatch is not None:
+            return self._stopwatch.pays(site, factorization, MEASURED[self._options.guard]) or factorization
         shapes = kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None)
         before, after = site_params(site), chain_params(shapes)
         if after >= before:
@@ -342,11 +343,11 @@ class Draft(Mapping[str, Decision]):
         return factorization
 
 
-def _check_guard(request: Any, stopwatch: Stopwatch | None) -> None:
+def _check_guard(guard: str, request: Any, stopwatch: Stopwatch | None) -> None:
     if isinstance(request, Budget) and request.latency is None:
-        raise SurgeryValueError('guard: "latency" is for rules and fractions; the budget that measures time is Budget(latency=...)')
+        raise SurgeryValueError(f'guard: "{guard}" is for rules and fractions; the budget that measures time is Budget(latency=...)')
     if stopwatch is None or stopwatch.example_inputs is None:
-        raise SurgeryValueError('guard: "latency" needs example_inputs: without them there is nothing to time')
+        raise SurgeryValueError(f'guard: "{guard}" needs example_inputs: without them there is nothing to time')
 
 
 def _macs_and_params(site: Site, guard: str) -> list[Callable[[Factorization | None], int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,8 +14,11 @@ from passes.chain import Chain
 from passes.errors import SurgeryValueError
 from passes.result import Outcome
 from passes.running import private_copy
-from surgery.decompose import look, saved_macs, usable_model
+from surgery.decompose import DEFAULT_STATE, following, look, saved_macs, usable_model
 from surgery.record import SiteRecord, SurgeryRecord, fused_in, merged_sites, put_back_record, read_record, records_by_name, write_record
+
+if TYPE_CHECKING:
+    from surgery.training.followers import Followers
 
 __all__ = ["reconstruct"]
 
@@ -23,7 +26,16 @@ REASON = "reconstructed"
 NOT_FUSED = "not fused: "
 
 
-def reconstruct(model: nn.Module, *, foreign: bool = False, example_inputs: Any = None, inplace: bool = False) -> nn.Module:
+def reconstruct(
+    model: nn.Module,
+    *,
+    foreign: bool = False,
+    example_inputs: Any = None,
+    optimizer: Any = None,
+    also: Any = None,
+    state: Any = DEFAULT_STATE,
+    inplace: bool = False,
+) -> nn.Module:
     """Fuse every chain that ``decompose`` made back into one layer: same classes, same ``state_dict`` keys, order and shapes as the original.
 
     The function stays the same to rounding. What truncation took away does not come back: the weights are those of the chains.
@@ -38,11 +50,16 @@ def reconstruct(model: nn.Module, *, foreign: bool = False, example_inputs: Any 
         model: a decomposed model, or a ``GraphModule`` with decomposed nodes; with nothing to fuse it is returned unchanged.
         foreign: also fuse what this project did not cut.
         example_inputs: for ``foreign`` only: a tensor, a tuple of positional or a mapping of keyword arguments; with them MACs are known.
+        optimizer: with ``inplace``, as for ``decompose``: each weight takes the slot of its chain's factors in their group. Momentum m becomes the
+            smallest one which is m for the factors, J (J^T J)^+ m; second moments likewise, never negative (see ``surgery.training.chain_map``).
+        also: with ``inplace``, averaged copies of the model, fused back with it.
+        state: as for ``decompose``.
         inplace: work on ``model`` itself; otherwise it is left untouched and a copy is returned.
 
     Raises:
         SurgeryTypeError: a model that is wrapped or cannot be copied.
-        SurgeryValueError: ``inplace=True`` on a model that is itself a chain; ``example_inputs`` without ``foreign``, or not fit for the model.
+        SurgeryValueError: ``inplace=True`` on a model that is itself a chain; ``optimizer`` or ``also`` without ``inplace``, or with
+            ``foreign``; ``example_inputs`` without ``foreign``, or not fit for the model.
         SurgeryError: the fused model computes something else, because code of its own reads more of its layers than their outputs.
 
     Source: Elhoushi et al. 2019, section 3, step 5.
@@ -52,12 +69,17 @@ def reconstruct(model: nn.Module, *, foreign: bool = False, example_inputs: Any 
         raise SurgeryValueError("inplace=True: the model itself is a chain and has no parent to hold its layer; use the layer that is returned")
     if example_inputs is not None and not foreign:
         raise SurgeryValueError("example_inputs: they prove what foreign chains may be fused; give foreign=True with them")
+    followers = following(model, optimizer, also, state, inplace=inplace)
+    if foreign and followers is not None:
+        raise SurgeryValueError(
+            "foreign=True: fusing what somebody else wrote is for networks that are trained no more; leave optimizer and also out"
+        )
     hosts: list[Host] = []
     known = read_record(model)
     with torch.inference_mode(False):
         target = model if inplace else private_copy(model)
         try:
-            target = _fuse_own(target, hosts, inplace)
+            target = _fuse_own(target, hosts, inplace, followers)
             return _fuse_foreign(target, example_inputs, hosts, inplace) if foreign else target
         except BaseException:
             for host in reversed(hosts if inplace else []):
@@ -67,10 +89,11 @@ def reconstruct(model: nn.Module, *, foreign: bool = False, example_inputs: Any 
             raise
 
 
-def _fuse_own(target: nn.Module, hosts: list[Host], inplace: bool) -> nn.Module:
+def _fuse_own(target: nn.Module, hosts: list[Host], inplace: bool, followers: Followers | None) -> nn.Module:
     host = host_for(target, private=not inplace)
     hosts.append(host)
     sites, before, old = host.sites(), records_by_name(target), read_record(target) or SurgeryRecord()
+    held = None if followers is None else followers.hold(sites)
     result = Reconstruct()(host)
     if result.modified:
         outcomes = tuple(
@@ -79,6 +102,8 @@ def _fuse_own(target: nn.Module, hosts: list[Host], inplace: bool) -> nn.Module:
         )
         record = replace(old, sites=merged_sites(before, sites, outcomes), passes=(*old.passes, "Reconstruct"))
         write_record(result.model, record)
+    if followers is not None:
+        followers.follow(held or {}, host.sites())
     return result.model
 
 

@@ -12,7 +12,7 @@ def add(commands: Commands) -> None:
     bench = add_command(commands, "bench", _bench, "Decompose a model and time it against the original, side by side.")
     add_rank_arguments(bench)
     bench.add_argument(
-        "--runtimes", default="eager,onnxruntime", help="comma-separated: eager, compile, onnxruntime, openvino (default: %(default)s)"
+        "--runtimes", default="eager,onnxruntime", help="comma-separated: eager, compile, train, onnxruntime, openvino (default: %(default)s)"
     )
     bench.add_argument("--repeats", type=int, default=30, help="pairs of samples a runtime (default: %(default)s)")
     bench.add_argument("--threads", type=int, help="threads for both networks (default: torch's)")

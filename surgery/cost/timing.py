@@ -198,6 +198,23 @@ def _eager(shape: TimedShape, conditions: Conditions) -> Call:
     return _called(network, inputs)
 
 
+def _train(shape: TimedShape, conditions: Conditions) -> Call:
+    """Forward and backward: derivatives by the input and all parameters."""
+    network, inputs = _layers(shape, conditions.device)
+    wanted = [inputs.requires_grad_(), *network.parameters()]
+    with torch.enable_grad():
+        slope = torch.ones_like(network(inputs))
+
+    def step() -> object:
+        with torch.enable_grad():
+            found = torch.autograd.grad(network(inputs), wanted, slope)
+        if inputs.is_cuda:
+            torch.cuda.synchronize()
+        return found
+
+    return step
+
+
 def _compile(shape: TimedShape, conditions: Conditions) -> Call:
     network, inputs = _layers(shape, conditions.device)
 
@@ -255,6 +272,7 @@ RUNTIMES: dict[str, Callable[[TimedShape, Conditions], Call]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "compile": _compile,
+    "train": _train,
 }
 COARSE = ("compile",)
 """Runtimes in which to prepare a network takes a second or more, so that fewer shapes are timed."""

@@ -15,7 +15,7 @@ from passes.errors import SurgeryTypeError, SurgeryValueError
 __all__ = ["Budget", "Totals"]
 
 CRITERIA = ("mean", "max")
-RUNTIMES = ("onnxruntime", "openvino", "eager", "compile")
+RUNTIMES = ("onnxruntime", "openvino", "eager", "compile", "train")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,8 @@ class Budget:
         max_error: the error that the network may have, in (0, 1); MACs are then as few as it allows (parameters without example inputs).
         criterion: what of the layers' errors is made small: ``"mean"`` the root of their mean square, ``"max"`` the largest.
         latency: share in (0, 1) of the time that the network takes on this machine, measured (see ``surgery.latency``).
-        runtime: what ``latency`` is measured in: ``"onnxruntime"`` (the default), ``"openvino"``, ``"eager"`` or ``"compile"``.
+        runtime: what ``latency`` is measured in: ``"onnxruntime"`` (the default), ``"openvino"``, ``"eager"``, ``"compile"``, or
+            ``"train"``, the forward and backward of a training step in eager mode.
         batch: of the inputs that ``latency`` is measured with; that of the example inputs by default.
         threads: for ``latency``; torch's current number by default.
         profile: for ``latency``, a file of times: another device's, by which alone the plan is then made, or this one's, to which is added what

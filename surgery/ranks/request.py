@@ -20,7 +20,7 @@ from surgery.ranks.rules import Energy, Evbmf, Fraction, Rule, Stable
 __all__ = ["Named", "Names", "Request", "parse_ranks"]
 
 HELP = (
-    'ranks: expected "evbmf", "evbmf:weaken=W", "energy:P", "stable", a fraction in (0, 1], a dict of layer names, '
+    'ranks: expected "evbmf", "evbmf:weaken=W", "evbmf:noise=SHARE", "energy:P", "stable", a fraction in (0, 1], a dict of layer names, '
     "a Plan or the path of one, a Budget, or a callable (site, spectra) -> ranks"
 )
 
@@ -137,13 +137,7 @@ def _parse_text(text: str) -> Request:
     if text == "stable":
         return Stable()
     if name == "evbmf":
-        key, _, value = option.partition("=")
-        if key != "weaken":
-            raise SurgeryValueError(f'ranks={text!r}: EVBMF has one option, "evbmf:weaken=W" with W in [0, 1)')
-        weaken = _number(value, text)
-        if not 0 <= weaken < 1:
-            raise SurgeryValueError(f"ranks={text!r}: weaken must be in [0, 1), got {value}")
-        return Evbmf(weaken)
+        return _parse_evbmf(option, text)
     if name == "energy":
         return Energy(_share(_number(option, text), f"ranks={text!r}"))
     if name == "budget":
@@ -151,6 +145,23 @@ def _parse_text(text: str) -> Request:
     if text.endswith(".json") or Path(text).is_file():
         return Plan.load(text)
     raise SurgeryValueError(f"{HELP}; got {text!r}, which is no rule and no file")
+
+
+def _parse_evbmf(options: str, whole: str) -> Evbmf:
+    """``weaken=W`` and ``noise=SHARE`` or ``noise=tucker-1``, separated by commas."""
+    weaken: float = 0.0
+    noise: float | str | None = None
+    for part in options.split(","):
+        key, _, value = part.partition("=")
+        if key == "weaken":
+            weaken = _number(value, whole)
+            if not 0 <= weaken < 1:
+                raise SurgeryValueError(f"ranks={whole!r}: weaken must be in [0, 1), got {value}")
+        elif key == "noise":
+            noise = value if value == "tucker-1" else _share(_number(value, whole), f"ranks={whole!r}")
+        else:
+            raise SurgeryValueError(f'ranks={whole!r}: EVBMF has the options "weaken=W" with W in [0, 1) and "noise=SHARE" or "noise=tucker-1"')
+    return Evbmf(weaken, noise)
 
 
 def _parse_budget(options: str, whole: str) -> Budget:

@@ -29,15 +29,26 @@ class Evbmf:
     """EVBMF's rank r of each mode (see ``evbmf``), weakened: r + weaken (full - r). A mode of rank 0 stays 0.
 
     ``weaken`` in [0, 1): 0 takes EVBMF as it is (Kim et al. 2016); the idea of weakening is MUSCO's (Gusak et al. 2019).
+    ``noise``: what becomes of layers in which EVBMF sees nothing but noise, as early in training. None keeps them; a share in (0, 1] leaves them
+    that share of the full rank in each mode; ``"tucker-1"`` half of it in the largest mode, the other uncut.
     """
 
     weaken: float = 0.0
+    noise: float | str | None = None
 
     def __call__(self, site: Site, spectra: Sequence[Spectrum]) -> Answer:
         ranks = [_evbmf(s) for s in spectra]
         if not any(ranks):
-            return Keep("EVBMF sees nothing but noise in its weight (rank 0)")
+            return self._of_noise(spectra)
         return [r and ceil(r + self.weaken * (s.full - r) - 1e-9) for r, s in zip(ranks, spectra, strict=True)]
+
+    def _of_noise(self, spectra: Sequence[Spectrum]) -> Answer:
+        if self.noise is None:
+            return Keep("EVBMF sees nothing but noise in its weight (rank 0)")
+        if isinstance(self.noise, str):
+            largest = max(range(len(spectra)), key=lambda k: spectra[k].full)
+            return [fraction_of(s.full, 0.5) if k == largest else None for k, s in enumerate(spectra)]
+        return [fraction_of(s.full, self.noise) for s in spectra]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,124 @@
+"""Surgery in a run of several processes: the first one decides and cuts, the others are sent architecture and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from passes.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from surgery.training.followers import Followers
+
+__all__ = ["done_together", "told_by_first"]
+
+T = TypeVar("T")
+
+
+def told_by_first(ask: Callable[[], T]) -> T:
+    """What the first process finds, for all of them; in a run of one process what it finds.
+
+    Raises:
+        SurgeryError: in the other processes, where the first one failed; there its own error goes on.
+    """
+    if not _several():
+        return ask()
+    import torch.distributed as dist
+
+    told: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            told = [(True, ask())]
+        except BaseException as error:
+            dist.broadcast_object_list([(False, f"{type(error).__name__}: {error}")], src=0)  # the others are waiting
+            raise
+    dist.broadcast_object_list(told, src=0)
+    well, answer = told[0]
+    if not well:
+        raise SurgeryError(f"the surgery failed in the first process of this run: {answer}")
+    return answer  # type: ignore[no-any-return]
+
+
+def done_together(
+    work: Callable[[], None], facts: Callable[[], Mapping[str, Any]], take: Callable[[Mapping[str, Any], Followers], None], followers: Followers
+) -> None:
+    """Do surgery once, and have every process end up with the same.
+
+    Args:
+        work: does it, in the first process only.
+        facts: what was done, to be pickled.
+        take: brings the model and all that follows it to these facts, in the other processes; numbers and states of optimizers are sent after that.
+        followers: the model with its optimizers and copies.
+    """
+    if not _several():
+        work()
+        return
+
+    def first() -> Mapping[str, Any]:
+        work()
+        return facts()
+
+    import torch.distributed as dist
+
+    found = told_by_first(first)
+    if dist.get_rank() != 0:
+        take(found, followers)
+    for network in (followers.model, *followers.copies):
+        _send_numbers(network)
+    for optimizer in followers.optimizers:
+        _send_state(optimizer)
+
+
+def _several() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _send_numbers(network: nn.Module) -> None:
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            _send(tensor)
+
+
+def _send(tensor: Tensor) -> None:
+    import torch.distributed as dist
+
+    plain = tensor.detach().contiguous()
+    dist.broadcast(plain, src=0)
+    if plain.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(plain)
+
+
+def _send_state(optimizer: Any) -> None:
+    """State of every parameter: its outline first, then its tensors."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    outline = told_by_first(lambda: [_outline(optimizer.state[p]) if p in optimizer.state else None for p in parameters])
+    with torch.no_grad():
+        for parameter, keys in zip(parameters, outline, strict=True):
+            if keys is None:
+                optimizer.state.pop(parameter, None)
+                continue
+            state = optimizer.state.setdefault(parameter, {})
+            for key, (value, dtype) in keys.items():
+                fits = isinstance(state.get(key), Tensor) and state[key].shape == parameter.shape and state[key].dtype == dtype
+                if dtype is None:
+                    state[key] = value
+                elif not fits:
+                    state[key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+                if dtype is not None:
+                    _send(state[key])
+
+
+def _outline(state: Mapping[str, Any]) -> dict[str, tuple[Any, torch.dtype | None]]:
+    """For each key its value, or the number type of a tensor of the parameter's shape, which is sent on its own."""
+    return dict(_outlined(state))
+
+
+def _outlined(state: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, torch.dtype | None]]]:
+    for key, value in state.items():
+        large = isinstance(value, Tensor) and value.ndim > 0
+        yield key, (None, value.dtype) if large else (value, None)

@@ -1,0 +1,419 @@
+"""``DecompositionSchedule``: decompose a network in the middle of its training, fuse it back later, and go on where a run was cut off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes import host_for
+from passes.decompose import ALREADY
+from passes.errors import SurgeryTypeError, SurgeryValueError
+from passes.factorization import Factorization, Keep
+from passes.kinds import kind_of
+from passes.running import output_of
+from passes.site import Site
+from surgery.checkpoint import record_from_text, record_to_data, with_empty_chains
+from surgery.decompose import DEFAULT_STATE, Ranks, decompose, plan, usable_batches, usable_model
+from surgery.plan import Plan
+from surgery.planning import MEASURED, Options
+from surgery.ranks.budget import Budget
+from surgery.ranks.request import parse_ranks
+from surgery.reconstruct import reconstruct
+from surgery.record import SurgeryRecord, read_record, whole_record, write_record
+from surgery.report import Report, report
+from surgery.training.batch_norm import reestimate
+from surgery.training.decay import FrobeniusDecay, frobenius_decay
+from surgery.training.distributed import done_together, told_by_first
+from surgery.training.followers import Followers, followers_of
+from surgery.training.optimizer import as_optimizers, as_rules
+from surgery.training.settling import Settled, stable_ranks
+from surgery.training.step_time import never_slower
+from surgery.training.warm_up import WarmUp
+
+__all__ = ["DecompositionSchedule"]
+
+FORMAT = "surgery.schedule"
+VERSION = 1
+DECAYS = ("each", "product")
+DEFAULT = Options()
+
+Batches = Any  # what ``calibration=`` of decompose takes, or a function without arguments that gives it
+
+
+class DecompositionSchedule:
+    """Decompose a network in place while it is trained: at given epochs or steps, or by itself when its ranks have settled; and fuse it back later.
+
+    Call ``step`` at the start of every epoch (or of every step: positions are in whatever unit it is called with). It returns a report where it did
+    something, else None. Optimizer, schedulers, gradients, a gradient scaler and averaged copies live through it (see ``decompose``). Rebuild
+    what was made *around* the model after that: ``torch.compile``, ``DistributedDataParallel``.
+
+        schedule = surgery.DecompositionSchedule(decompose_at=10, ranks="evbmf")
+        for epoch in range(epochs):
+            schedule.step(epoch, model, optimizer)
+            ...
+
+    Args:
+        decompose_at: the position; a rising list of them to cut deeper later (chains are then cut again at the ranks that their rule gives, where
+            those are lower); or ``Settled(...)``.
+        reconstruct_at: the position at which chains are fused back into layers, None for never.
+        ranks: as for ``decompose``; a list with one entry a cut where there are several.
+        method: as for ``decompose``, and so ``include``, ``exclude``, ``round_to``, ``device`` and ``effective_weights``.
+        guard: ``"step"`` (the default with ``example_inputs``): a rule's cut must be measured faster than its layer in forward and backward, and the
+            whole training step with all cuts faster than before, else those that save least are taken back, all of them if need be. Others as
+            for ``decompose``; ``"macs"`` is the default without inputs.
+        example_inputs: a batch as in training, in its memory format.
+        calibration: batches for factors that fit what the layers see now (see ``decompose``), or a function that gives them, called at each cut.
+        batch_norm: batches, likewise, to take the statistics of batch norms anew on after each cut, in the model and in its copies.
+        warm_up: optimizer steps after each cut over which the learning rate rises again, underneath the schedulers.
+        balanced: chains whose layers have equal norms. Factors of a data-aware cut differ so much in size that training on them as they are diverges.
+        decay: ``"each"``: ``weight_decay`` acts on each factor; ``"product"``: on the product of each chain, as on the layer before
+            (see ``frobenius_decay``).
+        state: what becomes of the optimizer's state, as for ``decompose``.
+
+    Raises:
+        SurgeryValueError, SurgeryTypeError: arguments that mean nothing.
+
+    Source: Elhoushi et al. 2019, section 3; Wang et al. 2023 for ``Settled``.
+    """
+
+    def __init__(
+        self,
+        decompose_at: int | Sequence[int] | Settled = 10,
+        reconstruct_at: int | None = None,
+        ranks: Ranks | Sequence[Any] = "evbmf",
+        *,
+        method: str = DEFAULT.method,
+        include: Any = DEFAULT.include,
+        exclude: Any = DEFAULT.exclude,
+        guard: str | None = None,
+        round_to: int = DEFAULT.round_to,
+        device: torch.device | str | None = DEFAULT.device,
+        effective_weights: bool = DEFAULT.effective_weights,
+        example_inputs: Any = None,
+        calibration: Batches = None,
+        batch_norm: Batches = None,
+        warm_up: int = 0,
+        balanced: bool = True,
+        decay: str = "each",
+        state: Any = DEFAULT_STATE,
+    ) -> None:
+        self.when = decompose_at if isinstance(decompose_at, Settled) else _positions(decompose_at)
+        self.reconstruct_at = None if reconstruct_at is None else _position("reconstruct_at", reconstruct_at)
+        last = self.when.latest if isinstance(self.when, Settled) else self.when[-1]
+        if self.reconstruct_at is not None and last is not None and self.reconstruct_at <= last:
+            raise SurgeryValueError(f"reconstruct_at: must come after the last cut at {last}, got {self.reconstruct_at}")
+        cuts = 1 if isinstance(self.when, Settled) else len(self.when)
+        self.ranks: list[Any] = list(ranks) if isinstance(ranks, list | tuple) else [ranks] * cuts
+        if len(self.ranks) != cuts:
+            raise SurgeryValueError(f"ranks: a list needs one entry for each of the {cuts} cuts, got {len(self.ranks)}")
+        self._requests = [parse_ranks(each) for each in self.ranks]
+        self._guard = guard
+        guard = guard or ("macs" if example_inputs is None else "step")
+        if guard in MEASURED and example_inputs is None:
+            raise SurgeryValueError(f'guard: "{guard}" needs example_inputs: without them there is nothing to time')
+        self.options = Options(
+            method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device, effective_weights=effective_weights
+        )
+        if decay not in DECAYS:
+            raise SurgeryValueError(f"decay: {decay!r} is none of {list(DECAYS)}")
+        as_rules(state)
+        self.example_inputs, self.calibration, self.batch_norm = example_inputs, calibration, batch_norm
+        self.warm_up, self.balanced, self.decay, self.state = _position("warm_up", warm_up), balanced, decay, state
+        self.cuts_done = 0
+        self.whole_again = False
+        self.history: list[dict[str, list[float]]] = []
+        self._plan: Plan | None = None
+        self._record: SurgeryRecord | None = None
+        self._looked_at: int | None = None
+        self._warmed_up = 0  # optimizer steps since the last cut that were slowed down
+        self._warming: WarmUp | None = None
+        self._decaying: FrobeniusDecay | None = None
+
+    def step(self, position: int, model: nn.Module, optimizer: Any = None, scheduler: Any = None, *, also: Any = None) -> Report | None:
+        """Do what is due at this position: nothing, mostly.
+
+        In a distributed run every process calls it with its own, unwrapped model (``model.module``): the first process decides and cuts, the others
+        are sent the result. Wrap or compile the model anew whenever a report is returned.
+
+        Args:
+            position: epoch or step that is about to begin, from 0.
+            model: the one that is trained, changed in place.
+            optimizer: the one that trains it, or a list of several.
+            scheduler: of learning rates, or a list of several. Most need nothing, because groups stay; ``ReduceLROnPlateau`` counts anew after
+                a cut, since the network is then worse for a while for another reason than its rate.
+            also: averaged copies of the model, see ``decompose``.
+
+        Raises:
+            SurgeryTypeError: a wrapped, compiled or sharded model, with what to do; something that is no optimizer.
+            SurgeryValueError: what ``decompose`` cannot do. Model, optimizer and copies are then as they were.
+        """
+        position = _position("position", position)
+        usable_model(model)
+        optimizers, schedulers = as_optimizers(optimizer), _schedulers(scheduler)
+        self._check_optimizers(optimizers)
+        found = None
+        while (work := self._due(position, model)) is not None:
+            cuts = self.cuts_done
+            followers = followers_of(model, optimizer, also, self.state, inplace=True) or Followers(model=model)
+            done_together(lambda act=work, f=followers: act(f), self._facts, self._take, followers)  # type: ignore[misc]
+            self._unhook()
+            self._warmed_up = 0 if self.cuts_done > cuts else self._warmed_up
+            self._hook(model, optimizers)
+            for each in schedulers:
+                if isinstance(each, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                    each._reset()
+            found = report(model)
+        return found
+
+    @property
+    def plan(self) -> Plan | None:
+        """Of the chains that were cut so far; None before the first cut."""
+        return self._plan
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and plan as plain data: what ``load_state_dict`` needs to go on in a fresh process."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "cuts_done": self.cuts_done,
+            "whole_again": self.whole_again,
+            "plan": None if self._plan is None else json.loads(self._plan.to_json()),
+            "record": None if self._record is None else record_to_data(self._record),
+            "history": [dict(look) for look in self.history],
+            "looked_at": self._looked_at,
+            "warmed_up": self._warmed_up if self._warming is None else self._warming.done,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module, optimizer: Any = None, *, also: Any = None, hooks: bool = True) -> None:
+        """Bring a fresh model, its optimizer and its copies to the architecture that they had, then load their own state dicts into them.
+
+            schedule.load_state_dict(saved["schedule"], model, optimizer)
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+
+        The optimizer may as well be made after this from ``model.parameters()``: the order is the same. With ``warm_up`` or ``decay="product"`` it
+        has to be given here, or to ``attach``.
+
+        Args:
+            state: what ``state_dict`` gave.
+            model: a fresh instance of the original architecture, in its memory format; changed in place.
+            optimizer: the one that will train it, or a list of several.
+            also: fresh averaged copies.
+            hooks: False where the optimizer does not exist yet; call ``attach`` when it does.
+
+        Raises:
+            SurgeryValueError: no such state, or it does not fit the model, which is then as it was.
+        """
+        usable_model(model)
+        facts = _read(state)
+        followers = followers_of(model, optimizer, also, "reset", inplace=True) or Followers(model=model)
+        if hooks and facts["plan"] is not None:
+            self._check_optimizers(followers.optimizers)
+        self._unhook()
+        self._take(facts, followers)
+        self.history, self._looked_at, self._warmed_up = facts["history"], facts["looked_at"], facts["warmed_up"]
+        if hooks:
+            self._hook(model, followers.optimizers)
+
+    def attach(self, model: nn.Module, optimizer: Any) -> None:
+        """Have ``warm_up`` and ``decay`` act on an optimizer that was made after ``load_state_dict``. Called twice it does no harm."""
+        optimizers = as_optimizers(optimizer)
+        self._check_optimizers(optimizers)
+        self._unhook()
+        self._hook(model, optimizers)
+
+    def _check_optimizers(self, optimizers: Sequence[Any]) -> None:
+        if not optimizers and (self.warm_up or self.decay == "product"):
+            raise SurgeryValueError("optimizer: warm_up and decay='product' act on it; give the one that trains the model")
+
+    def _due(self, position: int, model: nn.Module) -> Callable[[Followers], None] | None:
+        """What is to be done at this position, if anything."""
+        if self.whole_again:
+            return None
+        if isinstance(self.when, Settled):
+            if self.cuts_done == 0 and self._settled(self.when, position, model):
+                return self._cut
+        elif self.cuts_done < len(self.when) and position >= self.when[self.cuts_done]:
+            return self._cut
+        late = self.reconstruct_at is not None and position >= self.reconstruct_at
+        return self._fuse if late and self.cuts_done else None
+
+    def _settled(self, criterion: Settled, position: int, model: nn.Module) -> bool:
+        if self._looked_at != position and position % criterion.every == 0:
+            o = self.options
+            look = partial(stable_ranks, model, method=o.method, include=o.include, exclude=o.exclude, device=o.device)
+            self.history.append(told_by_first(look))
+            self._looked_at = position
+        return criterion.has(position, self.history)
+
+    def _cut(self, followers: Followers) -> None:
+        model = followers.model
+        cut_before = any(site.chain is not None for site in host_for(model).sites())
+        whole = reconstruct(model) if cut_before else model
+        batches, statistics = _batches(self.calibration), _batches(self.batch_norm)
+        if statistics is not None:
+            output_of(model, statistics[0])  # what cannot be run is said before anything is cut
+        chosen = self._chosen(model, whole, batches)
+        decompose(
+            model,
+            _onto(model, chosen),
+            example_inputs=self.example_inputs,
+            calibration=batches,
+            device=self.options.device,
+            effective_weights=self.options.effective_weights,
+            balanced=self.balanced,
+            optimizer=list(followers.optimizers) or None,
+            also=list(followers.copies) or None,
+            state=self.state,
+            inplace=True,
+        )
+        if chosen.latency is not None:
+            write_record(model, replace(read_record(model) or SurgeryRecord(), latency=chosen.latency))
+        self.cuts_done += 1
+        self._plan = _plan_of(model)
+        self._record = whole_record(model)
+        for network in (model, *followers.copies) if statistics is not None else ():
+            reestimate(network, statistics or [])
+
+    def _chosen(self, model: nn.Module, whole: nn.Module, batches: Any) -> Plan:
+        """What the cut that is due would make of the network as it was without chains."""
+        ranks, request, o = self.ranks[self.cuts_done], self._requests[self.cuts_done], self.options
+        asked = isinstance(request, Mapping | Budget)
+        guard = DEFAULT.guard if self._guard is None and isinstance(request, Budget) and request.latency is None else o.guard
+        chosen = plan(
+            whole,
+            ranks,
+            example_inputs=self.example_inputs,
+            method=o.method,
+            include=o.include,
+            exclude=o.exclude,
+            guard=guard,
+            round_to=o.round_to,
+            calibration=batches,
+            device=o.device,
+            effective_weights=o.effective_weights,
+        )
+        return never_slower(model, whole, chosen, self.example_inputs) if guard == "step" and not asked else chosen
+
+    def _fuse(self, followers: Followers) -> None:
+        optimizers, copies = list(followers.optimizers) or None, list(followers.copies) or None
+        reconstruct(followers.model, optimizer=optimizers, also=copies, state=self.state, inplace=True)
+        self.whole_again = True
+        self._record = whole_record(followers.model)
+
+    def _facts(self) -> dict[str, Any]:
+        return {"cuts_done": self.cuts_done, "whole_again": self.whole_again, "plan": self._plan, "record": self._record}
+
+    def _take(self, facts: Mapping[str, Any], followers: Followers) -> None:
+        """Bring model, optimizers and copies to the architecture of these facts; the numbers come from elsewhere."""
+        if facts["plan"] is not None:
+            rebuild(followers, facts["plan"], whole_again=facts["whole_again"])
+            if facts["record"] is not None:
+                for network in (followers.model, *followers.copies):
+                    write_record(network, facts["record"])
+        self.cuts_done, self.whole_again = facts["cuts_done"], facts["whole_again"]
+        self._plan, self._record = facts["plan"], facts["record"]
+
+    def _unhook(self) -> None:
+        if self._warming is not None:
+            self._warming.remove()
+            self._warmed_up, self._warming = self._warming.done, None
+        if self._decaying is not None:
+            self._decaying.remove()
+            self._decaying = None
+
+    def _hook(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
+        """Learning rates and decay from here on."""
+        cut = self.cuts_done > 0 and not self.whole_again
+        self._warming = WarmUp(list(optimizers), self.warm_up, self._warmed_up) if cut and self.warm_up else None
+        self._decaying = frobenius_decay(model, list(optimizers)) if cut and self.decay == "product" else None
+
+
+def rebuild(followers: Followers, plan: Plan, *, whole_again: bool = False) -> None:
+    """Give a model and its copies the chains of a plan, empty, and optimizers their slots, without state."""
+    networks = (followers.model, *followers.copies)
+    alone = Followers(model=followers.model, optimizers=followers.optimizers)
+    for network in networks:
+        if any(site.chain is not None for site in host_for(network).sites()):
+            reconstruct(network, optimizer=list(alone.optimizers) or None if network is followers.model else None, state="reset", inplace=True)
+    held = alone.hold(host_for(followers.model, effective_weights=True).sites())
+    for network in networks:
+        with_empty_chains(network, plan, Path("the schedule's state"))
+    alone.follow(held, host_for(followers.model).sites())
+    for network in networks if whole_again else ():
+        reconstruct(network, optimizer=list(alone.optimizers) or None if network is followers.model else None, state="reset", inplace=True)
+
+
+def _plan_of(model: nn.Module) -> Plan:
+    """The chains that are in a model."""
+    return Plan({site.name: site.chain for site in host_for(model).sites() if site.chain is not None})
+
+
+def _onto(model: nn.Module, chosen: Plan) -> Plan:
+    """A plan for layers as one for the model with the chains that it has: these are cut again where ranks are lower, and stay otherwise."""
+    return Plan({site.name: _again(site, chosen[site.name]) for site in host_for(model).sites() if site.name in chosen})
+
+
+def _again(site: Site, wanted: Factorization | Keep) -> Factorization | Keep:
+    if site.chain is None:
+        return wanted
+    if isinstance(wanted, Keep) or wanted == site.chain:
+        return Keep(ALREADY)
+    if wanted.kind != site.chain.kind:
+        return wanted
+    ranks = [had if rank is None else rank if had is None else min(had, rank) for had, rank in zip(site.chain.ranks, wanted.ranks, strict=True)]
+    lower = kind_of(wanted).from_ranks(site.geometry, ranks)
+    return Keep(ALREADY) if lower == site.chain else lower
+
+
+def _batches(given: Batches) -> Any:
+    """The batches of an argument, asked for now where it is a function."""
+    if given is None:
+        return None
+    return usable_batches(given() if callable(given) else given)
+
+
+def _position(name: str, value: Any) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise SurgeryTypeError(f"{name}: expected an int, got {value!r}")
+    if value < 0:
+        raise SurgeryValueError(f"{name}: must be at least 0, got {value}")
+    return int(value)
+
+
+def _positions(value: Any) -> tuple[int, ...]:
+    several = tuple(_position("decompose_at", v) for v in (value if isinstance(value, list | tuple) else [value]))
+    if not several or list(several) != sorted(set(several)):
+        raise SurgeryValueError(f"decompose_at: expected a position or a rising list of them, got {value!r}")
+    return several
+
+
+def _schedulers(scheduler: Any) -> list[Any]:
+    several = [] if scheduler is None else list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler]
+    for each in several:
+        if not callable(getattr(each, "step", None)) or isinstance(each, torch.optim.Optimizer):
+            raise SurgeryTypeError(f"scheduler: expected a scheduler of learning rates, or a list of them, got {type(each).__name__}")
+    return several
+
+
+def _read(state: Any) -> dict[str, Any]:
+    """The facts in a state dict, checked."""
+    if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+        raise SurgeryValueError(f'schedule: expected what state_dict gave, a dict with "format": "{FORMAT}"')
+    if state.get("version") != VERSION:
+        raise SurgeryValueError(f"schedule: version {state.get('version')!r} is not one that this release reads ({VERSION})")
+    fields: dict[str, Any] = {"cuts_done": int, "whole_again": bool, "plan": dict | None, "record": dict | None, "history": list}
+    fields |= {"looked_at": int | None, "warmed_up": int}
+    for name, kind in fields.items():
+        if name not in state or not isinstance(state[name], kind):
+            raise SurgeryValueError(f"schedule: its field {name!r} is missing or damaged ({state.get(name)!r})")
+    record = None if state["record"] is None else record_from_text(json.dumps(state["record"]), Path("the schedule's state"))
+    return {**state, "plan": None if state["plan"] is None else Plan.from_data(state["plan"]), "record": record, "history": list(state["history"])}

@@ -1,0 +1,192 @@
+"""Two processes under gloo: the first cuts, both go on with the same numbers, as one process with the same global batch would."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from itertools import chain, pairwise
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+import surgery
+from passes.errors import SurgeryError, SurgeryTypeError
+from surgery import DecompositionSchedule
+
+pytestmark = pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="needs gloo")
+STEPS_BEFORE, STEPS_AFTER, STEPS_WHOLE = 3, 10, 3
+
+
+def network():
+    """Without batch norm: its statistics differ between one process and two, with or without surgery."""
+    torch.manual_seed(4)
+    layers = nn.Conv2d(3, 12, 3, padding=1), nn.GroupNorm(3, 12), nn.ReLU(), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU()
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)).double()
+
+
+def batch(step, part=slice(None)):
+    generator = torch.Generator().manual_seed(100 + step)
+    x, y = torch.randn(8, 3, 8, 8, generator=generator, dtype=torch.float64), torch.randint(0, 5, (8,), generator=generator)
+    return x[part], y[part]
+
+
+def optimizers(model):
+    convolutions = [p for p in model.parameters() if p.ndim == 4]
+    rest = [p for p in model.parameters() if p.ndim != 4]
+    return [torch.optim.AdamW(convolutions, 1e-3, amsgrad=True), torch.optim.SGD(rest, 0.05, momentum=0.9)]
+
+
+def train(model, several, steps, part=slice(None)):
+    for step in steps:
+        x, y = batch(step, part)
+        for optimizer in several:
+            optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        for optimizer in several:
+            optimizer.step()
+
+
+def run(model, part=slice(None), wrap=lambda model: model):
+    """Train, cut, train, fuse back, train."""
+    several = optimizers(model)
+    schedule = DecompositionSchedule(STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER, 0.5, decay="product", guard="none")
+    ends = [0, STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER, STEPS_BEFORE + STEPS_AFTER + STEPS_WHOLE]
+    seen = []
+    for first, last in pairwise(ends):
+        schedule.step(first, model, several)
+        wrapped = wrap(model)
+        train(wrapped, several, range(first, last), part)
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        del wrapped
+    return seen
+
+
+def ddp(rank, folder):
+    found = run(network(), slice(rank * 4, rank * 4 + 4), DistributedDataParallel)
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def other_ranks_differ(rank, folder):
+    """Whatever the second process has, it gets what the first one has; and a look at the ranks is the first one's, too."""
+    model = network()
+    several = optimizers(model)
+    train(model, several, range(2 + rank))  # numbers and states that differ
+    twin = network()
+    schedule = DecompositionSchedule(surgery.Settled(earliest=0, latest=0), ranks=0.4, guard="none")
+    report = schedule.step(0, model, several, also=twin)
+    states = [[optimizer.state[p] for group in optimizer.param_groups for p in group["params"]] for optimizer in several]
+    torch.save([model.state_dict(), twin.state_dict(), states, report.to_json(), schedule.state_dict()], folder / f"{rank}.pt")
+
+
+def failure(rank, folder):
+    def rule(site, spectra):
+        if rank == 0:
+            raise ValueError("a rule's own")
+        raise AssertionError("only the first process asks the rule")
+
+    model = network()
+    before = list(map(id, model.parameters()))
+    with pytest.raises(ValueError if rank == 0 else SurgeryError, match="a rule's own"):
+        DecompositionSchedule(0, ranks=rule).step(0, model)
+    assert before == list(map(id, model.parameters()))
+
+
+def sharded(rank, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(network())
+    with pytest.raises(SurgeryTypeError, match="before fully_shard"):
+        DecompositionSchedule(0, ranks=0.5).step(0, model)
+    model = network()
+    surgery.decompose(model, 0.5, inplace=True)
+    for layer in model:
+        if isinstance(layer, surgery.Chain):
+            fully_shard(layer)
+    fully_shard(model)
+    train(model, [torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)], range(5), slice(rank * 4, rank * 4 + 4))
+    whole = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    torch.save(whole, folder / f"{rank}.pt")
+
+
+WORKS = (ddp, other_ranks_differ, failure, sharded)
+
+
+def start(rank, port, folder):
+    """One process: all works in turn, since starting it takes longer than any of them."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    for work in WORKS:
+        try:
+            work(rank, folder / work.__name__)
+        except BaseException:
+            (folder / work.__name__ / f"error{rank}").write_text(traceback.format_exc())
+        distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What both processes have to say, by work."""
+    folder = tmp_path_factory.mktemp("processes")
+    for work in WORKS:
+        (folder / work.__name__).mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [multiprocessing.get_context("spawn").Process(target=start, args=(rank, port, folder)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        if process.is_alive():
+            process.kill()
+
+    def of(work):
+        told = "\n".join(file.read_text() for file in sorted((folder / work.__name__).glob("error*")))
+        assert not told, told
+        assert [process.exitcode for process in processes] == [0, 0]
+        return [torch.load(file, weights_only=True) for file in sorted((folder / work.__name__).glob("*.pt"))]
+
+    return of
+
+
+def test_both_go_on_with_the_same_numbers_and_as_one_process_would(found):
+    first, second = found(ddp)
+    alone = run(network())
+    assert [list(numbers) for numbers in first] == [list(numbers) for numbers in alone]
+    assert list(first[0]) == list(first[2]) != list(first[1])
+    for mine, theirs, one in zip(first, second, alone, strict=True):
+        for name, value in one.items():
+            assert torch.equal(mine[name], theirs[name]), name
+            torch.testing.assert_close(mine[name], value, rtol=1e-7, atol=1e-9)
+
+
+def test_the_others_get_what_the_first_has(found):
+    first, second = found(other_ranks_differ)
+    for mine, theirs in zip(first[:2], second[:2], strict=True):
+        assert list(mine) == list(theirs)
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert "3.core.weight" in first[0]
+    for mine, theirs in zip(chain(*first[2]), chain(*second[2]), strict=True):
+        assert mine.keys() == theirs.keys()
+        assert mine
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert first[3:] == second[3:]
+
+
+def test_a_failure_of_the_first_is_told_to_all(found):
+    assert found(failure) == []
+
+
+def test_sharded_models_are_refused_with_the_recipe_and_cut_ones_can_be_sharded(found):
+    first, second = found(sharded)
+    alone = surgery.decompose(network(), 0.5)
+    train(alone, [torch.optim.SGD(alone.parameters(), 0.05, momentum=0.9)], range(5))
+    for name, parameter in alone.named_parameters():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], parameter.detach(), rtol=1e-7, atol=1e-9)

@@ -1,0 +1,155 @@
+"""The callbacks for Lightning and Hugging Face's Trainer: real runs, cut on the way, and gone on from a checkpoint to the same numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import surgery
+from passes.errors import MissingExtra, SurgeryTypeError, SurgeryValueError
+from surgery import DecompositionSchedule
+from surgery.zoo.torchvision_ops import import_torchvision
+
+EPOCHS, CUT, STOP, BATCHES = 4, 1, 3, 3
+X = torch.randn(BATCHES * 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(0, 4, (BATCHES * 4,), generator=torch.Generator().manual_seed(1))
+
+
+def network():
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+
+
+def schedule(**more):
+    return DecompositionSchedule(CUT, ranks=0.5, warm_up=5, decay="product", guard="none", **more)
+
+
+def frameworks(name):
+    """torchvision's compiled operators may not load; the frameworks import it through others."""
+    with contextlib.suppress(MissingExtra):
+        import_torchvision()
+    return pytest.importorskip(name)
+
+
+@pytest.fixture
+def lightning():
+    found = frameworks("lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield found.pytorch
+
+
+def module_for(pl):
+    class Task(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def training_step(self, batch, index):
+            x, y = batch
+            return functional.cross_entropy(self.net(x), y)
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+    return Task()
+
+
+def trained(pl, folder, epochs, callback, module, checkpoint=None):
+    options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_epochs=epochs, callbacks=[callback], default_root_dir=folder, enable_checkpointing=False, **options)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=4)
+    trainer.fit(module, data, ckpt_path=checkpoint)
+    return trainer
+
+
+def test_lightning_cuts_on_the_way_and_goes_on_from_a_checkpoint(lightning, tmp_path):
+    from surgery.training.lightning import DecompositionCallback
+
+    whole = module_for(lightning)
+    trained(lightning, tmp_path, EPOCHS, DecompositionCallback(schedule(), part="net"), whole)
+    assert surgery.report(whole.net)["2"].status == "decomposed"
+    half = module_for(lightning)
+    trained(lightning, tmp_path, STOP, DecompositionCallback(schedule(), part="net"), half).save_checkpoint(tmp_path / "half.ckpt")
+    resumed, callback = module_for(lightning), DecompositionCallback(schedule(), part="net")
+    callback.resume(tmp_path / "half.ckpt", resumed)
+    trained(lightning, tmp_path, EPOCHS, callback, resumed, tmp_path / "half.ckpt")
+    for key, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], value), key
+
+
+def test_lightning_by_steps_on_the_whole_module_and_wrong_arguments(lightning, tmp_path):
+    from surgery.training.lightning import DecompositionCallback
+
+    module = module_for(lightning)
+    callback = DecompositionCallback(DecompositionSchedule(4, 7, 0.5), unit="step")
+    trained(lightning, tmp_path, 2, callback, module)
+    assert surgery.report(module)["net.2"].status == "decomposed"
+    trained(lightning, tmp_path, 3, DecompositionCallback(DecompositionSchedule(0, ranks=0.4), part="net"), module_for(lightning))
+    with pytest.raises(SurgeryTypeError, match="DecompositionSchedule"):
+        DecompositionCallback(3)
+    with pytest.raises(SurgeryValueError, match="unit"):
+        DecompositionCallback(schedule(), unit="hour")
+    with pytest.raises(SurgeryValueError, match="no state"):
+        callback.resume({"callbacks": {}}, module)
+    with pytest.raises(SurgeryValueError, match="no submodule 'nets'"):
+        trained(lightning, tmp_path, 1, DecompositionCallback(schedule(), part="nets"), module_for(lightning))
+
+
+def test_hugging_face_cuts_on_the_way_and_goes_on_from_a_checkpoint(tmp_path):
+    transformers = frameworks("transformers")
+    pytest.importorskip("accelerate")
+    from surgery.training.hugging_face import DecompositionCallback
+
+    class Task(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, pixels, labels=None):
+            logits = self.net(pixels)
+            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+    data = [{"pixels": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+
+    def train(folder, callback, model, epochs=EPOCHS, resume=None):
+        options = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "epoch", "logging_strategy": "no", "max_grad_norm": 0}
+        rates = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "weight_decay": 0.01, "seed": 5}
+        args = transformers.TrainingArguments(str(folder), num_train_epochs=epochs, per_device_train_batch_size=4, **options, **rates)
+        trainer = transformers.Trainer(model, args, train_dataset=data, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+
+    whole = Task()
+    train(tmp_path / "whole", DecompositionCallback(schedule()), whole)
+    assert surgery.report(whole)["net.2"].status == "decomposed"
+    checkpoint = tmp_path / "whole" / f"checkpoint-{STOP * BATCHES}"
+    resumed, callback = Task(), DecompositionCallback(schedule())
+    callback.resume(checkpoint, resumed)
+    train(tmp_path / "resumed", callback, resumed, resume=str(checkpoint))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], value), key
+    (checkpoint / "surgery_schedule.json").write_text("{")
+    with pytest.raises(SurgeryValueError, match="not JSON"):
+        callback.resume(checkpoint, Task())
+
+
+@pytest.mark.parametrize("name", ["lightning", "transformers"])
+def test_without_the_framework_the_error_names_the_extra(name, monkeypatch):
+    import importlib
+    import sys
+
+    module = {"lightning": "surgery.training.lightning", "transformers": "surgery.training.hugging_face"}[name]
+    for loaded in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtra, match=rf"surgery\[{name}\]"):
+        importlib.import_module(module)

@@ -230,6 +230,8 @@ def test_wrong_arguments(small, tmp_path, form):
         export(form, small, tmp_path, X[:, :2])
     with pytest.raises(SurgeryValueError, match="they hold no tensor"):
         export(form, small, tmp_path, {"x": 3})
+    with pytest.raises(SurgeryValueError, match=r"the output of Shape holds no tensor \(list\)"):
+        export(form, Shape(), tmp_path, X)
     with pytest.raises(SurgeryValueError, match=r"dynamic_batch: the network takes a batch of 2, but not of [13] \(RuntimeError"):
         export(form, FixedBatch(), tmp_path, X, dynamic_batch=True)
     with pytest.raises(SurgeryValueError, match="dynamic_size: no input is named 'y'"):
@@ -241,6 +243,11 @@ def test_wrong_arguments(small, tmp_path, form):
     (tmp_path / name).mkdir()
     with pytest.raises(SurgeryValueError, match="is a folder"):
         export(form, small, tmp_path, X)
+
+
+class Shape(nn.Module):
+    def forward(self, x):
+        return list(x.shape)
 
 
 class FixedBatch(nn.Module):

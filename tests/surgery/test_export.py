@@ -297,3 +297,11 @@ def test_wrong_parity_would_be_seen(small, tmp_path):
     session = onnx_session(tmp_path / "other.onnx")
     with pytest.raises(ParityError):
         common.check_network(small, lambda inputs: run_session(session, inputs), X, (((2, 3, 12, 12),),), "onnxruntime and the network")
+
+
+@OPENVINO
+def test_operators_of_openvino_have_the_names_of_layers(small, tmp_path):
+    export("openvino", surgery.decompose(small, {"conv2": 0.5}), tmp_path, X)
+    text = (tmp_path / "net.xml").read_text()
+    assert all(f'name="{name}' in text for name in ("conv2.reduce", "conv2.core", "conv2.expand", "mix", "wide"))
+    assert str(tmp_path) not in text

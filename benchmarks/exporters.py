@@ -114,10 +114,11 @@ def main() -> None:
 
 def chosen(work: Path) -> list[str]:
     """Names of the networks, of the libraries that are installed."""
+    coverage_models.provide_kernels()
+    from torchvision import models
+
     smallest: dict[str, tuple[int, str]] = {}
     for name, size in listed("torchvision", work):
-        from torchvision import models
-
         module = models.get_model_builder(name.partition(":")[2]).__module__
         smallest[module] = min(smallest.get(module, (size, name)), (size, name))
     others = [name for name in NAMES if installed(name.partition(":")[0]) is not None]

@@ -112,7 +112,8 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     for node in traced.graph.nodes:
         if node.name in shapes:
             node.meta["tensor_meta"] = shapes[node.name]
-    chains = chains_of_modules(model)
+    called = {name for _, names in named_groups(traced) for name in names}
+    chains = {name: info for name, info in chains_of_modules(model).items() if name in called}
     if chains:
         traced.meta[CHAINS] = chains
     return traced

@@ -151,6 +151,10 @@ def prepare(
     if found.exported != shapes_of(example_inputs):
         inputs = fresh_inputs(example_inputs, torch.Generator().manual_seed(0), shapes=found.exported)
     output, layers = _observed(private_copy(model, share_parameters=True).eval(), inputs)
+    if next(tensors_in(output), None) is None:
+        raise SurgeryValueError(
+            f"model: the output of {type(model).__name__} holds no tensor ({type(output).__name__}), so there is nothing to export"
+        )
     return Job(
         title=type(model).__name__,
         network=private_copy(model, share_parameters=True).eval(),
@@ -287,7 +291,7 @@ def torch_errors(job: Job, to: str) -> Iterator[None]:
 
 
 def shorten(text: str) -> str:
-    """At most three lines of it: torch's errors may hold whole graphs."""
+    """The beginning of it: torch's errors may hold whole graphs."""
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
 
 

@@ -38,9 +38,9 @@ def export_openvino(
 ) -> ExportReport:
     """Write a model for OpenVINO, its weights in a ``.bin`` beside the ``.xml``, and prove that the files, read back, compute the same.
 
-    The model goes through ONNX (``export_onnx``), so that operators of convolutions are named after their layers; weights keep their dtype. The
-    check runs in float32. The files say how the network was made (``surgery.exported_plan``). Nothing is left behind if the export or the check
-    fails.
+    The model goes through ONNX (``export_onnx``), so that operators of convolutions are named after their layers (but for those into which OpenVINO
+    folds a batch norm, which torch's newer exporter has folded before); weights keep their dtype. The check runs in float32. The files say how the
+    network was made (``surgery.exported_plan``). Nothing is left behind if the export or the check fails.
 
     Args:
         model: plain, decomposed, reconstructed or deployed module, or a ``GraphModule``.

@@ -316,3 +316,19 @@ def test_what_was_cleaned_inside_a_model_counts_in_its_report(clean):
         report = surgery.report(net)
         assert (report.params_before, report.macs_before) == (params_of(whole), macs_of(whole))
         assert (report.params_after, report.macs_after) == (params_of(net), macs_of(net))
+
+
+def test_a_chain_that_is_never_called_is_not_in_the_trace(tmp_path):
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.spare = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    net = surgery.decompose(Spare().eval(), {"re:.*": 0.5})
+    for graph in (surgery.trace(net, X), surgery.deploy(net, X)):
+        rows = {row.name: row for row in surgery.report(graph).layers}
+        assert [name for name in rows if "spare" not in name] == ["conv"]
+        assert torch.allclose(graph(X), net(X), atol=1e-6)

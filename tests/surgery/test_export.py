@@ -230,6 +230,8 @@ def test_wrong_arguments(small, tmp_path, form):
         export(form, small, tmp_path, X[:, :2])
     with pytest.raises(SurgeryValueError, match="they hold no tensor"):
         export(form, small, tmp_path, {"x": 3})
+    with pytest.raises(SurgeryValueError, match=r"the output of Shape holds no tensor \(list\)"):
+        export(form, Shape(), tmp_path, X)
     with pytest.raises(SurgeryValueError, match=r"dynamic_batch: the network takes a batch of 2, but not of [13] \(RuntimeError"):
         export(form, FixedBatch(), tmp_path, X, dynamic_batch=True)
     with pytest.raises(SurgeryValueError, match="dynamic_size: no input is named 'y'"):
@@ -241,6 +243,11 @@ def test_wrong_arguments(small, tmp_path, form):
     (tmp_path / name).mkdir()
     with pytest.raises(SurgeryValueError, match="is a folder"):
         export(form, small, tmp_path, X)
+
+
+class Shape(nn.Module):
+    def forward(self, x):
+        return list(x.shape)
 
 
 class FixedBatch(nn.Module):
@@ -290,3 +297,11 @@ def test_wrong_parity_would_be_seen(small, tmp_path):
     session = onnx_session(tmp_path / "other.onnx")
     with pytest.raises(ParityError):
         common.check_network(small, lambda inputs: run_session(session, inputs), X, (((2, 3, 12, 12),),), "onnxruntime and the network")
+
+
+@OPENVINO
+def test_operators_of_openvino_have_the_names_of_layers(small, tmp_path):
+    export("openvino", surgery.decompose(small, {"conv2": 0.5}), tmp_path, X)
+    text = (tmp_path / "net.xml").read_text()
+    assert all(f'name="{name}' in text for name in ("conv2.reduce", "conv2.core", "conv2.expand", "mix", "wide"))
+    assert str(tmp_path) not in text

@@ -180,3 +180,15 @@ def test_inputs_that_the_network_does_not_read(tmp_path):
 
     for exporter in ("dynamo", "torchscript"):
         assert surgery.export_onnx(Half(), tmp_path / "net.onnx", (X, torch.ones(2)), exporter=exporter).difference < 1e-5
+
+
+def test_weights_beside_the_file_as_of_very_large_models(small, tmp_path, monkeypatch):
+    save = torch.onnx.ONNXProgram.save
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", lambda program, path: save(program, path, external_data=True))
+    net = surgery.decompose(small, {"conv2": 0.5})
+    report = surgery.export_onnx(net, tmp_path / "net.onnx", X, exporter="dynamo")
+    files = sorted(p.name for p in tmp_path.iterdir())
+    assert files == ["net.onnx", "net.onnx.data"]
+    assert report.size_bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    assert in_file(report.path) == planned(net)
+    assert torch.allclose(run_session(onnx_session(tmp_path / "net.onnx"), X)[0], net(X), atol=1e-5)

@@ -3,10 +3,11 @@
     python benchmarks/exporters.py [--only REGEX] [--resume]
     python benchmarks/exporters.py --cost
 
-Of every module of torchvision's models (detectors only where its compiled operators load) the network with the fewest parameters, and ``NAMES`` of the other libraries of ``coverage.py``, with random
-weights in float32 on small inputs; each as it is and with every layer at half rank (``{"re:.*": 0.5}``). Every exporter is asked for as much as the
-network itself takes: an open batch, and for the cut network open sizes as well; where it refuses, for less, and the reason is kept. A file counts
-when it agrees with the network (``surgery/export``); ONNX files of cut networks must also have exactly the convolutions that the plan says.
+Of every module of torchvision's models the network with the fewest parameters (detectors only where its compiled operators load), and ``NAMES`` of
+the other libraries of ``coverage.py``, with random weights in float32 on small inputs; each as it is and with every layer at half rank
+(``{"re:.*": 0.5}``). Every exporter is asked for as much as the network itself takes: an open batch, and for the cut network open sizes as well;
+where it refuses, for less, and the reason is kept. A file counts when it agrees with the network (``surgery/export``); ONNX files are also held
+against the plan, convolution for convolution.
 
 Every network runs in a process of its own on one thread; seconds are those of the processor, so that other work on the machine does not count, and
 include the check. ``--cost`` times both exporters to ONNX alone, in turn and without the check, on ``COSTED``. Results: ``results/exporters.json``
@@ -292,7 +293,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         for network, by_exporter in row.get("networks", {}).items():
             cells = [row["name"], f"{row['given']}, batch {row['batch']}", network]
-            for exporter, result in by_exporter.items():
+            for result in by_exporter.values():
                 note = ""
                 if result["refusals"]:
                     text = f"{row['name']}, {'; then with '.join(f'{refusal[:300]}' for refusal in result['refusals'])}"

@@ -101,7 +101,9 @@ def with_exporter(exporter: Exporter, attempt: Callable[[str], ExportReport], *,
     except SurgeryValueError:
         raise
     except SurgeryError as first:
-        if not check or _branches(first):
+        if _branches(first):
+            raise type(first)(f"{first}; exporter='torchscript' would keep the one way that the example inputs take") from first
+        if not check:
             raise
         try:
             return attempt("torchscript")

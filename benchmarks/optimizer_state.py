@@ -1,11 +1,12 @@
 """Does it help to project the optimizer's state at a cut, instead of beginning it again?
 
-    python benchmarks/optimizer_state.py --data ROOT [--steps 240] [--after 100] [--seeds 3] [--ranks 0.6]
+    python benchmarks/optimizer_state.py --data ROOT [--steps 150] [--after 50] [--seeds 3] [--ranks 0.6]
 
 The network of ``small_training.py`` is trained for some steps, then goes on in three branches that see the same batches: cut with the state
 projected, cut with the state begun again, and not cut at all. The loss of each batch just before its step is compared. ROOT holds
 ``cifar-10-batches-py``. A row for each optimizer, branch and seed goes to ``benchmarks/results/optimizer_state.json``, the picture beside it: the
 mean over the seeds of how much higher the loss is than without a cut, with its range. The summary has the paired difference of the two branches.
+Seeds that are there are not run again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from surgery.benchmark import environment
 RESULTS = Path(__file__).parent / "results" / "optimizer_state.json"
 BRANCHES = ("project", "reset", "whole")
 OPTIMIZERS = ("sgd", "adam")
-WINDOWS = (10, 30, 100)
+WINDOWS = (10, 20, 50)
 
 
 def measure(data: small.Data, name: str, seed: int, steps: int, after: int, ranks: float) -> list[dict[str, Any]]:
@@ -78,16 +79,20 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds cifar-10-batches-py")
-    parser.add_argument("--steps", type=int, default=240, help="before the cut")
-    parser.add_argument("--after", type=int, default=100, help="steps after it")
+    parser.add_argument("--steps", type=int, default=150, help="before the cut")
+    parser.add_argument("--after", type=int, default=50, help="steps after it")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=float, default=0.6, help="fraction of the full rank")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    data, rows = small.Data.read(options.data), []
-    facts = {"steps": options.steps, "after": options.after, "ranks": options.ranks, "batch": small.BATCH, "files": small.FILES}
+    data = small.Data.read(options.data)
+    facts = {"steps": options.steps, "after": options.after, "ranks": options.ranks, "batch": small.BATCH, "files": list(small.FILES)}
+    old = json.loads(options.out.read_text()) if options.out.exists() else {}
+    rows = old["rows"] if all(old.get(key) == value for key, value in facts.items()) else []
     for seed in range(options.seeds):
         for name in OPTIMIZERS:
+            if any((row["optimizer"], row["seed"]) == (name, seed) for row in rows):
+                continue
             rows += measure(data, name, seed, options.steps, options.after, options.ranks)
             summaries = {each: summary(rows, each) for each in OPTIMIZERS if any(row["optimizer"] == each for row in rows)}
             print(json.dumps({"seed": seed, "optimizer": name} | summaries[name]), flush=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 BATCH = 64
-FILES = cifar10.TRAIN_FILES[:2]
+FILES = cifar10.TRAIN_FILES[:1]
 TEST_IMAGES = 2000
 
 

@@ -144,6 +144,9 @@ def _observed_graph(traced: fx.GraphModule, example_inputs: Any) -> Observation:
                     shapes[node.name] = map_aggregate(result, lambda value: tensor_metadata(value) if isinstance(value, Tensor) else value)
             return result
 
+        def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return _plain(super().fetch_args_kwargs_from_env(n))  # type: ignore[no-any-return]
+
         def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
             return next(self.args_iter) if str(target).startswith("**") else super().placeholder(target, args, kwargs)
 
@@ -159,6 +162,15 @@ def _observed_graph(traced: fx.GraphModule, example_inputs: Any) -> Observation:
         with _Operators(seen), _Functions(seen):
             Watching(twin).run(*flat)
     return replace(seen.observation(), calls={}, readers={}, norms={}, shapes=shapes)
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dicts of a graph as those that its generated code makes: functions may write to them."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return tuple(map(_plain, value)) if type(value) is tuple else value
 
 
 class _Watch:

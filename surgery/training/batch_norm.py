@@ -20,7 +20,8 @@ def reestimate(model: nn.Module, batches: Sequence[Any]) -> int:
     """Running means and variances of all batch norms of the model, in place, as plain averages over these batches.
 
     All batches go through once, without gradients, with batch norms in train mode and everything else in eval mode; modes, momentum, counts and
-    random states are afterwards as before. A few hundred inputs at least: too few make it worse. After an error the old statistics are back.
+    random states are afterwards as before. A few hundred inputs at least: too few make it worse. After an error the old statistics are back, and so
+    they are where the new ones would not be finite.
 
     Args:
         model: with or without batch norms that keep statistics.
@@ -39,6 +40,7 @@ def reestimate(model: nn.Module, batches: Sequence[Any]) -> int:
         return len(norms)
     modes = {module: module.training for module in model.modules()}
     before = [(norm, norm.momentum, {name: b.clone() for name, b in norm._buffers.items() if b is not None}) for norm in norms]
+    forwards = {norm: norm.__dict__["forward"] for norm in norms if "forward" in norm.__dict__}  # somebody's own
     done = False
     try:
         model.eval()
@@ -55,7 +57,8 @@ def reestimate(model: nn.Module, batches: Sequence[Any]) -> int:
         done = all(bool(t.isfinite().all()) for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None)
     finally:
         for norm, momentum, buffers in before:
-            del norm.__dict__["forward"]
+            norm.__dict__.pop("forward", None)
+            norm.__dict__.update({"forward": forwards[norm]} if norm in forwards else {})
             norm.momentum = momentum
             for name, value in buffers.items():
                 if not done or name == "num_batches_tracked":

@@ -89,6 +89,7 @@ class DecompositionCallback(Callback):  # type: ignore[misc]
 
     def _part(self, module: LightningModule) -> nn.Module:
         try:
-            return module.get_submodule(self.part)
+            part: nn.Module = module.get_submodule(self.part)
         except AttributeError as error:
             raise SurgeryValueError(f"part: {type(module).__name__} has no submodule {self.part!r} ({error})") from error
+        return part

@@ -579,3 +579,29 @@ def test_models_that_differentiate_by_their_input(prepare):
     assert report.macs_before > report.macs_after > report["inner"].macs_after  # the backward pass runs in it too
     assert points.grad is None
     assert surgery.report(surgery.deploy(net, points)).macs_after < report.macs_before
+
+
+@torch.fx.wrap
+def clamped(sizes, x):
+    """Writes to the list that it is given."""
+    for i, size in enumerate(sizes):
+        sizes[i] = min(size, x.shape[2 + i])
+    return sizes
+
+
+class WritesToItsLists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.sizes = nn.Conv2d(3, 4, 3), [20, 2]
+
+    def forward(self, x):
+        sizes = clamped(self.sizes.copy(), x)
+        return self.conv(torch.roll(x, (sizes[0], sizes[1]), (2, 3)))
+
+
+def test_a_function_that_is_left_whole_may_write_to_its_lists():
+    model = WritesToItsLists().eval()
+    traced = surgery.trace(model, X)
+    assert_parity(traced(X), model(X))
+    assert traced.graph.find_nodes(op="call_module", target="conv")[0].meta["tensor_meta"].shape == (2, 4, 10, 10)
+    assert model.sizes == [20, 2]

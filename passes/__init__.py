@@ -13,6 +13,7 @@ from passes.capture import capture, trace
 from passes.decompose import Decompose
 from passes.graph_host import GraphHost
 from passes.host import Host
+from passes.kinds import register_kind
 from passes.module_host import ModuleHost
 from passes.pipeline import Pass, name_of, run_pipeline
 from passes.reconstruct import Reconstruct
@@ -41,6 +42,7 @@ __all__ = [
     "name_of",
     "observe",
     "record",
+    "register_kind",
     "run_pipeline",
     "trace",
 ]

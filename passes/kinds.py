@@ -1,29 +1,73 @@
-"""The registry of kinds. A new kind is added to ``KINDS`` and nowhere else."""
+"""The registry of kinds. A kind of this project is added to ``KINDS`` and nowhere else; one of somebody else's program to ``register_kind``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from passes.blockwise import Blockwise
 from passes.channel import CHANNEL
 from passes.cp import CP_KIND
 from passes.depthwise import DEPTHWISE
-from passes.errors import SurgeryValueError, nearest
+from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Decision, Factorization, Keep
 from passes.geometry import Geometry
+from passes.kind import Kind
 from passes.spatial import SPATIAL
 from passes.svd import SVD_KIND
 from passes.tucker import TUCKER
 
-__all__ = ["KINDS", "decision_from_json", "kind_named", "kind_of", "usual_kind"]
+__all__ = ["KINDS", "all_kinds", "decision_from_json", "kind_named", "kind_of", "register_kind", "usual_kind"]
 
 KINDS = tuple(Blockwise(kind) for kind in (TUCKER, SVD_KIND, SPATIAL, CHANNEL, DEPTHWISE, CP_KIND))
+RESERVED = ("auto", "keep")
+METHODS = ("refuses", "full_ranks", "from_ranks", "unfoldings", "shapes", "split", "error_surface", "merge")
+
+_registered: dict[str, Blockwise] = {}
+
+
+def all_kinds() -> tuple[Blockwise, ...]:
+    """The kinds of this project, then those that were registered."""
+    return (*KINDS, *_registered.values())
+
+
+def register_kind(kind: Kind) -> Blockwise:
+    """Make a kind of one's own known in this process: to ``method=``, to plans, to ``save`` and ``load``, and to ``method="auto"``.
+
+    Registered again under the same name it takes the place of the one before (a notebook's cell that is run twice). A process that loads what
+    was saved with it must register it first: nothing is ever imported because a file names it.
+
+    Args:
+        kind: an object with the methods of ``passes.kind.Kind``.
+
+    Returns:
+        The kind for layers of any geometry, grouped and transposed ones too.
+
+    Raises:
+        SurgeryTypeError: it has no dataclass of its ranks, with one field a mode and a text ``kind`` as its name, or lacks a method.
+        SurgeryValueError: its name is taken by a kind of this project.
+    """
+    factorization = getattr(kind, "factorization", None)
+    if not (isinstance(factorization, type) and issubclass(factorization, Factorization) and is_dataclass(factorization)):
+        raise SurgeryTypeError(f"{type(kind).__name__}: factorization must be a frozen dataclass on Factorization that holds its ranks")
+    name = getattr(factorization, "kind", None)
+    if not isinstance(name, str) or not name:
+        raise SurgeryTypeError(f"{factorization.__name__}: kind must be the name of the kind, a text that is not empty, got {name!r}")
+    if name in RESERVED or name in {own.name for own in KINDS}:
+        raise SurgeryValueError(f"{factorization.__name__}: the name {name!r} is taken; give the kind another one")
+    missing = [method for method in METHODS if not callable(getattr(kind, method, None))]
+    if missing:
+        raise SurgeryTypeError(f"{type(kind).__name__}: lacks {', '.join(missing)} of passes.kind.Kind")
+    if len(getattr(kind, "modes", ())) != len(fields(factorization)):
+        raise SurgeryTypeError(f"{type(kind).__name__}: modes must name the ranks of {factorization.__name__}, {len(fields(factorization))} of them")
+    _registered[name] = Blockwise(kind)
+    return _registered[name]
 
 
 def kind_named(name: str) -> Blockwise:
     """The kind of this name, as plans and ``method=`` write it."""
-    known = {kind.name: kind for kind in KINDS}
+    known = {kind.name: kind for kind in all_kinds()}
     if name not in known:
         raise SurgeryValueError(f"unknown kind of factorization {name!r}: {nearest(str(name), known)}")
     return known[name]

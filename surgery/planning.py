@@ -15,7 +15,7 @@ from passes.blockwise import Blockwise
 from passes.decompose import ALREADY, most_ranks, refusal_of, settled
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Decision, Factorization, Keep
-from passes.kinds import KINDS, kind_named, kind_of, usual_kind
+from passes.kinds import all_kinds, kind_named, kind_of, usual_kind
 from passes.metric import Metric
 from passes.site import Site
 from passes.spectra import Spectra
@@ -64,7 +64,7 @@ class Options:
     effective_weights: bool = False
 
     def __post_init__(self) -> None:
-        methods = [*(kind.name for kind in KINDS), AUTO]
+        methods = [*(kind.name for kind in all_kinds()), AUTO]
         if self.method not in methods:
             raise SurgeryValueError(f"method: {self.method!r} is none of {methods}; {nearest(str(self.method), methods)}")
         if self.guard not in GUARDS:
@@ -280,7 +280,7 @@ class Draft(Mapping[str, Decision]):
         return self._stopwatch.decide(budget, free, self._kinds_for, self.spectra, guards, self._options.round_to)
 
     def _kinds_for(self, site: Site) -> Sequence[Blockwise]:
-        return KINDS if self._options.method == AUTO else [self._kind(site)]
+        return all_kinds() if self._options.method == AUTO else [self._kind(site)]
 
     def _by_rule(self, site: Site) -> Decision:
         kind = self._kind(site)

@@ -6,7 +6,7 @@ from math import lcm, sqrt
 
 from passes.blockwise import Blockwise
 from passes.factorization import Factorization
-from passes.kinds import KINDS, kind_of
+from passes.kinds import all_kinds, kind_of
 from passes.site import Site
 from passes.spectra import Spectra
 from surgery.cost import chain_macs
@@ -22,7 +22,7 @@ def best_kind(site: Site, asked: Factorization, spectra: Spectra, round_to: int)
     """
     budget = _cost(site, asked)
     best, least = asked, float("inf")
-    for kind in KINDS:
+    for kind in all_kinds():
         if kind is kind_of(asked) or not kind.has_spectra or kind.refuses(site.geometry) is not None:
             continue
         found = _largest_within(site, kind, budget, round_to)

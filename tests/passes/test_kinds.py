@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes import Decompose, ModuleHost
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
-from passes.factorization import Keep
+from passes.factorization import Factorization, Keep
 from passes.geometry import Geometry, Piece
-from passes.kinds import KINDS, decision_from_json, kind_named, kind_of, usual_kind
+from passes.kinds import KINDS, all_kinds, decision_from_json, kind_named, kind_of, register_kind, usual_kind
 from passes.parity import assert_parity
 from passes.site import Call
 from passes.spectra import Spectra
@@ -241,6 +241,29 @@ def test_wrong_factorizations_are_told_apart():
 def test_wrong_json_names_the_field(data, message):
     with pytest.raises(SurgeryError, match=message):
         decision_from_json(data)
+
+
+def test_a_kind_that_is_none_is_not_registered():
+    class Mine(Factorization):
+        kind = "mine"
+
+    taken = type(kind_named("svd").kind)()
+    with pytest.raises(SurgeryValueError, match="the name 'svd' is taken"):
+        register_kind(taken)
+    with pytest.raises(SurgeryTypeError, match="must be a frozen dataclass"):
+        register_kind(Keep("no kind"))
+    with pytest.raises(SurgeryTypeError, match="must be the name of the kind"):
+        register_kind(with_factorization(Factorization))
+    with pytest.raises(SurgeryTypeError, match="modes must name the ranks of Mine, 0 of them"):
+        register_kind(with_factorization(Mine))
+    with pytest.raises(SurgeryTypeError, match=r"Empty: lacks refuses, full_ranks, .*, merge of passes.kind.Kind"):
+        register_kind(type("Empty", (), {"factorization": Mine, "modes": ()})())
+    assert [kind.name for kind in all_kinds()] == [kind.name for kind in KINDS]
+
+
+def with_factorization(cls):
+    """SVD with the ranks of another class."""
+    return type("Odd", (type(kind_named("svd").kind),), {"factorization": cls})()
 
 
 def test_cp_is_tensorly_s_sum_of_outer_products_and_finds_a_tensor_of_its_rank():

@@ -12,9 +12,11 @@ from torch import nn
 
 from passes.errors import SurgeryError, SurgeryValueError, nearest
 from passes.factorization import Decision, Keep
-from surgery.decompose import draft_of, usable_model
+from surgery.drafting import draft_of
+from surgery.inspection import usable_model
+from surgery.options import Options
 from surgery.plan import Plan
-from surgery.planning import Draft, Options
+from surgery.planning import Draft
 from surgery.ranks.budget import Budget
 from surgery.ranks.candidates import Candidates
 from surgery.ranks.solve import solve

@@ -20,7 +20,7 @@ from passes.errors import SurgeryValueError
 from passes.parity import tensors_in
 from passes.running import kept_random_states, private_copy, run
 from surgery.cost import count_macs, threads_set
-from surgery.decompose import usable_model
+from surgery.inspection import usable_model
 
 __all__ = ["RUNTIMES", "Benchmark", "RuntimeResult", "benchmark"]
 

@@ -23,8 +23,8 @@ from passes.running import private_copy
 from passes.site import Call, Site
 from passes.watching import FunctionUse
 from surgery.cost.outcome import LatencyOutcome
-from surgery.decompose import usable_model
 from surgery.files import temporary_beside
+from surgery.inspection import usable_model
 from surgery.plan import Plan
 from surgery.record import SiteRecord, SurgeryRecord, passes_of, records_by_name, whole_record, write_record
 from surgery.report import NOT_DECOMPOSED

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from passes import Decompose, Observation, host_for, observe
+from passes import Decompose, host_for
 from passes.chain import Chain
-from passes.errors import SurgeryTypeError, SurgeryValueError
+from passes.errors import SurgeryValueError
 from passes.factorization import Keep
-from passes.kinds import kind_of
-from passes.metric import Metric
-from passes.parity import tensors_in
 from passes.result import PassResult
-from passes.running import output_of, private_copy
+from passes.running import private_copy
 from passes.site import Site, is_layer
-from surgery.cost import chain_macs, count_macs, site_macs
+from surgery.drafting import draft_of, stopwatch_of
+from surgery.fitting import learn, mend, usable_batches
+from surgery.inspection import look, saved_macs, totals_of, usable_model
+from surgery.options import Options
 from surgery.plan import Plan
-from surgery.planning import Draft, Options
+from surgery.planning import Draft
 from surgery.progress import site_progress
-from surgery.ranks.budget import Budget, Totals
+from surgery.ranks.budget import Budget
 from surgery.ranks.rules import Rule
 from surgery.record import (
     SurgeryRecord,
@@ -37,16 +35,14 @@ from surgery.record import (
     put_back_record,
     read_record,
     records_by_name,
-    unwrap,
     write_record,
 )
 
 if TYPE_CHECKING:
-    from surgery.latency import Stopwatch
     from surgery.refinement import Refine
     from surgery.training.followers import Followers
 
-__all__ = ["Ranks", "decompose", "following", "plan", "usable_model"]
+__all__ = ["Ranks", "decompose", "following", "plan"]
 
 Ranks = str | float | Mapping[str, Any] | Plan | Budget | Rule | os.PathLike[str]
 DEFAULT = Options()
@@ -142,7 +138,7 @@ def decompose(
         sites = host.sites()
         metrics, examples = ({}, 0) if batches is None else learn(model, batches, sites)
         teacher = None if batches is None else private_copy(model)
-        stopwatch = _stopwatch(model, example_inputs)
+        stopwatch = stopwatch_of(model, example_inputs)
         draft = Draft(sites, ranks, options, totals_of(target, seen), metrics=metrics, stopwatch=stopwatch)
         before, known = records_by_name(target), read_record(target)
         old = known or SurgeryRecord()
@@ -232,115 +228,6 @@ def plan(
     return chosen
 
 
-def usable_model(model: Any) -> None:
-    """Refuse what is no module, or hides one.
-
-    Raises:
-        SurgeryTypeError: not a module, compiled, wrapped for parallel training, sharded, or TorchScript.
-    """
-    if not isinstance(model, nn.Module):
-        raise SurgeryTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise SurgeryTypeError("model: a TorchScript module cannot be rewritten; give the module that it was made from")
-    if unwrap(model) is not model:
-        kind = "compiled" if "_orig_mod" in model._modules else f"wrapped in {type(model).__name__}"
-        inner = "model._orig_mod" if "_orig_mod" in model._modules else "model.module"
-        raise SurgeryTypeError(f"model: it is {kind}; do the surgery on {inner}, then compile or wrap the result anew")
-    if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(model).__mro__) or any(
-        type(p).__name__ == "DTensor" for p in model.parameters()
-    ):
-        raise SurgeryTypeError(
-            "model: its parameters are shared out over several processes, and a cut needs all of a weight; do the surgery before fully_shard, or "
-            "gather them (torch.distributed.checkpoint.state_dict.get_state_dict, full_state_dict=True) into a fresh model, cut that, and shard it"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """One forward pass of the example inputs: what a host learns from it, the MACs that ran, and the shapes of the inputs; None without inputs."""
-
-    observed: Observation | None = None
-    macs: int | None = None
-    input_shapes: tuple[tuple[int, ...], ...] | None = None
-
-
-def look(model: nn.Module, example_inputs: Any) -> Seen:
-    """Run the model once on the example inputs, if there are any: on a copy, which is gone before any other is made."""
-    if example_inputs is None:
-        return Seen()
-    with count_macs() as counter:
-        observed = observe(model, example_inputs)
-    if observed.gradients:  # the run without them, which failed, was counted as well
-        with count_macs() as counter:
-            output_of(private_copy(model).eval(), example_inputs, gradients=True)
-    return Seen(observed, counter.macs, tuple(tuple(t.shape) for t in tensors_in(example_inputs)))
-
-
-def totals_of(model: nn.Module, seen: Seen) -> Totals:
-    """What the network takes now."""
-    return Totals(params=sum(p.numel() for p in model.parameters()), macs=seen.macs)
-
-
-def draft_of(model: nn.Module, ranks: Ranks, options: Options, example_inputs: Any, calibration: Any) -> tuple[Draft, Stopwatch]:
-    """The draft of a plan for a model that is not touched."""
-    seen = look(model, example_inputs)
-    sites = host_for(model, observed=seen.observed, effective_weights=options.effective_weights).sites()
-    metrics = {} if calibration is None else learn(model, usable_batches(calibration), sites)[0]
-    stopwatch = _stopwatch(model, example_inputs)
-    return Draft(sites, ranks, options, totals_of(model, seen), metrics=metrics, stopwatch=stopwatch), stopwatch
-
-
-def usable_batches(calibration: Any, refine: Any = None) -> list[Any]:
-    """The batches that a user gave.
-
-    Raises:
-        SurgeryTypeError, SurgeryValueError: they are none, or ``refine`` is no ``Refine``.
-    """
-    from surgery.calibration import batches_of
-    from surgery.refinement import Refine
-
-    if refine is not None and not isinstance(refine, Refine):
-        raise SurgeryTypeError(f"refine: expected surgery.Refine(epochs=..., rate=...), got {refine!r}")
-    return batches_of(calibration)
-
-
-def learn(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> tuple[Mapping[str, Metric], int]:
-    """What matters in each layer's weight, by name, and on how many examples that was seen."""
-    from surgery.calibration import calibrate
-
-    learnt = calibrate(model, batches, sites)
-    return learnt.metrics, learnt.examples
-
-
-def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Refine | None) -> dict[str, float]:
-    """Correct the chains that a cut has made, one after the other, then polish them together; output errors by layer, as ``correct`` has them.
-
-    What else is held elsewhere in the network (tied factors, a shared bias) is left as it is. After an error every number is as it was.
-    """
-    from surgery.correction import correct
-    from surgery.refinement import refine
-
-    cut = {outcome.site for outcome in result.outcomes if outcome.status == "applied"}
-    model = result.model
-    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    sites = [site for site in host_for(model).sites() if site.name in cut and site.name]
-    layers = {site.name: [f"{site.name}.{piece.name}" for piece in site.pieces] for site in sites}
-    own = {name: [p for layer in names for p in model.get_submodule(layer).parameters() if holders[id(p)] == 1] for name, names in layers.items()}
-    lasts = {name: names[-1] for name, names in layers.items() if all(holders[id(p)] == 1 for p in model.get_submodule(names[-1]).parameters())}
-    factors = [p for parameters in own.values() for p in parameters]
-    before = [p.detach().clone() for p in factors]
-    try:
-        errors = correct(teacher, model, lasts, batches) if lasts else {}
-        if how is not None and factors:
-            refine(teacher, model, factors, batches, how)
-    except BaseException:  # the biases are the caller's own where the surgery is in place
-        with torch.no_grad():
-            for p, value in zip(factors, before, strict=True):
-                p.copy_(value)
-        raise
-    return errors
-
-
 def following(model: nn.Module, optimizer: Any, also: Any, state: Any, *, inplace: bool) -> Followers | None:
     """The optimizers and copies that surgery on a model has to take along, or None."""
     if optimizer is None and also is None and state == DEFAULT_STATE:
@@ -354,21 +241,6 @@ def _balance(result: PassResult) -> None:
     from surgery.training.balance import balance
 
     balance(result.model, {outcome.site for outcome in result.outcomes if outcome.status == "applied"})
-
-
-def saved_macs(site: Site) -> int | None:
-    """MACs that the chain at a site saves over the layer it replaced; 0 where there is none, None where the calls are not known."""
-    if site.chain is None:
-        return 0
-    shapes = kind_of(site.chain).shapes(site.geometry, site.chain, site.bias is not None)
-    before, after = site_macs(site), chain_macs(shapes, site.calls)
-    return None if before is None or after is None else before - after
-
-
-def _stopwatch(model: nn.Module, example_inputs: Any) -> Stopwatch:
-    from surgery.latency import Stopwatch
-
-    return Stopwatch(model, example_inputs)
 
 
 def _progress(wanted: bool, total: int, what: str) -> AbstractContextManager[Callable[[Site], None] | None]:

@@ -16,7 +16,7 @@ from passes.result import Outcome
 from passes.running import output_of, private_copy
 from passes.site import Site
 from surgery.cost import count_macs
-from surgery.decompose import look, saved_macs, usable_model
+from surgery.inspection import look, saved_macs, usable_model
 from surgery.record import SurgeryRecord, merged_sites, records_by_name, whole_record, write_record
 from surgery.report import report
 from surgery.tracing import trace

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import ceil, lcm
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from passes.blockwise import Blockwise
 from passes.decompose import ALREADY, most_ranks, refusal_of, settled
-from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError, nearest
+from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.factorization import Decision, Factorization, Keep
 from passes.kinds import all_kinds, kind_named, kind_of, usual_kind
 from passes.metric import Metric
 from passes.site import Site
 from passes.spectra import Spectra
 from surgery.cost import chain_macs, chain_params, site_macs, site_params
+from surgery.options import AUTO, MEASURED, Options
 from surgery.plan import Plan
 from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.request import Named, Names, as_names, parse_ranks
@@ -29,63 +28,9 @@ if TYPE_CHECKING:
     from surgery.latency import Stopwatch
     from surgery.ranks.candidates import Candidates
 
-__all__ = ["Draft", "Options"]
+__all__ = ["Draft"]
 
-GUARDS = ("macs", "latency", "step", "none")
-MEASURED = {"latency": "eager", "step": "train"}  # guards by measured time, and what it is measured in
-AUTO = "auto"
 NOTHING = Totals()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What, beside the ranks, decides on a plan. The defaults here are those of the API and the command line.
-
-    Attributes:
-        method: kind for layers with a kernel of more than one pixel; the others take SVD. With ``"svd"`` linear layers are cut too. With ``"auto"``
-            a rule's Tucker ranks set each layer's MACs, and the kind with the smallest error within them is taken; explicit ranks are Tucker's, and a
-            factorization that a rule answers is done as it is.
-        include: names or ``"re:..."`` patterns; only these layers are cut. Also the way to name linear layers.
-        exclude: names or patterns of layers that are kept.
-        guard: ``"macs"``: what a rule cuts must lower parameters and, where the calls are known, MACs; ``"latency"``: it must be measured faster than
-            the layer, in eager mode, beyond noise; ``"step"``: the same of forward and backward in training; ``"none"``: nothing is asked.
-        round_to: ranks of rules are rounded up to a multiple of this, at most to the full rank.
-        device: where to compute; each weight's own by default.
-        effective_weights: layers whose weight is computed (weight norm, parametrizations, standardisation) are cut by the weight that it amounts
-            to now; by default they are kept.
-    """
-
-    method: str = "tucker"
-    include: Any = None
-    exclude: Any = None
-    guard: str = "macs"
-    round_to: int = 1
-    device: torch.device | str | None = None
-    effective_weights: bool = False
-
-    def __post_init__(self) -> None:
-        methods = [*(kind.name for kind in all_kinds()), AUTO]
-        if self.method not in methods:
-            raise SurgeryValueError(f"method: {self.method!r} is none of {methods}; {nearest(str(self.method), methods)}")
-        if self.guard not in GUARDS:
-            raise SurgeryValueError(f"guard: {self.guard!r} is none of {list(GUARDS)}")
-        if not isinstance(self.round_to, int) or isinstance(self.round_to, bool):
-            raise SurgeryTypeError(f"round_to: expected an int, got {self.round_to!r}")
-        if self.round_to < 1:
-            raise SurgeryValueError(f"round_to: must be at least 1, got {self.round_to}")
-        if not isinstance(self.effective_weights, bool):
-            raise SurgeryTypeError(f"effective_weights: expected True or False, got {self.effective_weights!r}")
-        if self.device is not None:
-            _check_device(self.device)
-
-
-def _check_device(device: Any) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # how torch says that a device does not exist depends on the device
-        raise SurgeryValueError(f"device: {device!r} is no device that this torch can compute on ({str(error).splitlines()[0]})") from error
-    if torch.device(device).type == "meta":
-        raise SurgeryValueError("device: 'meta' holds no numbers; nothing can be computed there")
 
 
 class Draft(Mapping[str, Decision]):

@@ -14,7 +14,8 @@ from passes.chain import Chain
 from passes.errors import SurgeryValueError
 from passes.result import Outcome
 from passes.running import private_copy
-from surgery.decompose import DEFAULT_STATE, following, look, saved_macs, usable_model
+from surgery.decompose import DEFAULT_STATE, following
+from surgery.inspection import look, saved_macs, usable_model
 from surgery.record import SiteRecord, SurgeryRecord, fused_in, merged_sites, put_back_record, read_record, records_by_name, write_record
 
 if TYPE_CHECKING:

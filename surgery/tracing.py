@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 import passes
-from surgery.decompose import usable_model
+from surgery.inspection import usable_model
 from surgery.record import whole_record, write_record
 
 __all__ = ["capture", "trace"]

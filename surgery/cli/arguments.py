@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import surgery
 from surgery.decompose import DEFAULT
+from surgery.options import Options
 from surgery.plan import no_duplicates
-from surgery.planning import Options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -21,10 +21,10 @@ from torch import nn
 from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryValueError
 from passes.parity import assert_parity, difference, private_inputs, tensors_in
 from passes.running import first_line, kept_random_states, private_copy, run, seed_all
-from surgery.decompose import usable_model
 from surgery.export.inputs import DynamicSize, Openings, Shapes, filled, fresh_inputs, input_names, openings, shapes_of
 from surgery.export.metadata import metadata_of
 from surgery.files import temporary_beside
+from surgery.inspection import usable_model
 
 __all__ = [
     "ExportReport",

@@ -21,9 +21,11 @@ from passes.kinds import kind_of
 from passes.running import output_of
 from passes.site import Site
 from surgery.checkpoint import record_from_text, record_to_data, with_empty_chains
-from surgery.decompose import DEFAULT_STATE, Ranks, decompose, plan, usable_batches, usable_model
+from surgery.decompose import DEFAULT_STATE, Ranks, decompose, plan
+from surgery.fitting import usable_batches
+from surgery.inspection import usable_model
+from surgery.options import MEASURED, Options
 from surgery.plan import Plan
-from surgery.planning import MEASURED, Options
 from surgery.ranks.budget import Budget
 from surgery.ranks.request import parse_ranks
 from surgery.reconstruct import reconstruct

@@ -13,11 +13,14 @@ from torch import nn
 import surgery
 from passes.factorization import Factorization
 from passes.geometry import Geometry
-from surgery import Budget, Keep, cli, latency
+from surgery import Budget, Keep, cli
 from surgery.cost import timing
 from surgery.cost.profile import Entry, Profile, TimedShape, cache_file, read_shapes, write_shapes
 from surgery.cost.timing import RUNTIMES, Conditions, describe, time_shapes
-from surgery.latency import Race, Raced, interpolated
+from surgery.latency import stopwatch, times
+from surgery.latency.race import Race, Raced
+from surgery.latency.table import interpolated
+from surgery.latency.times import timed_chain, timed_layer
 from surgery.record import read_record
 from surgery.zoo import make
 from tests.networks import Kinds, Small, Twice
@@ -45,9 +48,9 @@ class Clock:
 
         before = after = 0.0
         for site in host_for(model, observed=observe(model, X)).sites():
-            layer = sum(self.seconds(s) for s in latency._timed_layer(site, runtime))
+            layer = sum(self.seconds(s) for s in timed_layer(site, runtime))
             decision = decisions.get(site.name)
-            chain = layer if not isinstance(decision, Factorization) else sum(self.seconds(s) for s in latency._timed_chain(site, decision, runtime))
+            chain = layer if not isinstance(decision, Factorization) else sum(self.seconds(s) for s in timed_chain(site, decision, runtime))
             # a linear layer is no candidate here, so that its time is part of the rest
             before, after = before + (0 if site.geometry.is_linear else layer), after + (0 if site.geometry.is_linear else chain)
         saved = self.gain * (before - after) / ((1 + REST) * before)
@@ -66,9 +69,9 @@ class Clock:
 def clock(monkeypatch, tmp_path):
     made = Clock()
     monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
-    monkeypatch.setattr(latency, "time_shapes", lambda *a: made.time_shapes(*a))
-    monkeypatch.setattr(latency, "_race", lambda *a: made.race(*a))
-    monkeypatch.setattr(latency, "in_terms_of_layers", lambda *a: 1 + REST)
+    monkeypatch.setattr(times, "time_shapes", lambda *a: made.time_shapes(*a))
+    monkeypatch.setattr(stopwatch, "race_against", lambda *a: made.race(*a))
+    monkeypatch.setattr(stopwatch, "in_terms_of_layers", lambda *a: 1 + REST)
     return made
 
 
@@ -254,7 +257,7 @@ def shapes_of(model, inputs):
     from passes import host_for, observe
 
     sites = host_for(model, observed=observe(model, inputs)).sites()
-    return [shape for site in sites for shape in latency._timed_layer(site, "eager")]
+    return [shape for site in sites for shape in timed_layer(site, "eager")]
 
 
 @pytest.mark.parametrize("model", [Small().eval(), Kinds().eval(), Twice().eval()], ids=lambda m: type(m).__name__)

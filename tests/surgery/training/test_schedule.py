@@ -341,7 +341,7 @@ def test_a_step_that_would_be_slower_is_not_made(monkeypatch):
 def test_a_budget_of_step_time_is_measured(monkeypatch, tmp_path):
     """Real clock: whatever comes out, it is a plan with a measured share, or a reason."""
     monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
-    monkeypatch.setattr("surgery.latency.RACE_SECONDS", 0.5)
+    monkeypatch.setattr("surgery.latency.race.RACE_SECONDS", 0.5)
     monkeypatch.setattr("surgery.cost.timing.GROUP_SECONDS", 1.0)
     model = nn.Sequential(nn.Conv2d(8, 24, 3, padding=1), nn.BatchNorm2d(24), nn.Conv2d(24, 24, 3, padding=1), nn.Dropout(), nn.Flatten())
     x, before, state = torch.randn(4, 8, 8, 8), copy.deepcopy(model.state_dict()), torch.get_rng_state()

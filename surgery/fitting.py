@@ -1,0 +1,72 @@
+"""Surgery that fits a network to data: what its layers see before the cut, and what the chains are corrected by after it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from passes import host_for
+from passes.errors import SurgeryTypeError
+from passes.metric import Metric
+from passes.result import PassResult
+from passes.site import Site
+
+if TYPE_CHECKING:
+    from surgery.refinement import Refine
+
+__all__ = ["learn", "mend", "usable_batches"]
+
+
+def usable_batches(calibration: Any, refine: Any = None) -> list[Any]:
+    """The batches that a user gave.
+
+    Raises:
+        SurgeryTypeError, SurgeryValueError: they are none, or ``refine`` is no ``Refine``.
+    """
+    from surgery.calibration import batches_of
+    from surgery.refinement import Refine
+
+    if refine is not None and not isinstance(refine, Refine):
+        raise SurgeryTypeError(f"refine: expected surgery.Refine(epochs=..., rate=...), got {refine!r}")
+    return batches_of(calibration)
+
+
+def learn(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> tuple[Mapping[str, Metric], int]:
+    """What matters in each layer's weight, by name, and on how many examples that was seen."""
+    from surgery.calibration import calibrate
+
+    learnt = calibrate(model, batches, sites)
+    return learnt.metrics, learnt.examples
+
+
+def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Refine | None) -> dict[str, float]:
+    """Correct the chains that a cut has made, one after the other, then polish them together; output errors by layer, as ``correct`` has them.
+
+    What else is held elsewhere in the network (tied factors, a shared bias) is left as it is. After an error every number is as it was.
+    """
+    from surgery.correction import correct
+    from surgery.refinement import refine
+
+    cut = {outcome.site for outcome in result.outcomes if outcome.status == "applied"}
+    model = result.model
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    sites = [site for site in host_for(model).sites() if site.name in cut and site.name]
+    layers = {site.name: [f"{site.name}.{piece.name}" for piece in site.pieces] for site in sites}
+    own = {name: [p for layer in names for p in model.get_submodule(layer).parameters() if holders[id(p)] == 1] for name, names in layers.items()}
+    lasts = {name: names[-1] for name, names in layers.items() if all(holders[id(p)] == 1 for p in model.get_submodule(names[-1]).parameters())}
+    factors = [p for parameters in own.values() for p in parameters]
+    before = [p.detach().clone() for p in factors]
+    try:
+        errors = correct(teacher, model, lasts, batches) if lasts else {}
+        if how is not None and factors:
+            refine(teacher, model, factors, batches, how)
+    except BaseException:  # the biases are the caller's own where the surgery is in place
+        with torch.no_grad():
+            for p, value in zip(factors, before, strict=True):
+                p.copy_(value)
+        raise
+    return errors

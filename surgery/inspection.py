@@ -1,0 +1,79 @@
+"""What is learnt of a model before anything is decided: whether surgery can be done on it, and what one forward pass shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes import Observation, observe
+from passes.errors import SurgeryTypeError
+from passes.kinds import kind_of
+from passes.parity import tensors_in
+from passes.running import output_of, private_copy
+from passes.site import Site
+from surgery.cost import chain_macs, count_macs, site_macs
+from surgery.ranks.budget import Totals
+from surgery.record import unwrap
+
+__all__ = ["Seen", "look", "saved_macs", "totals_of", "usable_model"]
+
+
+def usable_model(model: Any) -> None:
+    """Refuse what is no module, or hides one.
+
+    Raises:
+        SurgeryTypeError: not a module, compiled, wrapped for parallel training, sharded, or TorchScript.
+    """
+    if not isinstance(model, nn.Module):
+        raise SurgeryTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SurgeryTypeError("model: a TorchScript module cannot be rewritten; give the module that it was made from")
+    if unwrap(model) is not model:
+        kind = "compiled" if "_orig_mod" in model._modules else f"wrapped in {type(model).__name__}"
+        inner = "model._orig_mod" if "_orig_mod" in model._modules else "model.module"
+        raise SurgeryTypeError(f"model: it is {kind}; do the surgery on {inner}, then compile or wrap the result anew")
+    if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(model).__mro__) or any(
+        type(p).__name__ == "DTensor" for p in model.parameters()
+    ):
+        raise SurgeryTypeError(
+            "model: its parameters are shared out over several processes, and a cut needs all of a weight; do the surgery before fully_shard, or "
+            "gather them (torch.distributed.checkpoint.state_dict.get_state_dict, full_state_dict=True) into a fresh model, cut that, and shard it"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One forward pass of the example inputs: what a host learns from it, the MACs that ran, and the shapes of the inputs; None without inputs."""
+
+    observed: Observation | None = None
+    macs: int | None = None
+    input_shapes: tuple[tuple[int, ...], ...] | None = None
+
+
+def look(model: nn.Module, example_inputs: Any) -> Seen:
+    """Run the model once on the example inputs, if there are any: on a copy, which is gone before any other is made."""
+    if example_inputs is None:
+        return Seen()
+    with count_macs() as counter:
+        observed = observe(model, example_inputs)
+    if observed.gradients:  # the run without them, which failed, was counted as well
+        with count_macs() as counter:
+            output_of(private_copy(model).eval(), example_inputs, gradients=True)
+    return Seen(observed, counter.macs, tuple(tuple(t.shape) for t in tensors_in(example_inputs)))
+
+
+def totals_of(model: nn.Module, seen: Seen) -> Totals:
+    """What the network takes now."""
+    return Totals(params=sum(p.numel() for p in model.parameters()), macs=seen.macs)
+
+
+def saved_macs(site: Site) -> int | None:
+    """MACs that the chain at a site saves over the layer it replaced; 0 where there is none, None where the calls are not known."""
+    if site.chain is None:
+        return 0
+    shapes = kind_of(site.chain).shapes(site.geometry, site.chain, site.bias is not None)
+    before, after = site_macs(site), chain_macs(shapes, site.calls)
+    return None if before is None or after is None else before - after

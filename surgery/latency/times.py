@@ -1,0 +1,118 @@
+"""Times of layers and chains: kept in a profile, measured where it lacks them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from passes.errors import SurgeryError, SurgeryValueError
+from passes.factorization import Factorization
+from passes.kinds import kind_of
+from passes.site import Site
+from surgery.cost.profile import Entry, Profile, TimedShape, cache_file, write_shapes
+from surgery.cost.timing import Conditions, describe, need, time_shapes
+
+__all__ = ["Times", "profile_of", "timed_chain", "timed_layer", "together"]
+
+
+@dataclass(slots=True)
+class Times:
+    """Times of shapes, from a profile; what it lacks is measured, or an error where it is another device's."""
+
+    conditions: Conditions
+    profile: Profile
+    file: Path
+    foreign: bool
+
+    @classmethod
+    def of(cls, conditions: Conditions, path: str | os.PathLike[str] | None) -> Times:
+        need_here = describe(conditions)
+        if path is None:
+            file = cache_file(need_here)
+            try:
+                profile = Profile.load(file)
+            except (SurgeryError, OSError):  # absent, or damaged: measured anew
+                profile = Profile(need_here)
+            if profile.device != need_here:
+                profile = Profile(need_here)
+            return cls(conditions, profile, file, False)
+        file = Path(path)
+        profile = Profile.load(file)
+        return cls(conditions, profile, file, profile.device != need_here)
+
+    def __getitem__(self, shape: TimedShape) -> Entry:
+        return self.profile.entries[shape.key]
+
+    def __contains__(self, shape: TimedShape) -> bool:
+        return shape.key in self.profile.entries
+
+    def measure(self, shapes: Sequence[TimedShape]) -> None:
+        """Time what is not there yet, and keep it."""
+        missing = [shape for shape in dict.fromkeys(shapes) if shape not in self]
+        if not missing or self.foreign:
+            return
+        found, reference = time_shapes(missing, self.conditions)
+        with suppress(SurgeryError, OSError):  # what another process has found meanwhile stays
+            self.profile = Profile.load(self.file)
+        self.profile.add(found, reference)
+        with suppress(OSError):  # a cache that cannot be written costs time only
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.profile.save(self.file)
+
+    def lacks(self, shapes: Sequence[TimedShape]) -> SurgeryValueError:
+        """The error that names what another device has to time, in a file."""
+        file = self.file.with_suffix(".missing.json")
+        missing = [shape for shape in dict.fromkeys(shapes) if shape not in self]
+        try:
+            write_shapes(missing, file)
+            told = f"they are listed in {file}: run `surgery profile {file} --out {self.file}` on that device"
+        except OSError as error:
+            told = f"their list could not be written to {file} ({error}); give a profile in a folder that can be written"
+        return SurgeryValueError(f"ranks: the profile {self.file} lacks {len(missing)} shapes, the first is {missing[0].key!r}; {told}")
+
+
+def profile_of(shapes: Sequence[TimedShape], path: Path, runtime: str, threads: int | None = None) -> Profile:
+    """Time a list of shapes on this machine and add them to the profile at ``path``, or make it.
+
+    Raises:
+        SurgeryValueError: the file is of another device, or none.
+        MissingExtra: the runtime is not installed.
+    """
+    conditions = Conditions(runtime=runtime, threads=threads or torch.get_num_threads())
+    need(runtime)
+    if not path.exists():
+        Profile(describe(conditions)).save(path)
+    times = Times.of(conditions, str(path))
+    if times.foreign:
+        raise SurgeryValueError(f"{path}: it is a profile of {times.profile.device}, this is {describe(conditions)}; give another file")
+    times.measure(shapes)
+    return times.profile
+
+
+def timed_layer(site: Site, runtime: str) -> list[TimedShape]:
+    return [TimedShape((site.geometry,), call.input_shape, *_format(site, runtime)) for call in site.calls or ()]
+
+
+def timed_chain(site: Site, factorization: Factorization, runtime: str) -> list[TimedShape]:
+    layers = tuple(shape.geometry for shape in kind_of(factorization).shapes(site.geometry, factorization, True))
+    return [TimedShape(layers, call.input_shape, *_format(site, runtime)) for call in site.calls or ()]
+
+
+def _format(site: Site, runtime: str) -> tuple[str, bool]:
+    dtype = str(site.dtype).removeprefix("torch.")
+    if runtime not in ("eager", "compile", "train") or site.geometry.dims != 2:
+        return dtype, False
+    weight = site.weight
+    return dtype, not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def together(times: Times, shapes: Sequence[TimedShape]) -> Entry:
+    """Of several calls, together."""
+    entries = [times[shape] for shape in shapes]
+    total = sum(entry.seconds for entry in entries)
+    return Entry(total, sum(entry.spread * entry.seconds for entry in entries) / total if total else 0.0)

@@ -16,8 +16,10 @@ from torch import nn
 from passes.errors import MissingExtra, SurgeryTypeError, SurgeryValueError, nearest
 from surgery.checkpoint import PLAN_FILE, load, read_architecture
 from surgery.record import SurgeryRecord, write_record
+from surgery.zoo.densenet_cifar import densenet40
 from surgery.zoo.resnet_cifar import resnet20, resnet56
 from surgery.zoo.torchvision_ops import import_torchvision
+from surgery.zoo.vgg_cifar import vgg19, vgg19_quarter
 
 __all__ = ["BUNDLED", "load_network", "load_weights", "make"]
 
@@ -25,6 +27,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 BUNDLED: dict[str, tuple[Callable[[], nn.Module], str | None, tuple[int, ...]]] = {
     "resnet20": (resnet20, "resnet20_cifar10.safetensors", (1, 3, 32, 32)),
     "resnet56": (resnet56, None, (1, 3, 32, 32)),
+    "vgg19": (vgg19, None, (1, 3, 32, 32)),
+    "vgg19_quarter": (vgg19_quarter, None, (1, 3, 32, 32)),
+    "densenet40": (densenet40, None, (1, 3, 32, 32)),
 }
 PICTURE = (1, 3, 224, 224)
 REGISTRIES = ("torchvision", "timm", "surgery")

@@ -12,8 +12,10 @@ from torch import nn
 
 import surgery
 from passes.parity import assert_parity
-from surgery.zoo import load_weights, make
+from surgery.zoo import BUNDLED, load_weights, make
+from surgery.zoo.densenet_cifar import CifarDenseNet
 from surgery.zoo.resnet_cifar import resnet20
+from surgery.zoo.vgg_cifar import vgg19
 from tests.conftest import ROOT, data
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -108,6 +110,31 @@ def test_networks_of_others(name):
     from passes.graph_view import same_graph
 
     assert same_graph(surgery.reconstruct(surgery.decompose(traced, 0.5)), traced)
+
+
+def test_parameters_are_those_of_the_published_networks():
+    published = {"resnet20": 269_722, "resnet56": 853_018, "vgg19": 20_035_018, "densenet40": 1_059_298, "vgg19_quarter": 1_255_546}
+    assert set(published) == set(BUNDLED)
+    for name, count in published.items():
+        assert sum(p.numel() for p in make(f"surgery:{name}")[0].parameters()) == count, name
+
+
+@pytest.mark.parametrize(("make_it", "cut"), [(lambda: vgg19(7, width=1 / 16), 16), (lambda: CifarDenseNet(13, 6, 7), 12)], ids=["vgg", "densenet"])
+def test_cifar_networks_give_logits_and_are_cut_and_fused_back(make_it, cut):
+    torch.manual_seed(0)
+    model, x = make_it().eval(), torch.randn(2, 3, 32, 32)
+    assert model(x).shape == (2, 7)
+    net = surgery.decompose(model, {"re:.*": 1.0}, example_inputs=x)
+    assert sum(row.status == "decomposed" for row in surgery.report(net).layers) == cut
+    assert_parity(net(x), model(x))
+    assert_parity(surgery.reconstruct(net)(x), model(x))
+
+
+def test_sizes_that_cifar_networks_cannot_have():
+    with pytest.raises(surgery.SurgeryValueError, match="width"):
+        vgg19(width=0)
+    with pytest.raises(surgery.SurgeryValueError, match="3 n"):
+        CifarDenseNet(41, 12)
 
 
 def test_names_that_mean_nothing():

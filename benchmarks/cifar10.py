@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+FOLDER = "cifar-10-batches-py"
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 TRAIN_FILES = tuple(f"data_batch_{k}" for k in range(1, 6))
@@ -18,13 +19,19 @@ TEST_FILES = ("test_batch",)
 
 def read(root: Path, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """The named files of ``root/cifar-10-batches-py``: normalised images (N, 3, 32, 32) float32 and labels (N,) int64."""
+    pixels, labels = read_pixels(root, files)
+    return normalise(pixels), labels
+
+
+def read_pixels(root: Path, files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Likewise, images as they are in the files: uint8 (N, 3, 32, 32)."""
     images, labels = [], []
     for name in files:
-        with (root / "cifar-10-batches-py" / name).open("rb") as file:
+        with (root / FOLDER / name).open("rb") as file:
             batch = pickle.load(file, encoding="bytes")  # the data set's own format: only read files you trust
         images.append(np.asarray(batch[b"data"]).reshape(-1, 3, 32, 32))
         labels.extend(batch[b"labels"])
-    return normalise(torch.from_numpy(np.concatenate(images))), torch.tensor(labels)
+    return torch.from_numpy(np.concatenate(images)), torch.tensor(labels)
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -1,0 +1,112 @@
+"""How many parameters would each rule leave, had the network been cut after this epoch? Elhoushi et al. 2019 saw EVBMF's grow with training.
+
+    python benchmarks/rank_growth.py RUN [--out FILE]
+
+RUN is the folder of an ``original`` run of ``train_cifar.py`` or ``train_all.py`` with kept checkpoints (``--keep-every 5``); the weights at random,
+epoch 0, are made from its seed. For each checkpoint and rule: parameters after the cut, and every layer's share of its full ranks (the geometric mean
+of its modes), to see which layers grow. The picture has the paper's networks as crosses. Checkpoints that are in FILE
+(``benchmarks/results/rank_growth_NETWORK.json`` by default) are not looked at again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from training.checkpoint import LAST, read_run
+from training.paper import TABLES
+from training.recipe import Recipe, fresh_network
+from training.scenario import Scenario
+
+import surgery
+from passes import host_for
+from passes.factorization import Factorization
+from passes.kinds import kind_of
+from surgery.zoo import load_weights
+
+RESULTS = Path(__file__).parent / "results"
+RULES = ("evbmf", "evbmf:weaken=0.5", "energy:0.8", "energy:0.9", "stable", 0.5)
+
+
+def networks(run: Path) -> Iterator[tuple[int, nn.Module]]:
+    """Epoch and network of each checkpoint of a run, the random weights first."""
+    facts = read_run(run)
+    recipe = Recipe(network=facts["network"], epochs=facts["epochs"], seed=facts["seed"])
+    yield 0, fresh_network(recipe)
+    for file in [*sorted(run.glob("epoch-*.pt"), key=epoch_of), run / LAST]:
+        model = fresh_network(recipe)
+        load_weights(model, file)
+        yield epoch_of(file), model
+
+
+def epoch_of(file: Path) -> int:
+    if file.name == LAST:
+        return int(torch.load(file, map_location="cpu", weights_only=True)["epoch"])
+    return int(file.stem.removeprefix("epoch-"))
+
+
+def look(model: nn.Module, rule: Any) -> dict[str, Any]:
+    """Parameters that a rule leaves, and the share of its full ranks that it leaves each layer."""
+    net = surgery.decompose(model, rule)
+    chains = {site.name: site for site in host_for(net).sites() if site.chain is not None}
+    return {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "shares": {name: share(site.geometry, site.chain) for name, site in chains.items() if site.chain is not None},
+    }
+
+
+def share(geometry: Any, chain: Factorization) -> float:
+    full = kind_of(chain).full_ranks(geometry)
+    return prod((most if rank is None else rank) / most for rank, most in zip(chain.ranks, full, strict=True)) ** (1 / len(full))
+
+
+def draw(network: str, rows: list[dict[str, Any]], file: Path) -> None:
+    """Parameters by epoch, a line a rule; the paper's, cut by EVBMF, as crosses."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        mine = sorted((row["epoch"], row["parameters"]) for row in rows if row["rule"] == rule)
+        axes.plot(*zip(*mine, strict=True), "o-", markersize=3, label=rule)
+    paper = [(Scenario.parse(name).decompose_at, row.parameters) for name, row in TABLES.get(network, {}).items()]
+    cut = [
+        (epoch, parameters) for (epoch, parameters), name in zip(paper, TABLES.get(network, {}), strict=True) if epoch and "reconstruct" not in name
+    ]
+    if cut:
+        axes.plot(*zip(*cut, strict=True), "kx", label="evbmf in the paper")
+    axes.set(xlabel="epochs before the cut", ylabel="parameters after it", title=network, ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of one original run")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/rank_growth_NETWORK.json")
+    options = parser.parse_args(arguments)
+    if not (options.run / LAST).exists() or read_run(options.run)["scenario"] != str(Scenario()):
+        parser.error(f"{options.run} is not the folder of an original run with checkpoints")
+    network = read_run(options.run)["network"].rpartition(":")[2]
+    out = options.out or RESULTS / f"rank_growth_{network}.json"
+    rows = json.loads(out.read_text()) if out.exists() else []
+    for epoch, model in networks(options.run):
+        for rule in RULES:
+            if any((row["epoch"], row["rule"]) == (epoch, str(rule)) for row in rows):
+                continue
+            rows.append({"epoch": epoch, "rule": str(rule)} | look(model, rule))
+            out.parent.mkdir(exist_ok=True)
+            out.write_text(json.dumps(rows, indent=1) + "\n")
+            print(json.dumps({name: value for name, value in rows[-1].items() if name != "shares"}), flush=True)
+    draw(network, rows, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Work through a list of training runs, one at a time, for as long as the machine is idle.
+
+    python benchmarks/train_all.py --data ROOT --out RUNS [--queue benchmarks/training/two_cores.json] [--threads N]
+    python benchmarks/train_all.py --out RUNS --status
+
+The queue is a JSON list of entries with ``network`` and ``epochs``, and where wanted ``scenarios``, ``seeds``, ``priority`` (a number, 1 by default),
+``label`` and ``recipe``: an object of whatever else differs from the defaults of ``training/recipe.py``. Runs of lower priority numbers come first,
+then lower seeds, then in the order of the file, originals before the scenarios that go on from them. Stop it at any time: a run loses the epoch that
+it is in, and goes on from there when the command is given again; runs that are done are passed over. Only one process works on a folder at a time.
+``--status`` says what is done and how long the rest would take by the epochs measured so far. ``training_tables.py`` draws what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from training.checkpoint import folder_of, read_log
+from training.command import order, teller
+from training.data import InMemory, Pictures
+from training.engine import Diverged, run
+from training.recipe import Recipe
+from training.scenario import Scenario, branch_points, usual
+
+from surgery import SurgeryError, SurgeryValueError
+
+QUEUE = Path(__file__).parent / "training" / "two_cores.json"
+FIELDS = {"network", "epochs", "scenarios", "seeds", "priority", "label", "recipe"}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run."""
+
+    recipe: Recipe
+    scenario: Scenario
+    label: str
+    keep: frozenset[int]
+
+    def folder(self, runs: Path) -> Path:
+        return folder_of(runs, self.recipe.network, self.scenario, self.recipe.seed, self.label if self.scenario != Scenario() else "")
+
+    @property
+    def length(self) -> int:
+        return self.scenario.length(self.recipe.epochs)
+
+
+def jobs_of(text: str) -> list[Job]:
+    """The jobs of a queue, in their order. An original that several entries share is one job.
+
+    Raises:
+        SurgeryValueError: not such a list; the entry and what is wrong are named.
+    """
+    try:
+        entries = json.loads(text)
+    except ValueError as error:
+        raise SurgeryValueError(f"queue: not JSON ({error})") from error
+    if not isinstance(entries, list):
+        raise SurgeryValueError("queue: expected a list of entries")
+    found = [job for number, entry in enumerate(entries) for job in _jobs_of_entry(number, entry)]
+    points: dict[tuple[str, int, Scenario, str], set[int]] = {}
+    for _, job in found:
+        for scenario, epochs in branch_points([job.scenario], job.recipe.epochs).items():
+            points.setdefault(_name(job, scenario), set()).update(epochs)
+    ordered: dict[tuple[Any, ...], Job] = {}
+    for _, job in sorted(found, key=lambda pair: pair[0]):
+        name = _name(job, job.scenario)
+        ordered.setdefault(name, Job(job.recipe, job.scenario, job.label, job.keep | points.get(name, set())))
+    return list(ordered.values())
+
+
+def _name(job: Job, scenario: Scenario) -> tuple[str, int, Scenario, str]:
+    return job.recipe.network, job.recipe.seed, scenario, job.label if scenario != Scenario() else ""
+
+
+def _jobs_of_entry(number: int, entry: Any) -> Iterator[tuple[tuple[Any, ...], Job]]:
+    what = f"queue: entry {number + 1}"
+    if not isinstance(entry, dict) or not {"network", "epochs"} <= set(entry) <= FIELDS:
+        raise SurgeryValueError(f"{what}: expected an object with network and epochs, and nothing beyond {sorted(FIELDS)}")
+    options = dict(entry.get("recipe", {}))
+    unknown = set(options) - {field.name for field in fields(Recipe)}
+    if unknown:
+        raise SurgeryValueError(f"{what}: a recipe has no {sorted(unknown)}")
+    options |= {"drops": tuple(options["drops"])} if "drops" in options else {}
+    every = range(5, entry["epochs"] + 1, 5)  # for rank_growth.py
+    for seed in entry.get("seeds", [0]):
+        recipe = Recipe(network=entry["network"], epochs=entry["epochs"], seed=seed, **options)
+        names = entry.get("scenarios") or usual(recipe.network, recipe.epochs)
+        for place, scenario in enumerate(sorted((Scenario.parse(name) for name in names), key=order)):
+            scenario.check(recipe.epochs)
+            keep = frozenset(every if scenario == Scenario() else ())
+            yield (entry.get("priority", 1), seed, number, place), Job(recipe, scenario, entry.get("label", ""), keep)
+
+
+@contextmanager
+def alone(runs: Path) -> Iterator[None]:
+    """Only one process works on a folder.
+
+    Raises:
+        SurgeryValueError: another one does.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    with (runs / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SurgeryValueError(f"out: another process is at work on {runs}") from error
+        yield
+
+
+def work(jobs: list[Job], data: Path, runs: Path) -> list[str]:
+    """Do what is not done yet; what diverged is passed over and named in the end."""
+    held: dict[tuple[Any, ...], Pictures] = {}
+    failed = []
+    for job in jobs:
+        if len(read_log(job.folder(runs))) >= job.length:
+            continue
+        key = job.recipe.batch, job.recipe.device, job.recipe.subset
+        if key not in held:
+            held[key] = InMemory.cifar10(data, *key)
+        try:
+            run(job.recipe, job.scenario, held[key], runs, label=job.label, keep=job.keep, tell=teller(job.recipe, job.scenario))
+        except Diverged as error:
+            failed.append(str(error))
+            print(error, file=sys.stderr, flush=True)
+    return failed
+
+
+def status(jobs: list[Job], runs: Path) -> Iterator[str]:
+    """A line a job: epochs done, and seconds that the rest takes by the epochs that this network's runs took."""
+    total = 0.0
+    for job in jobs:
+        rows = read_log(job.folder(runs))
+        left = job.length - max(len(rows), 0)
+        branch = job.scenario.branch(job.recipe.epochs)
+        left = min(left, job.length - branch[1]) if branch is not None else left
+        seconds = left * _epoch_seconds(job, jobs, runs)
+        total += seconds
+        told = "done" if not left else f"{left} epochs left, about {seconds / 60:.0f} min"
+        yield f"{job.recipe.network} seed {job.recipe.seed} {job.scenario}: {told}"
+    yield f"about {total / 3600:.1f} hours in all" + ("" if total else ", where nothing was measured yet 0 is counted")
+
+
+def _epoch_seconds(job: Job, jobs: list[Job], runs: Path) -> float:
+    rows = read_log(job.folder(runs))
+    for other in (job, *(j for j in jobs if j.recipe.network == job.recipe.network)):
+        rows = rows or read_log(other.folder(runs))
+    if not rows:
+        return 0.0
+    return statistics.median(b["seconds"] - a["seconds"] for a, b in zip([{"seconds": 0.0}, *rows], rows, strict=False))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder that holds cifar-10-batches-py")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--queue", type=Path, default=QUEUE)
+    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument("--status", action="store_true", help="say what is done, and do nothing")
+    options = parser.parse_args()
+    if options.data is None and not options.status:
+        parser.error("--data is needed, but for --status")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        jobs = jobs_of(options.queue.read_text())
+        if options.status:
+            print("\n".join(status(jobs, options.out)))
+            return
+        with alone(options.out):
+            failed = work(jobs, options.data, options.out)
+    except SurgeryError as error:
+        raise SystemExit(f"{parser.prog}: {error}") from error
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()

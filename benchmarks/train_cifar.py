@@ -1,0 +1,30 @@
+"""The paper's training runs on CIFAR-10: accuracy against time, whole, decomposed in training, fused back, and decomposed after training.
+
+    python benchmarks/train_cifar.py --data ROOT --out RUNS [--network surgery:vgg19] [--epochs 200] [--scenarios original decompose-10 ...]
+
+ROOT holds the official ``cifar-10-batches-py``. Scenarios (Elhoushi et al. 2019, section 4): ``original``; ``decompose-N``, after N epochs;
+``decompose-N-reconstruct-M``; ``after-F``, decomposed after the last epoch and fine-tuned for F more. The paper's are the default, in shorter runs
+those at the same shares of the run. The learning rate drops to a tenth after 50 % and after 75 % of the epochs.
+
+Each run has a folder in RUNS with a log (a row an epoch: accuracy, seconds with surgery, parameters, MACs), the report of its surgery and its last
+checkpoint; started again it goes on to the bit (on a CPU). Scenarios go on from checkpoints of those that they share their first epochs with, and are
+charged that time. ``benchmarks/training/figures.py`` draws tables and figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from training.command import add_arguments, main
+from training.data import InMemory
+from training.recipe import Recipe
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(made, Recipe(network="surgery:vgg19", epochs=200))
+    return made
+
+
+if __name__ == "__main__":
+    main(parser(), lambda options: InMemory.cifar10(options.data, options.batch, options.device, options.subset))

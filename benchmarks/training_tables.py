@@ -1,0 +1,51 @@
+"""Tables 1 to 4 and figures 3 to 6 of the paper from runs of ``train_cifar.py``, ``train_imagenet.py`` and ``train_all.py``.
+
+    python benchmarks/training_tables.py RUNS [--out benchmarks/results/training]
+
+For each network in RUNS: the logs, without checkpoints, and ``report.json`` of each run, ``table.md`` and ``summary.json`` with the paper's numbers
+beside ours, and ``figure.png``. Tables are of complete runs, figures of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+from training.checkpoint import LOG, REPORT, RUN
+from training.figures import draw
+from training.tables import logged, summary, table
+
+RESULTS = Path(__file__).parent / "results" / "training"
+
+
+def publish(runs: Path, out: Path) -> None:
+    """Everything that is told of the runs in one folder, into another."""
+    for network, group in itertools.groupby(logged(runs), key=lambda run: run.network):
+        mine = list(group)
+        for run in mine:
+            place = out / network / run.folder.name
+            place.mkdir(parents=True, exist_ok=True)
+            for name in (RUN, LOG, REPORT):
+                if (run.folder / name).exists() and run.folder != place:
+                    shutil.copyfile(run.folder / name, place / name)
+        rows = summary(mine)
+        (out / network / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (out / network / "table.md").write_text(table(network, rows))
+        draw(mine, out / network / "figure.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder of all runs")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if not logged(options.runs):
+        parser.error(f"{options.runs} holds no runs")
+    publish(options.runs, options.out)
+
+
+if __name__ == "__main__":
+    main()

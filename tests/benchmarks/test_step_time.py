@@ -1,0 +1,60 @@
+"""Plans of ``benchmarks/step_time.py``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import surgery
+from surgery import Channel, Keep, Plan, Tucker
+
+sys.path.insert(1, str(Path(__file__).parents[2] / "benchmarks"))
+
+import step_time
+
+
+def test_the_lower_of_two_plans():
+    one = Plan({"a": Tucker(8, None), "b": Keep("b"), "c": Keep("c"), "d": Channel(3)})
+    other = Plan({"a": Tucker(16, 8), "b": Tucker(4, 4), "c": Keep("other"), "d": Channel(2)})
+    lower = step_time.lower_of(one, other)
+    assert dict(lower) == {"a": Tucker(8, 8), "b": Tucker(4, 4), "c": Keep("other"), "d": Channel(2)}
+
+
+def test_a_plan_stays_within_parameters_and_drops_cuts_that_cost_time(monkeypatch, tmp_path):
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1))
+    x = torch.randn(2, 3, 8, 8)
+    case = step_time.Case(2, 8, 30_000, 0.6, 1.0)
+    slow = {"1"}
+
+    def times(self, site, decision, runtime):
+        from surgery.cost.profile import Entry
+
+        return Entry(1.0, 0.0), Entry(2.0 if site.name in slow else 0.5, 0.0)
+
+    monkeypatch.setattr(step_time.Stopwatch, "times", times)
+    plan = step_time.plan_for(model, x, case)
+    net = surgery.decompose(model, plan, example_inputs=x)
+    assert step_time.parameters(net) <= case.params
+    assert surgery.report(net).macs_after <= 0.6 * surgery.report(net).macs_before
+    slow.add("2")
+    all_slow = step_time.plan_for(model, x, case)
+    left = {name for name, decision in all_slow.items() if not isinstance(decision, Keep)}
+    assert left < {name for name, decision in plan.items() if not isinstance(decision, Keep)} | {"1"}
+    assert step_time.parameters(surgery.decompose(model, all_slow)) <= case.params
+
+
+def test_a_measured_row(tmp_path, monkeypatch):
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
+    case = step_time.Case(2, 32, 150_000, 0.5, 1.0)
+    plan = tmp_path / "resnet20.json"
+    surgery.plan(step_time.make("surgery:resnet20")[0], 0.5, round_to=8).save(plan)
+    row = step_time.measure("surgery:resnet20", case, plan, repeats=4, threads=1, replan=False)
+    assert row["parameters"] < row["parameters_before"] == 269_722
+    assert row["time_ratio_low"] <= row["time_ratio"] <= row["time_ratio_high"]
+    assert row["macs_ratio"] > 1
+    assert step_time.key(row)[1] == f"{tmp_path.name}/resnet20.json"

@@ -1,0 +1,224 @@
+"""Training runs of ``benchmarks/training``: scenarios, what they share, and going on where they were cut off."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import surgery
+from surgery.zoo.torchvision_ops import import_torchvision
+
+sys.path.insert(1, str(Path(__file__).parents[2] / "benchmarks"))
+
+import train_cifar
+import train_imagenet
+from training.checkpoint import folder_of, read_log
+from training.command import train
+from training.data import Folder, InMemory
+from training.engine import Diverged, run
+from training.recipe import Recipe
+from training.scenario import Scenario, branch_points, usual
+
+NETWORK = "tests.benchmarks.test_training:tiny"
+TIMES = {"surgery_seconds", "train_seconds", "evaluation_seconds", "seconds", "load_average"}
+RECIPE = Recipe(network=NETWORK, epochs=4, batch=32, rate=0.05, ranks=0.4, guard="macs", round_to=1, batch_norm=1, warm_up=3)
+ALL = tuple(Scenario.parse(name) for name in ("original", "decompose-1", "decompose-1-reconstruct-3", "after-2"))
+
+
+def tiny():
+    layers = [nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder as of CIFAR-10 with 260 + 60 pictures of noise whose mean tells the class."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "cifar-10-batches-py").mkdir()
+    draw = np.random.default_rng(0)
+    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
+        count = 60 if name == "test_batch" else 52
+        labels = draw.integers(0, 10, count)
+        pixels = np.clip(draw.normal(20 + 22 * labels[:, None], 30, (count, 3072)), 0, 255).astype(np.uint8)
+        with (folder / "cifar-10-batches-py" / name).open("wb") as file:
+            pickle.dump({b"data": pixels, b"labels": labels.tolist()}, file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(root):
+    return InMemory.cifar10(root, batch=32, device="cpu")
+
+
+class Counted:
+    """Pictures that count the epochs that were trained on them."""
+
+    def __init__(self, inner):
+        self.inner, self.test, self.sample, self.epochs = inner, inner.test, inner.sample, []
+
+    def train(self, seed, epoch):
+        self.epochs.append(epoch)
+        return self.inner.train(seed, epoch)
+
+
+def weights(runs, scenario, file="last.pt"):
+    return torch.load(folder_of(runs, NETWORK, scenario, 0) / file, weights_only=True)["model"]
+
+
+def untimed(rows):
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def test_every_picture_once_an_epoch_shifted_and_flipped(pictures):
+    seen = list(pictures.train(3, 0))
+    assert [len(x) for x, _ in seen] == [32] * 8
+    again = list(pictures.train(3, 0))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(seen, again, strict=True))
+    assert not torch.equal(seen[0][0], next(pictures.train(3, 1))[0])
+    x, _ = seen[0]
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    small = InMemory(pictures.padded[:12], pictures.labels[:12], pictures.test_pixels, pictures.test_labels, 32)
+    ((x, y),) = small.train(0, 0)  # fewer than a batch
+    pixels = ((x * std + mean) * 255).round().to(torch.uint8)
+    views = small.padded.permute(0, 3, 1, 2).unfold(2, 32, 1).unfold(3, 32, 1)[:, 0]  # of the red of all pictures
+    used = []
+    for picture, label in zip(pixels[:, 0], y, strict=True):
+        plain, flipped = ((views == p).flatten(-2).all(-1).nonzero()[:, 0].tolist() for p in (picture, picture.flip(1)))
+        (found,) = plain or flipped
+        assert small.labels[found] == label
+        used.append((found, bool(flipped)))
+    assert sorted(number for number, _ in used) == list(range(12))
+    assert len({flipped for _, flipped in used}) == 2
+
+
+def test_scenarios_by_name():
+    for name in ("original", "decompose-10", "decompose-10-reconstruct-190", "after-40"):
+        assert str(Scenario.parse(name)) == name
+    for name in ("decompose", "after-", "decompose-5-reconstruct-5"):
+        with pytest.raises(surgery.SurgeryValueError, match=name):
+            Scenario.parse(name)
+    with pytest.raises(surgery.SurgeryValueError, match="epoch 190"):
+        Scenario.parse("decompose-10-reconstruct-190").check(190)
+    assert branch_points(ALL, 4) == {ALL[0]: {1, 4}, ALL[1]: {3}}
+    assert len(usual("surgery:vgg19", 200)) == 8
+    assert usual("surgery:vgg19", 15) == ("original", "decompose-1", "decompose-1-reconstruct-14", "after-3")
+
+
+def test_the_rate_drops_at_shares_of_the_run():
+    recipe = Recipe(network=NETWORK, epochs=8)
+    assert [recipe.rate_of(Scenario(fine_tune=2), e) for e in range(10)] == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2 + [0.01, 0.001])
+
+
+def test_scenarios_train_once_what_they_share(pictures, tmp_path):
+    counted = Counted(pictures)
+    keep = branch_points(ALL, 4)
+    original, cut, back, after = (run(RECIPE, s, counted, tmp_path, keep=keep.get(s, ())) for s in ALL)
+    assert [e for e in counted.epochs if e < 100] == [0, 1, 2, 3, 1, 2, 3, 3, 4, 5]
+    assert [len(rows) for rows in (original, cut, back, after)] == [4, 4, 4, 6]
+    assert cut[:1] == original[:1]
+    assert back[:3] == cut[:3]
+    assert after[:4] == original
+    whole, small = original[0]["parameters"], cut[1]["parameters"]
+    assert small < whole
+    assert [row["parameters"] for row in cut] == [whole, small, small, small]
+    assert [row["parameters"] for row in back] == [whole, small, small, whole]
+    assert [row["surgery"] for row in back] == [None, "decomposed", None, "whole"]
+    assert cut[1]["macs"] < original[1]["macs"] == back[3]["macs"]
+    for rows in (original, cut, back, after):
+        assert rows == read_log(folder_of(tmp_path, NETWORK, ALL[(original, cut, back, after).index(rows)], 0))
+        assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(rows))
+        assert rows[-1]["best_top1"] == max(row["top1"] for row in rows)
+        assert rows[-1]["top5"] >= rows[-1]["top1"] > 10
+        last = rows[-1]
+        assert last["seconds"] == pytest.approx(sum(last[name] for name in TIMES - {"seconds", "load_average"}), abs=0.02)
+    assert cut[-1]["surgery_seconds"] > 0 == original[-1]["surgery_seconds"]
+    report = json.loads((folder_of(tmp_path, NETWORK, ALL[1], 0) / "report.json").read_text())
+    assert any(layer["status"] == "decomposed" for layer in report["layers"])
+
+
+@pytest.mark.parametrize("scenario", ALL, ids=str)
+def test_a_run_that_was_cut_off_goes_on_to_the_bit(pictures, tmp_path, scenario):
+    at_once = run(RECIPE, scenario, pictures, tmp_path / "at once")
+    for until in range(1, len(at_once) + 1):
+        rows = run(RECIPE, scenario, pictures, tmp_path / "in parts", until=until)
+    assert untimed(rows) == untimed(at_once)
+    one, other = weights(tmp_path / "at once", scenario), weights(tmp_path / "in parts", scenario)
+    assert list(one) == list(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_branch_equals_a_run_from_the_beginning(pictures, tmp_path):
+    alone = run(RECIPE, ALL[1], pictures, tmp_path / "alone")
+    run(RECIPE, ALL[0], pictures, tmp_path, keep={1})
+    assert untimed(run(RECIPE, ALL[1], pictures, tmp_path)) == untimed(alone)
+    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path, ALL[1]).values(), weights(tmp_path / "alone", ALL[1]).values(), strict=True))
+
+
+def test_a_checkpoint_that_was_not_kept_costs_time_only(pictures, tmp_path):
+    run(RECIPE, ALL[0], pictures, tmp_path)
+    counted = Counted(pictures)
+    assert len(run(RECIPE, ALL[1], counted, tmp_path)) == 4
+    assert [e for e in counted.epochs if e < 100] == [0, 1, 2, 3]
+
+
+def test_runs_of_two_recipes_do_not_mix(pictures, tmp_path):
+    run(RECIPE, ALL[0], pictures, tmp_path, until=1)
+    with pytest.raises(surgery.SurgeryValueError, match=r"rate 0\.05, not 0\.2"):
+        run(replace(RECIPE, rate=0.2), ALL[0], pictures, tmp_path)
+    run(replace(RECIPE, ranks=0.9), ALL[0], pictures, tmp_path, until=2)  # what an original does not depend on
+    run(RECIPE, ALL[1], pictures, tmp_path, until=2)
+    with pytest.raises(surgery.SurgeryValueError, match=r"ranks 0\.4, not 0\.9"):
+        run(replace(RECIPE, ranks=0.9), ALL[1], pictures, tmp_path)
+    run(replace(RECIPE, ranks=0.9), ALL[1], pictures, tmp_path, label="wide", until=2)
+
+
+def test_a_run_that_diverges_says_so(pictures, tmp_path):
+    with pytest.raises(Diverged, match=r"original: the loss of epoch 1 is"):
+        run(replace(RECIPE, rate=1e30), ALL[0], pictures, tmp_path)
+
+
+def test_the_command_trains_what_it_is_told(root, tmp_path, capsys):
+    text = f"--data {root} --out {tmp_path} --network {NETWORK} --epochs 2 --batch 32 --subset 64 --scenarios after-1 original decompose-1"
+    options = train_cifar.parser().parse_args([*text.split(), "--ranks", "0.5", "--guard", "none", "--bf16", "--contiguous"])
+    train(options, InMemory.cifar10(root, 32, "cpu", 64))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["scenario"], row["epoch"]) for row in rows] == [("original", 1), ("original", 2), ("decompose-1", 2), ("after-1", 3)]
+    facts = json.loads((folder_of(tmp_path, NETWORK, "after-1", 0) / "run.json").read_text())
+    assert (facts["ranks"], facts["bf16"], facts["channels_last"], facts["subset"]) == (0.5, True, False, 64)
+    with pytest.raises(surgery.SurgeryValueError, match="cifar-10-batches-py"):
+        InMemory.cifar10(tmp_path, 32, "cpu")
+    with pytest.raises(surgery.SurgeryValueError, match="subset"):
+        InMemory.cifar10(root, 32, "cpu", 31)
+
+
+def test_a_folder_of_pictures(tmp_path):
+    try:
+        import_torchvision()
+    except surgery.MissingExtra as error:
+        pytest.skip(str(error))
+    image = pytest.importorskip("PIL.Image")
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 5), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for k in range(count):
+                image.fromarray(draw.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(tmp_path / part / name / f"{k}.png")
+    options = train_imagenet.parser().parse_args(["--data", str(tmp_path), "--out", str(tmp_path / "runs"), "--batch", "4"])
+    assert (options.epochs, options.network) == (90, "torchvision:resnet50")
+    pictures = Folder(tmp_path, batch=4, device="cpu", size=32, workers=0)
+    rows = run(Recipe(network=NETWORK, epochs=2, batch=4, ranks=0.5, guard="macs", round_to=1), Scenario(1), pictures, tmp_path / "runs")
+    assert len(rows) == 2
+    assert rows[1]["parameters"] < rows[0]["parameters"]
+    assert all(torch.equal(a, b) for a, b in zip(pictures.sample(2), pictures.sample(2), strict=True))
+    with pytest.raises(surgery.SurgeryValueError, match="'train'"):
+        Folder(tmp_path / "runs", 4, "cpu")

@@ -1,0 +1,110 @@
+"""Queues of training runs, and what is drawn of their logs: ``benchmarks/train_all.py``, ``training_tables.py``, ``rank_growth.py``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import surgery
+
+sys.path.insert(1, str(Path(__file__).parents[2] / "benchmarks"))
+
+import rank_growth
+import train_all
+from training.checkpoint import folder_of, write_run
+from training.paper import TABLES
+from training.scenario import Scenario
+from training.tables import logged, summary, table
+from training_tables import publish
+
+from tests.benchmarks.test_training import NETWORK, root  # noqa: F401  a fixture
+
+ENTRY = {"network": NETWORK, "epochs": 3, "recipe": {"batch": 32, "ranks": 0.5, "guard": "none", "round_to": 1, "drops": [0.5]}}
+
+
+def queue(*entries):
+    return json.dumps([ENTRY | entry for entry in entries])
+
+
+def test_a_queue_is_worked_off_in_order():
+    later = {"scenarios": ["decompose-1"], "seeds": [0], "priority": 2, "label": "again"}
+    jobs = train_all.jobs_of(queue(later, {"scenarios": ["after-2", "original"], "seeds": [1, 0]}))
+    assert [(str(job.scenario), job.recipe.seed, job.label) for job in jobs] == [
+        ("original", 0, ""),
+        ("after-2", 0, ""),
+        ("original", 1, ""),
+        ("after-2", 1, ""),
+        ("decompose-1", 0, "again"),
+    ]
+    assert jobs[0].keep == {1, 3}  # where the others go on
+    assert jobs[2].keep == {3}
+    assert jobs[0].recipe.drops == (0.5,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("{}", "a list"),
+        ('[{"network": "surgery:vgg19"}]', "entry 1"),
+        (queue({"recipe": {"learning_rate": 1}}), "learning_rate"),
+        (queue({"scenarios": ["decompose-3"]}), "3 epochs"),
+    ],
+)
+def test_queues_that_mean_nothing(text, message):
+    with pytest.raises(surgery.SurgeryValueError, match=message):
+        train_all.jobs_of(text)
+
+
+def test_from_a_queue_to_tables_and_figures(root, tmp_path, capsys):  # noqa: F811
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    jobs = train_all.jobs_of(queue({"scenarios": ["original", "decompose-1"]}))
+    assert next(iter(train_all.status(jobs, runs))).endswith("3 epochs left, about 0 min")
+    with train_all.alone(runs):
+        with pytest.raises(surgery.SurgeryValueError, match="another process"), train_all.alone(runs):
+            pass
+        assert train_all.work(jobs, root, runs) == []
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 2
+    assert train_all.work(jobs, root, runs) == []
+    assert capsys.readouterr().out == ""
+    assert all("done" in line for line in list(train_all.status(jobs, runs))[:-1])
+
+    publish(runs, out)
+    (network,) = out.iterdir()
+    whole, cut = json.loads((network / "summary.json").read_text())
+    assert whole["top1_less_original"] == 0
+    ends = [run.rows[-1] for run in logged(out)]
+    assert cut["top1_less_original"] == pytest.approx(ends[1]["top1"] - ends[0]["top1"])
+    assert cut["original_time_over_time"] == pytest.approx(ends[0]["seconds"] / ends[1]["seconds"])
+    assert len((network / "table.md").read_text().splitlines()) == 4
+    assert not list(network.rglob("*.pt"))
+    pytest.importorskip("matplotlib")
+    assert (network / "figure.png").stat().st_size > 5000
+
+    rank_growth.main([str(runs / "tiny" / "original-seed0"), "--out", str(tmp_path / "growth.json")])
+    rows = json.loads((tmp_path / "growth.json").read_text())
+    assert {row["epoch"] for row in rows} == {0, 1, 3}
+    half = [row for row in rows if row["rule"] == "0.5"]
+    assert all(row["parameters"] == cut["parameters"] and row["shares"] == pytest.approx({"0": 0.5, "3": 0.5}, abs=0.2) for row in half)
+
+
+def test_tables_have_the_papers_numbers_beside_ours(tmp_path):
+    for name, seconds, top1 in (("original", 100.0, 90.0), ("decompose-10", 50.0, 89.5)):
+        folder = folder_of(tmp_path, "surgery:vgg19", name, 0)
+        write_run(folder, {"network": "surgery:vgg19", "scenario": name, "epochs": 1, "seed": 0, "label": ""})
+        row = {"epoch": 1, "top1": top1, "top5": 99.0, "best_top1": top1, "parameters": 10, "seconds": seconds, "surgery_seconds": 0, "surgery": None}
+        (folder / "log.jsonl").write_text(json.dumps(row) + "\n")
+    rows = summary(logged(tmp_path))
+    assert rows[1]["original_time_over_time"] == 2.0
+    assert rows[1]["paper"]["original_time_over_time"] == pytest.approx(4.77 / 2.32)
+    assert "| decompose-10 | 1 | 89.50 | 89.50 | -0.50 | 10 | 0.8 min | 2.00 | 91.69 | 91.39 | 749,000 | 2.32 | 2.06 |" in table("vgg19", rows)
+
+
+def test_the_papers_scenarios_are_those_that_are_run():
+    from training.scenario import PAPER
+
+    assert {network.rpartition(":")[2]: set(names) for network, names in PAPER.items()} == {name: set(rows) for name, rows in TABLES.items()}
+    assert all(str(Scenario.parse(name)) == name for rows in TABLES.values() for name in rows)

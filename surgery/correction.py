@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -11,17 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.chain import pieces_of, plain_layer
 from passes.geometry import Geometry, Piece
 from passes.parity import private_inputs, tensors_in
 from passes.refit import refit, rows
-from passes.running import arguments, quiet_run
+from passes.running import arguments, private_copy, quiet_run
+from surgery.lockstep import Enough, OutOfStep, Pass
 
 __all__ = ["can_be_refitted", "correct"]
 
 LARGEST = 1152  # numbers that a kernel sees, of which the second moments are taken
-STAGES = 16  # layers are taken one after the other where there are no more than so many, else in so many groups, in order
+HELD = 0.25  # share of the machine's, or the GPU's, memory that networks which are stopped on their way may take
+STAGES = 16  # where that is too little, layers are taken in at most so many groups, in order
 
 
 def correct(original: nn.Module, model: nn.Module, chains: Mapping[str, str], batches: Sequence[Any]) -> dict[str, float]:
@@ -30,64 +35,124 @@ def correct(original: nn.Module, model: nn.Module, chains: Mapping[str, str], ba
     For every chain the inputs of its last layer in ``model``, as it is then, and the outputs that its layer had in ``original`` give the moments.
     Later chains are so corrected for what earlier ones have left. Both networks run in eval mode.
 
+    All batches go through both networks once, side by side, and stop at every chain until it is corrected: what the rest of the pass needs is held
+    for all of them. Where that is too much memory, passes begin anew for each of up to ``STAGES`` groups of chains.
+
     Args:
-        original: the network before the cut; of no other use afterwards than to be run again.
+        original: the network before the cut.
         model: the decomposed network.
         chains: for the name of each layer in ``original`` that of its chain's last layer in ``model``.
-        batches: as for ``calibrate``; they are gone through as often as there are stages.
+        batches: as for ``calibrate``.
 
     Returns:
         For each layer that could be corrected |Y - Y'|_F / |Y|_F of its outputs over the batches, with the errors made before it.
     """
-    training = {module: module.training for module in (*original.modules(), *model.modules())}
-    original.eval()
-    model.eval()
-    found: dict[str, float] = {}
+    original, model = (private_copy(network, share_parameters=True).eval() for network in (original, model))  # buffers may count what goes through
+    with quiet_run():
+        calls, needed = _first_pass(model, list(chains.values()), batches)
+        refitted = [name for name, last in chains.items() if last in calls and can_be_refitted(Geometry.of(model.get_submodule(last)))]
+        refitted.sort(key=lambda name: list(calls).index(chains[name]))
+        ordered = {name: chains[name] for name in refitted}
+        errors = _in_step(original, model, ordered, calls, batches) if 2 * needed <= HELD * _memory(model) else {}
+        rest = refitted[len(errors) :]
+        size = -(-len(rest) // STAGES) or 1
+        for start in range(0, len(rest), size):
+            stage = {name: chains[name] for name in rest[start : start + size]}
+            errors |= _correct_together(original, model, stage, calls, batches)
+    return {name: error for name, error in errors.items() if error is not None}
+
+
+def _in_step(
+    original: nn.Module, model: nn.Module, chains: Mapping[str, str], calls: Mapping[str, int], batches: Sequence[Any]
+) -> dict[str, float | None]:
+    """All chains, or those before the first that some batch does not reach in this order, each with what ``_Moments.solve`` gives."""
+    found: dict[str, float | None] = {}
+    pairs = [(Pass(original, chains, batch, outputs=True), Pass(model, chains.values(), batch, outputs=False)) for batch in batches]
     try:
-        with quiet_run():
-            calls = _calls(model, list(chains.values()), batches[0])
-            refitted = [name for name, last in chains.items() if last in calls and can_be_refitted(Geometry.of(model.get_submodule(last)))]
-            refitted.sort(key=lambda name: list(calls).index(chains[name]))
-            size = -(-len(refitted) // STAGES) or 1
-            for start in range(0, len(refitted), size):
-                stage = {name: chains[name] for name in refitted[start : start + size]}
-                found |= _correct_together(original, model, stage, calls, batches)
+        for name, last in chains.items():
+            moments = _Moments(model.get_submodule(last))
+            for before, after in pairs:
+                wanted, given = before.reach(name), after.reach(last)
+                if wanted is not None and given is not None and calls[last] == 1:
+                    moments.add(given, wanted)
+            if calls[last] == 1:
+                found[name] = moments.solve()
+            else:  # it is needed before all is known: a look ahead, with what has been corrected
+                found |= _correct_together(original, model, {name: last}, calls, batches)
+    except OutOfStep:
+        pass
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        for one in (each for pair in pairs for each in pair):
+            one.close()
     return found
 
 
-class _Enough(BaseException):
-    """All that was to be seen of this pass has been seen. No ``Exception``, which a model might catch."""
+def _memory(model: nn.Module) -> float:
+    """Bytes that the model's device has."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return 16 * 2.0**30
+
+
+class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what tensors are made, to know how many bytes are still held."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(output):
+            if tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
+        return output
+
+    def held(self) -> int:
+        """Bytes of those that are there."""
+        self._made = {key: (storage, size) for key, (storage, size) in self._made.items() if not storage.expired()}  # type: ignore[no-untyped-call]
+        return sum(size for _, size in self._made.values())
+
+
+def _first_pass(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> tuple[dict[str, int], float]:
+    """How often each module is called, in the order of the first calls, and the bytes that passes of all batches hold at most, stopped there.
+
+    Learnt from the first batch.
+    """
+    calls: dict[str, int] = {}
+    most = 0
+
+    def note(name: str, *_: Any) -> None:
+        nonlocal most
+        calls[name] = calls.get(name, 0) + 1
+        most = max(most, alive.held())
+
+    with _Alive() as alive:
+        _watched(model, names, note, batches[0])
+    sizes = [sum(t.numel() for t in tensors_in(batch)) for batch in batches]
+    return calls, most * sum(sizes) / max(sizes[0], 1)
 
 
 def _watched(model: nn.Module, names: Iterable[str], note: Callable[..., None], batch: Any) -> None:
-    """One pass of a batch, with ``note(name, module, args, output)`` after each call of the named modules; it may end the pass by ``_Enough``."""
+    """One pass of a batch, with ``note(name, module, args, output)`` after each call of the named modules; it may end the pass by ``Enough``."""
     handles = [model.get_submodule(name).register_forward_hook(partial(note, name)) for name in names]
     args, kwargs = arguments(private_inputs(batch))
     try:
-        with suppress(_Enough):
+        with suppress(Enough):
             model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _calls(model: nn.Module, names: Sequence[str], batch: Any) -> dict[str, int]:
-    """How often each module is called, in the order of the first calls."""
-    found: dict[str, int] = {}
-
-    def note(name: str, *_: Any) -> None:
-        found[name] = found.get(name, 0) + 1
-
-    _watched(model, names, note, batch)
-    return found
-
-
 def _correct_together(
     original: nn.Module, model: nn.Module, stage: Mapping[str, str], calls: Mapping[str, int], batches: Sequence[Any]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     moments = {name: _Moments(model.get_submodule(last)) for name, last in stage.items()}
     for batch in batches:
         wanted = _seen(original, {name: calls[last] for name, last in stage.items()}, batch, outputs=True)
@@ -95,7 +160,7 @@ def _correct_together(
         for name, last in stage.items():
             for x, y in zip(given[last], wanted[name], strict=False):
                 moments[name].add(x, y)
-    return {name: error for name, each in moments.items() if (error := each.solve()) is not None}
+    return {name: each.solve() for name, each in moments.items()}
 
 
 def _seen(model: nn.Module, calls: Mapping[str, int], batch: Any, *, outputs: bool) -> dict[str, list[Tensor]]:
@@ -107,7 +172,7 @@ def _seen(model: nn.Module, calls: Mapping[str, int], batch: Any, *, outputs: bo
         if value is not None:
             found[name].append(value.detach().clone())  # what comes next may work in place
         if all(len(found[name]) >= often for name, often in calls.items()):
-            raise _Enough
+            raise Enough
 
     _watched(model, calls, note, batch)
     return found

@@ -46,10 +46,13 @@ def learn(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> tu
 def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Refine | None) -> dict[str, float]:
     """Correct the chains that a cut has made, one after the other, then polish them together; output errors by layer, as ``correct`` has them.
 
+    In between the statistics of batch norms are taken anew where that is seen to help.
+
     What else is held elsewhere in the network (tied factors, a shared bias) is left as it is. After an error every number is as it was.
     """
     from surgery.correction import correct
     from surgery.refinement import refine
+    from surgery.training.batch_norm import reestimate_where_it_helps, statistics_of
 
     cut = {outcome.site for outcome in result.outcomes if outcome.status == "applied"}
     model = result.model
@@ -59,14 +62,17 @@ def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Re
     own = {name: [p for layer in names for p in model.get_submodule(layer).parameters() if holders[id(p)] == 1] for name, names in layers.items()}
     lasts = {name: names[-1] for name, names in layers.items() if all(holders[id(p)] == 1 for p in model.get_submodule(names[-1]).parameters())}
     factors = [p for parameters in own.values() for p in parameters]
-    before = [p.detach().clone() for p in factors]
+    changing = [*factors, *statistics_of(model)]
+    before = [t.detach().clone() for t in changing]
     try:
         errors = correct(teacher, model, lasts, batches) if lasts else {}
+        if sites:
+            reestimate_where_it_helps(teacher, model, batches)
         if how is not None and factors:
             refine(teacher, model, factors, batches, how)
-    except BaseException:  # the biases are the caller's own where the surgery is in place
+    except BaseException:  # biases and statistics are the caller's own where the surgery is in place
         with torch.no_grad():
-            for p, value in zip(factors, before, strict=True):
-                p.copy_(value)
+            for tensor, value in zip(changing, before, strict=True):
+                tensor.copy_(value)
         raise
     return errors

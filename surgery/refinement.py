@@ -15,7 +15,7 @@ from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.parity import private_inputs, tensors_in
 from passes.running import arguments, kept_random_states
 
-__all__ = ["Refine", "refine"]
+__all__ = ["Refine", "distance", "outputs_on", "refine"]
 
 SHORTER = 0.3  # what becomes of the rate after an epoch that did not help
 
@@ -75,8 +75,7 @@ def refine(
             for p in model.parameters():
                 p.requires_grad_(id(p) in chosen)
                 p.grad = None
-            with torch.no_grad():
-                targets = [[t.detach() for t in _outputs(original, batch)] for batch in batches]
+            targets = outputs_on(original, batches)
             _descend(model, parameters, batches, targets, how, progress)
         finally:
             for p, wanted in trainable.items():
@@ -94,9 +93,9 @@ def _descend(
     how: Refine,
     progress: Callable[[int, float], None] | None,
 ) -> None:
-    scales = [sum(float(target[i].double().square().sum()) for target in targets) or 1.0 for i in range(len(targets[0]))]
+    scales = _scales(targets)
     sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
-    best, kept = _distance(model, batches, targets, scales), [p.detach().clone() for p in parameters]
+    best, kept = distance(model, batches, targets), [p.detach().clone() for p in parameters]
     optimizer, rate = torch.optim.Adam([{"params": [p]} for p in parameters]), how.rate
     for epoch in range(how.epochs):
         falling = (1 + cos(pi * epoch / how.epochs)) / 2
@@ -107,7 +106,7 @@ def _descend(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        reached = _distance(model, batches, targets, scales)
+        reached = distance(model, batches, targets)
         if reached < best:
             best, kept = reached, [p.detach().clone() for p in parameters]
         else:  # the steps were too long: once more from the best so far, with shorter ones
@@ -125,9 +124,21 @@ def _put_back(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> N
             p.copy_(value)
 
 
-def _distance(model: nn.Module, batches: Sequence[Any], targets: Sequence[Sequence[Tensor]], scales: Sequence[float]) -> float:
+def outputs_on(model: nn.Module, batches: Sequence[Any]) -> list[list[Tensor]]:
+    """All floating-point tensors that the model, which is in eval mode, gives for each batch."""
+    with torch.no_grad():
+        return [[t.detach() for t in _outputs(model, batch)] for batch in batches]
+
+
+def distance(model: nn.Module, batches: Sequence[Any], targets: Sequence[Sequence[Tensor]]) -> float:
+    """The squared distance of the outputs of the model, in eval mode, from targets as ``outputs_on`` gives them, relative to their squares."""
+    scales = _scales(targets)
     with torch.no_grad():
         return sum(float(_loss(_outputs(model, batch), target, scales)) for batch, target in zip(batches, targets, strict=True))
+
+
+def _scales(targets: Sequence[Sequence[Tensor]]) -> list[float]:
+    return [sum(float(target[i].double().square().sum()) for target in targets) or 1.0 for i in range(len(targets[0]))]
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:

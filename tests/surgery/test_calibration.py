@@ -20,6 +20,7 @@ from passes.spectra import Spectra
 from surgery import Budget, Refine
 from surgery.calibration import batches_of, calibrate
 from surgery.correction import correct
+from surgery.training.batch_norm import reestimate, reestimate_where_it_helps
 from tests.networks import Kinds, Small, Twice
 
 with_spectra = [k for k in KINDS if k.has_spectra]
@@ -188,7 +189,46 @@ def test_what_others_hold_is_not_moved():
     assert net[0].bias is net[2].bias
 
 
-@pytest.mark.parametrize("stage", ["surgery.correction.correct", "surgery.refinement.refine"])
+def with_norms():
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)).train()
+    reestimate(model, IMAGES.split(16))
+    return model
+
+
+def test_statistics_are_taken_anew_where_batches_that_had_no_part_in_it_say_so():
+    model = with_norms()
+    other = copy.deepcopy(model)
+    other[1].running_var.mul_(3.0)
+    assert reestimate_where_it_helps(model, other, IMAGES.split(16)) == 2
+    assert torch.allclose(other[1].running_var, model[1].running_var, rtol=1e-4)
+    assert all(m.training for net in (model, other) for m in net.modules())
+    with torch.no_grad():
+        assert_parity(other.eval()(IMAGES), model.eval()(IMAGES), tolerance=1e-3)
+
+
+@pytest.mark.parametrize(
+    "batches", [IMAGES.split(16), IMAGES.split(64), IMAGES[:3].split(1)], ids=["no worse as they are", "one batch", "three examples"]
+)
+def test_statistics_stay_where_nothing_says_that_new_ones_help(batches):
+    model = with_norms()
+    other = copy.deepcopy(model)
+    if len(batches[0]) < 16:
+        other[1].running_var.mul_(1.02)  # a little wrong, and three examples know less
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    assert reestimate_where_it_helps(model, other, batches) == 0
+    assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
+
+
+def test_a_cut_asks_before_it_takes_statistics_anew():
+    model = Small().eval()  # its statistics are none of any data: new ones would change all that it says
+    net = surgery.decompose(model, 0.6, guard="none", calibration=IMAGES.split(16))
+    assert all(torch.equal(a, b) for (n, a), b in zip(model.named_buffers(), net.buffers(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "stage", ["surgery.correction.correct", "surgery.training.batch_norm.reestimate_where_it_helps", "surgery.refinement.refine"]
+)
 def test_an_interrupt_while_chains_are_mended_leaves_the_model_as_it_was(stage, monkeypatch):
     model = Small().eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -197,6 +237,7 @@ def test_an_interrupt_while_chains_are_mended_leaves_the_model_as_it_was(stage, 
 
     def interrupted(*args):
         real(*args)
+        model.bn1.running_mean.add_(1.0)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stage, interrupted)

@@ -1,181 +1,98 @@
 """What a cut costs before any training: the peers' way beside ours, on trained networks.
 
-    python benchmarks/accuracy.py --data ROOT --cifar FOLDER [--only TEXT] [--quick]
+    python benchmarks/accuracy.py --data ROOT --cifar FOLDER [--only TEXT ...] [--choosing]
 
 - ResNet-20 and ResNet-56 on CIFAR-10: calibrated on 1,024 training images without their labels, three disjoint draws; top-1 on all 10,000 test
   images.
-- VDSR: calibrated on photographs that scikit-image ships, scaled down and up again (x3); PSNR on Set5 x3. Without scikit-image it is left out.
+- VDSR: calibrated on pieces of the photographs that scikit-image ships, scaled down and up again (x3), three disjoint draws; PSNR on Set5 x3. Without
+  scikit-image it is left out.
 
-Ways: ``fraction`` (Tucker at one fraction of the ranks everywhere, the weights alone: what peers do), ``weights`` (a budget by the weights alone),
-``data`` (the same budget with ``calibration=``), ``auto`` (all kinds), ``refine`` (``data`` polished). ROOT holds the trained weights (``weights/``,
-``vdsr/``), FOLDER the official ``cifar-10-batches-py``. Every row is written to ``benchmarks/results/accuracy.json`` when it is done, and a row that
-is there is not measured again; the picture is ``accuracy.png`` beside it.
+Ways: ``data`` (a budget with ``calibration=``), ``auto`` (the same with all kinds), ``refine`` (``data`` polished), ``weights`` (the budget by the
+weights alone), ``fraction`` (Tucker at one fraction of the ranks everywhere, the weights alone: what peers do); and ``plan``, the time that planning
+by MACs takes.
+
+ROOT holds the trained weights (``weights/``, ``vdsr/``), FOLDER the official ``cifar-10-batches-py``. Every row is appended to
+``benchmarks/results/accuracy.jsonl`` when it is done, and a row that is there is not measured again, so a run that was stopped goes on. Table and
+picture (``accuracy.md``, ``accuracy.png``) are made of all rows at the end; ``--table`` makes them of what is there. To choose something take
+``--choosing``: scores are then of 2,000 training images (pieces of photographs) that no draw has, and are only printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cifar10
-import numpy as np
 import torch
-from surgery_speed import Vdsr
-from torch import Tensor, nn
-from torch.nn import functional
-from train_resnet20 import accuracy
+from accuracy_cases import DRAWS, Case, cifar_case, vdsr_case
+from accuracy_table import draw, table
+from torch import nn
 
 import surgery
 from surgery import Budget, Refine
 from surgery.benchmark import environment
-from surgery.zoo import load_weights, make
 
-RESULTS = Path(__file__).parent / "results" / "accuracy.json"
-IMAGES, DRAWS, BATCH = 1024, 3, 128
-SHARES = (0.5, 0.7)
-WAYS = ("fraction", "weights", "data", "auto", "refine")
-EPOCHS = {"resnet20": 10, "resnet56": 10, "vdsr": 20}
-SCALE = 3
-PATCH = 96
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """A trained network: its calibration batches for each draw, an example input, and what is measured (higher is better)."""
-
-    name: str
-    model: nn.Module
-    inputs: Tensor
-    draws: tuple[list[Tensor], ...]
-    measure: Callable[[nn.Module], float]
-    unit: str
+RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
+EPOCHS = {"resnet56": 10, "vdsr": 8}
+KEY = ("network", "share", "way", "draw")
+BLIND = ("fraction", "weights", "plan")  # do not look at data: one row is enough
+WAYS: dict[tuple[str, float], tuple[str, ...]] = {
+    ("resnet56", 0.5): ("data", "refine", "auto", "fraction", "weights", "plan"),
+    ("resnet56", 0.7): ("data", "auto", "fraction"),
+    ("resnet20", 0.7): ("data", "auto", "fraction", "weights"),
+    ("vdsr", 0.5): ("data", "refine", "auto", "fraction", "weights"),
+}
 
 
-class Residual(nn.Module):
-    """VDSR as it is run: what its layers predict is added to its input (Kim et al. 2016)."""
-
-    def __init__(self, body: Vdsr) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = functional.relu(self.body.input(x))
-        for block in self.body.residual_layer:
-            y = functional.relu(block.conv(y))  # type: ignore[operator]
-        out: Tensor = x + self.body.output(y)
-        return out
+def rows_wanted() -> Iterator[tuple[str, float, str, int]]:
+    """The first draw of everything comes first."""
+    for number in range(DRAWS):
+        for (network, share), ways in WAYS.items():
+            for way in ways:
+                if number == 0 or way not in BLIND:
+                    yield network, share, way, number
 
 
-def cifar_case(name: str, data: Path, cifar: Path, quick: bool) -> Case:
-    model, shape = make(f"surgery:{name}")
-    load_weights(model, next((data / "weights").glob(f"{name}-*.th")))
-    train, _ = cifar10.read(cifar, ("data_batch_1",))
-    images, labels = cifar10.read(cifar, cifar10.TEST_FILES)
-    count = 2000 if quick else len(images)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    draws = tuple(list(train[order[IMAGES * k : IMAGES * (k + 1)]].split(BATCH)) for k in range(DRAWS))
-    return Case(
-        name=name,
-        model=model.eval(),
-        inputs=torch.zeros(shape),
-        draws=draws,
-        measure=lambda net: accuracy(net, images[:count], labels[:count]),
-        unit="% top-1",
-    )
+def measure(case: Case, share: float, way: str, number: int) -> dict[str, Any]:
+    """One row: what was asked, what came out, and how long the surgery took."""
+    load = os.getloadavg()[0]
+    wall, cpu = time.perf_counter(), time.process_time()
+    net = cut(case, share, way, number)
+    seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "load_average": load}
+    row = dict(zip(KEY, (case.name, share, way, number), strict=True)) | seconds | {"threads": torch.get_num_threads(), "environment": environment()}
+    if net is None:
+        return row
+    report = surgery.report(net)
+    row |= {"score": case.measure(net), "unit": case.unit, **case.facts, "calibrated": report.calibrated}
+    if way == "original":
+        return row | {"macs": 1.0, "params": 1.0}
+    row |= {"macs": report.macs_after / report.macs_before, "params": report.params_after / report.params_before}  # type: ignore[operator]
+    row |= {"statistics_anew": any(not torch.equal(old, new) for old, new in zip(case.model.buffers(), net.buffers(), strict=True))}
+    return row | ({"epochs": EPOCHS[case.name]} if way == "refine" else {})
 
 
-def vdsr_case(data: Path, quick: bool) -> Case | None:
-    photographs = list(_photographs())
-    if not photographs:
-        return None
-    body = Vdsr()
-    load_weights(body, data / "vdsr" / "vdsr_state_dict.pt")
-    pairs = [_luma_pair(path) for path in sorted((data / "vdsr" / "Set5").glob("*_GT.bmp"))]
-    patches = torch.cat([_patches(photograph) for photograph in photographs])
-    order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))
-    size = min(64, len(patches) // DRAWS)
-    draws = tuple(list(patches[order[size * k : size * (k + 1)]].split(8)) for k in range(DRAWS))
-    return Case(
-        name="vdsr",
-        model=Residual(body).eval(),
-        inputs=torch.zeros(1, 1, PATCH, PATCH),
-        draws=draws,
-        measure=lambda net: psnr(net, pairs[:1] if quick else pairs),
-        unit="dB on Set5 x3",
-    )
-
-
-def _photographs() -> Iterator[np.ndarray[Any, Any]]:
-    """Colour photographs (H, W, 3) uint8 that scikit-image has with it."""
-    try:
-        from skimage import data as photographs
-    except ImportError:
-        return
-    for name in ("astronaut", "chelsea", "coffee", "rocket"):
-        try:
-            yield getattr(photographs, name)()[..., :3]
-        except Exception as error:  # scikit-image fetches some of them, where there is a network
-            print(f"{name} is left out: {error}", file=sys.stderr)
-
-
-def _luma(picture: np.ndarray[Any, Any]) -> Tensor:
-    """Y of BT.601 in [0, 1], as MATLAB's rgb2ycbcr has it."""
-    weights = np.array([65.481, 128.553, 24.966]) / 255
-    return torch.from_numpy((picture.astype(np.float64) @ weights + 16) / 255).float()
-
-
-def _patches(photograph: np.ndarray[Any, Any]) -> Tensor:
-    """(N, 1, PATCH, PATCH): the luma, scaled down and up again by bicubic interpolation, in pieces."""
-    luma = _luma(photograph)
-    height, width = (n // PATCH * PATCH for n in luma.shape)
-    whole = luma[:height, :width][None, None]
-    small = functional.interpolate(whole, scale_factor=1 / SCALE, mode="bicubic", antialias=True)
-    blurred = functional.interpolate(small, size=(height, width), mode="bicubic")
-    return blurred.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).reshape(-1, 1, PATCH, PATCH)
-
-
-def _luma_pair(path: Path) -> tuple[Tensor, Tensor]:
-    from PIL import Image
-
-    wanted = _luma(np.asarray(Image.open(path).convert("RGB")))
-    given = _luma(np.asarray(Image.open(path.with_name(f"{path.stem}_scale_{SCALE}.bmp")).convert("RGB")))
-    return given[None, None], wanted[: given.shape[0], : given.shape[1]]  # cut to a multiple of the scale
-
-
-def psnr(net: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> float:
-    """Mean over the pictures, on the luma, without a border of SCALE pixels."""
-    values = []
-    for given, wanted in pairs:
-        with torch.inference_mode():
-            got = net(given)[0, 0].clamp(0, 1)
-        gap = (got - wanted)[SCALE:-SCALE, SCALE:-SCALE].double()
-        values.append(-10 * float(torch.log10(gap.square().mean())))
-    return statistics.fmean(values)
-
-
-def cut(case: Case, way: str, share: float, draw: int) -> tuple[nn.Module, float]:
-    """The decomposed network and the seconds that the surgery took."""
-    started = time.perf_counter()
+def cut(case: Case, share: float, way: str, number: int) -> nn.Module | None:
+    if way == "original":
+        return case.model
     if way == "fraction":
-        net = _fraction(case, share)
-    else:
-        options: dict[str, Any] = {"method": "auto"} if way == "auto" else {}
-        if way != "weights":
-            options["calibration"] = case.draws[draw]
-        if way == "refine":
-            options["refine"] = Refine(epochs=EPOCHS[case.name])
-        net = surgery.decompose(case.model, Budget(macs=share), example_inputs=case.inputs, **options)
-    return net, time.perf_counter() - started
+        return one_fraction(case, share)
+    if way == "plan":
+        surgery.plan(case.model, Budget(macs=share), example_inputs=case.inputs)
+        return None
+    options: dict[str, Any] = {"method": "auto"} if way == "auto" else {}
+    if way != "weights":
+        options["calibration"] = case.draws[number]
+    if way == "refine":
+        options["refine"] = Refine(epochs=EPOCHS[case.name])
+    return surgery.decompose(case.model, Budget(macs=share), example_inputs=case.inputs, **options)
 
 
-def _fraction(case: Case, share: float) -> nn.Module:
+def one_fraction(case: Case, share: float) -> nn.Module:
     """Tucker of every kxk convolution at one fraction of the ranks: the largest whose MACs are within the share."""
     low, high, best = 0.0, 1.0, None
     for _ in range(8):
@@ -191,84 +108,48 @@ def _fraction(case: Case, share: float) -> nn.Module:
     return best
 
 
+def case_of(network: str, options: argparse.Namespace) -> Case | None:
+    if network == "vdsr":
+        return vdsr_case(options.data, options.choosing)
+    return cifar_case(network, options.data, options.cifar, options.choosing)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with weights/ and vdsr/")
-    parser.add_argument("--cifar", type=Path, required=True, help="folder that holds cifar-10-batches-py")
-    parser.add_argument("--only", default="", help="measure only rows whose name holds this text, for example resnet56/0.5/data")
-    parser.add_argument("--quick", action="store_true", help="one draw, 2,000 test images, one picture; nothing is written")
+    parser.add_argument("--data", type=Path, help="folder with weights/ and vdsr/")
+    parser.add_argument("--cifar", type=Path, help="folder that holds cifar-10-batches-py")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", default=[""], help="only rows whose name begins so, for example resnet56/0.5/data")
+    parser.add_argument("--choosing", action="store_true", help="scores on what is neither for calibration nor for tests; nothing is written")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    rows: dict[str, Any] = {}
-    if options.out.exists() and not options.quick:
-        rows = json.loads(options.out.read_text())["rows"]
-    for case in cases(options):
-        for share in SHARES:
-            for way in WAYS:
-                for draw in range(1 if options.quick or way in ("fraction", "weights") else DRAWS):
-                    name = f"{case.name}/{share}/{way}/{draw}"
-                    if name in rows or options.only not in name:
-                        continue
-                    before = rows.get(f"{case.name}/original", {}).get("score")
-                    if before is None:
-                        before = case.measure(case.model)
-                        rows[f"{case.name}/original"] = {"score": before, "unit": case.unit}
-                    net, seconds = cut(case, way, share, draw)
-                    report = surgery.report(net)
-                    rows[name] = {
-                        "score": case.measure(net),
-                        "before": before,
-                        "unit": case.unit,
-                        "macs": report.macs_after / report.macs_before,  # type: ignore[operator]
-                        "params": report.params_after / report.params_before,
-                        "seconds": seconds,
-                        "calibrated": report.calibrated,
-                    }
-                    print(name, json.dumps(rows[name]), flush=True)
-                    if not options.quick:
-                        _write(options.out, rows)
-    if not options.quick and rows:
-        _draw(options.out.with_suffix(".png"), rows)
-
-
-def cases(options: argparse.Namespace) -> Iterator[Case]:
-    for name in ("resnet20", "resnet56"):
-        if options.only.partition("/")[0] in ("", name):
-            yield cifar_case(name, options.data, options.cifar, options.quick)
-    if options.only.partition("/")[0] in ("", "vdsr"):
-        case = vdsr_case(options.data, options.quick)
-        if case is None:
-            print("vdsr is left out: scikit-image is not installed", file=sys.stderr)
-        else:
-            yield case
-
-
-def _write(out: Path, rows: dict[str, Any]) -> None:
-    told = {"command": "python benchmarks/accuracy.py --data ROOT --cifar FOLDER", "environment": environment(), "images": IMAGES, "draws": DRAWS}
-    out.write_text(json.dumps(told | {"rows": rows}, indent=1) + "\n")
-
-
-def _draw(out: Path, rows: dict[str, Any]) -> None:
-    """Points lost, for each network and budget, a bar a way: the mean over draws, with the least and the most."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups = sorted({name.rsplit("/", 2)[0] for name in rows if name.count("/") == 3})
-    figure, axes = pyplot.subplots(1, len(groups), figsize=(2.6 * len(groups), 3.6), squeeze=False)
-    for axis, group in zip(axes[0], groups, strict=True):
-        for place, way in enumerate(WAYS):
-            lost = [row["before"] - row["score"] for name, row in rows.items() if name.startswith(f"{group}/{way}/")]
-            if lost:
-                mean = statistics.fmean(lost)
-                axis.bar(place, mean, yerr=[[mean - min(lost)], [max(lost) - mean]])
-                axis.text(place, mean, f"{mean:.2f}", ha="center", va="bottom", fontsize=8)
-        axis.set_title(group.replace("/", ", MACs x "), fontsize=9)
-        axis.set_xticks(range(len(WAYS)), WAYS, rotation=60, fontsize=8)
-        axis.set_ylabel("lost (points, dB)")
-    figure.tight_layout()
-    figure.savefig(out, dpi=130)
+    if not options.table and (options.data is None or options.cifar is None):
+        parser.error("--data and --cifar are needed to measure anything")
+    wanted = [] if options.table else [row for row in rows_wanted() if "/".join(map(str, row)).startswith(tuple(options.only))]
+    known = set() if options.choosing else {tuple(row[k] for k in KEY) for row in read(options.out)}
+    cases: dict[str, Case | None] = {}
+    for network, share, way, number in wanted:
+        for row_key in ((network, 1.0, "original", 0), (network, share, way, number)):
+            if row_key in known or (way == "plan" and row_key[2] == "original"):
+                continue
+            case = cases[network] = cases[network] if network in cases else case_of(network, options)
+            if case is None:
+                print(f"{network} is left out: scikit-image is not installed", file=sys.stderr)
+                break
+            row = measure(case, *row_key[1:])
+            known.add(row_key)
+            print(json.dumps(row), flush=True)
+            if not options.choosing:
+                with options.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    if not options.choosing:
+        rows = read(options.out)
+        options.out.with_suffix(".md").write_text(table(rows))
+        draw(options.out.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""Table and picture of the rows of ``accuracy.py``."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+TITLES = {
+    "fraction": "weights alone, one fraction everywhere (peers)",
+    "weights": "weights alone, budget",
+    "data": "calibrated",
+    "auto": 'calibrated, `method="auto"`',
+    "refine": "calibrated, then polished (`refine=`)",
+}
+MOST_LOST = {  # what issues accept at most, for the ways that they speak of
+    ("resnet56", 0.5): {"data": 2.8, "refine": 1.5},
+    ("resnet56", 0.7): {"data": 0.8},
+    ("resnet20", 0.7): {"data": 1.3},
+    ("vdsr", 0.5): {"data": 1.0, "refine": 0.3},
+}
+
+Rows = list[dict[str, Any]]
+
+
+def lost(rows: Rows, network: str, share: float, way: str) -> list[float]:
+    """What each draw has lost against the original."""
+    before = next(row["score"] for row in rows if row["network"] == network and row["way"] == "original")
+    return [before - row["score"] for row in rows if (row["network"], row["share"], row["way"]) == (network, share, way)]
+
+
+def groups(rows: Rows) -> list[tuple[str, float]]:
+    return [group for group in MOST_LOST if any((row["network"], row["share"]) == group and "score" in row for row in rows)]
+
+
+def table(rows: Rows) -> str:
+    """Markdown: a line for each network, budget and way, means over the draws."""
+    lines = ["# Accuracy before any training", ""]
+    lines += ["| network | MACs | way | score | lost | accepted | parameters | draws | CPU seconds |", "|---|---|---|---|---|---|---|---|---|"]
+    for network, share in groups(rows):
+        before = next(row for row in rows if row["network"] == network and row["way"] == "original")
+        lines.append(f"| {network} | 1 | original | {before['score']:.2f} {before['unit']} | | | 1 | | |")
+        for way, title in TITLES.items():
+            mine = [row for row in rows if (row["network"], row["share"], row["way"]) == (network, share, way)]
+            if not mine:
+                continue
+            gone, most = lost(rows, network, share, way), MOST_LOST[network, share].get(way)
+            spread = f" ({min(gone):.2f} to {max(gone):.2f})" if len(gone) > 1 else ""
+            lines.append(
+                f"| {network} | {_mean(mine, 'macs'):.3f} | {title} | {_mean(mine, 'score'):.2f} | {statistics.fmean(gone):.2f}{spread} | "
+                f"{'' if most is None else f'at most {most}'} | {_mean(mine, 'params'):.2f} | {len(mine) if mine[0]['calibrated'] else ''} | "
+                f"{_mean(mine, 'cpu_seconds'):.0f} |"
+            )
+    planned = [row for row in rows if row["way"] == "plan"]
+    if planned:
+        row = planned[0]
+        lines += ["", f"Planning {row['network']} by MACs took {row['cpu_seconds']:.1f} s of CPU time ({row['seconds']:.1f} s by the clock, "]
+        lines[-1] += f"load average {row['load_average']:.1f}, threads: {row['threads']})."
+    lines += ["", "Means over disjoint draws of calibration examples, in brackets the least and the most; seconds of everything the surgery does."]
+    return "\n".join(lines) + "\n"
+
+
+def _mean(rows: Rows, name: str) -> float:
+    return statistics.fmean(row[name] for row in rows)
+
+
+def draw(out: Path, rows: Rows) -> None:
+    """What was lost, for each network and budget, a bar a way: the mean over draws, with the least and the most."""
+    from matplotlib.figure import Figure
+
+    panels = groups(rows)
+    if not panels:
+        return
+    figure = Figure(figsize=(2.7 * len(panels), 3.8), layout="constrained")
+    for axes, (network, share) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        found = {way: gone for way in TITLES if (gone := lost(rows, network, share, way))}
+        for place, gone in enumerate(found.values()):
+            mean = statistics.fmean(gone)
+            axes.bar(place, mean, yerr=[[mean - min(gone)], [max(gone) - mean]], color=f"C{place}", capsize=3)
+            axes.text(place, max(gone), f"{mean:.2f}", ha="center", va="bottom", fontsize=8)
+        axes.set_title(f"{network}, MACs x {share}", fontsize=9)
+        axes.set_xticks(range(len(found)), found, rotation=60, fontsize=8)
+        axes.set_yscale("symlog", linthresh=1.0)
+        axes.set_ylabel("lost, dB" if network == "vdsr" else "lost, points of top-1")
+        axes.grid(axis="y", alpha=0.3)
+    figure.savefig(out, dpi=130)

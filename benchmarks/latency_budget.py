@@ -1,14 +1,14 @@
 """Does a latency budget give the time that it asks for, and is its plan better than one fraction everywhere?
 
-    python benchmarks/latency.py [--only NAME ...] [--runtimes NAME ...] [--share 0.7] [--threads N]
+    python benchmarks/latency_budget.py [--only NAME ...] [--runtimes NAME ...] [--share 0.7] [--threads N]
 
 For each network and runtime: a plan under ``Budget(latency=SHARE)``, the network measured anew by ``surgery.benchmark``, and beside it the best
 uniform plan of equal measured time: by bisection over the fraction (ranks in multiples of 16, as kernels like them), each step measured the same way,
 the least error among those that are no slower than ours by more than 2 %. The error is the root mean square of |W - W'|_F / |W|_F over all
 convolutions. Seconds to plan are those with a cold cache and, of a second call, with a warm one.
 
-Weights are those of ``synthetic.py``. Results go to ``benchmarks/results/latency.json`` after each row, the picture to ``latency.png`` beside it. Let
-nothing else run on the machine meanwhile; the load average is kept with the rows so that readers can tell.
+Weights are those of ``synthetic.py``. Results go to ``benchmarks/results/latency_budget.json`` after each row, the picture to ``latency_budget.png``
+beside it. Let nothing else run on the machine meanwhile; the load average is kept with the rows so that readers can tell.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import surgery
 from surgery.benchmark import environment
 from surgery.zoo import make
 
-RESULTS = Path(__file__).parent / "results" / "latency.json"
+RESULTS = Path(__file__).parent / "results" / "latency_budget.json"
 NETWORKS = ("torchvision:resnet18", "torchvision:resnet50", "torchvision:vgg16")
 RUNTIMES = ("onnxruntime", "openvino", "eager", "compile")
 STEPS = 5

@@ -2,77 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib import import_module
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from passes.errors import SurgeryValueError
 from passes.parity import tensors_in
-from passes.running import kept_random_states, private_copy, run
+from passes.running import kept_random_states, run
+from surgery.benchmarking.environment import environment
+from surgery.benchmarking.result import Benchmark, LayerResult, RuntimeResult
+from surgery.benchmarking.sampling import LEAST_PAIRS, SAMPLE_SECONDS, time_in_turn
 from surgery.cost import count_macs, threads_set
 from surgery.inspection import usable_model
 
-__all__ = ["RUNTIMES", "Benchmark", "RuntimeResult", "benchmark"]
+if TYPE_CHECKING:
+    from surgery.benchmarking.onnx_files import openvino_call
+    from surgery.benchmarking.runtimes import RUNTIMES, Runtime
 
-FORMAT = "surgery.benchmark"
-VERSION = 1
-SAMPLE_SECONDS = 0.005  # a sample repeats the network until it takes at least this long
-WARM_UP = 3
+__all__ = ["RUNTIMES", "SAMPLE_SECONDS", "Benchmark", "LayerResult", "RuntimeResult", "benchmark", "compare", "environment", "openvino_call"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuntimeResult:
-    """Times on one runtime. Ratios are before / after of neighbouring samples: the median, and the quartiles around it.
-
-    ``verdict`` is "faster" or "slower" only where both quartiles are on that side of 1, else "no difference".
-    """
-
-    runtime: str
-    before_ms: float
-    after_ms: float
-    time_ratio: float
-    time_ratio_low: float
-    time_ratio_high: float
-    verdict: str
+LATER = {"RUNTIMES": "surgery.benchmarking.runtimes", "openvino_call": "surgery.benchmarking.onnx_files"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Benchmark:
-    """Result of ``benchmark``: a row a runtime, MACs of one forward pass of both networks, and the environment."""
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-    rows: tuple[RuntimeResult, ...]
-    macs_before: int
-    macs_after: int
-    repeats: int
-    threads: int
-    input_shapes: tuple[tuple[int, ...], ...]
-    environment: dict[str, str]
-
-    @property
-    def flops_ratio(self) -> float | None:
-        """FLOPs (twice the MACs) before over after."""
-        return self.macs_before / self.macs_after if self.macs_after else None
-
-    def to_data(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION} | asdict(self) | {"flops_ratio": self.flops_ratio}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_data(), indent=1, ensure_ascii=False) + "\n"
-
-    def __str__(self) -> str:
-        from surgery.tables import benchmark_table, render
-
-        return render(benchmark_table(self))
+    return getattr(import_module(LATER[name]), name)
 
 
 @kept_random_states()
@@ -82,194 +41,113 @@ def benchmark(
     example_inputs: Any,
     *,
     runtimes: Sequence[str] = ("eager", "onnxruntime"),
-    repeats: int = 30,
+    batch: int | Iterable[int] | None = None,
     threads: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    memory_format: str | None = None,
+    precision: float = 0.01,
+    seconds: float = 20.0,
+    repeats: int | None = None,
 ) -> Benchmark:
     """Time two networks in turn on the same inputs, in eval mode.
 
-    Samples alternate (before, after, after, before, ...), after a warm-up, so that other work on the machine falls on both alike; each pair of
-    neighbouring samples gives one ratio.
+    After a warm-up samples alternate (before, after, after, before, ...), so that other work on the machine falls on both alike. Each pair of
+    neighbouring samples gives one ratio; pairs are taken until the 99 % confidence interval of their median is narrow enough, or for so many seconds.
+    A verdict is given only where the whole interval is on one side of 1.
 
     Args:
         before: the original network.
         after: the decomposed one.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        runtimes: ``"eager"`` (torch as it is), ``"compile"`` (``torch.compile``), ``"onnxruntime"`` and ``"openvino"`` (both on the CPU),
-            ``"train"`` (a training step in eager mode, forward and backward, without the optimizer's).
-        repeats: pairs of samples a runtime.
+        runtimes: ``"eager"`` (torch as it is, where the inputs are), ``"compile"`` (``torch.compile``), ``"torchscript"`` (traced and frozen),
+            ``"onnxruntime"`` and ``"openvino"`` (both on the CPU, in the dtype of the inputs), ``"train"`` (a training step in eager mode, forward
+            and backward, without the optimizer's), ``"cuda"`` (eager mode, timed by events) and ``"cuda-graph"`` (replayed as one CUDA graph).
+        batch: batch sizes to time at, each with noise for inputs; the example inputs as they are where None.
         threads: for both networks; torch's current number where None.
+        dtype: networks and floating-point inputs are cast to it, on copies.
+        memory_format: ``"channels_last"`` stores weights and inputs of two and three dimensions so, on copies; runtimes that read ONNX files have
+            layouts of their own.
+        precision: half the width of that interval, as a share of the ratio, which is narrow enough.
+        seconds: a row takes no longer than this, but for the preparation and the least number of pairs.
+        repeats: take exactly so many pairs instead.
 
     Raises:
-        SurgeryValueError: an unknown runtime, or fewer than 4 repeats.
+        SurgeryTypeError: a model is no module, or wrapped, or cannot be copied.
+        SurgeryValueError: an argument is none of those allowed, a network does not accept the inputs, or there is no CUDA device.
         MissingExtra: a runtime is not installed.
+        SurgeryError: a runtime cannot run a network; the message names the runtime or the exporter.
     """
+    from surgery.benchmarking.conditions import conditions_of
+    from surgery.benchmarking.runtimes import known
+
     for model in (before, after):
         usable_model(model)
-    for name in runtimes:
-        if name not in RUNTIMES:
-            raise SurgeryValueError(f"runtimes: {name!r} is none of {list(RUNTIMES)}")
-    if not isinstance(repeats, int) or repeats < 4:
-        raise SurgeryValueError(f"repeats: at least 4 pairs are needed for a median with quartiles, got {repeats!r}")
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise SurgeryValueError(f"threads: expected a number of at least 1, got {threads!r}")
-    networks = [private_copy(model, share_parameters=True).eval() for model in (before, after)]
+    chosen = known(runtimes)
+    _check(repeats, precision, seconds, threads)
+    conditions = conditions_of(batch=batch, dtype=dtype, memory_format=memory_format)
     with threads_set(threads), torch.no_grad():
-        macs = [_macs(network, example_inputs) for network in networks]
-        rows = tuple(_time(name, networks, example_inputs, repeats) for name in runtimes)
+        networks = [conditions.network(model) for model in (before, after)]
+        rows = tuple(
+            _row(runtime, networks, inputs, repeats=repeats, precision=precision, seconds=seconds)
+            for inputs in conditions.inputs(example_inputs)
+            for runtime in chosen
+        )
+        macs = [_macs(network, conditions.cast(example_inputs)) for network in networks]
         used = torch.get_num_threads()
     return Benchmark(
         rows=rows,
         macs_before=macs[0],
         macs_after=macs[1],
-        repeats=repeats,
         threads=used,
+        dtype=conditions.dtype_name,
+        memory_format=conditions.memory_format,
         input_shapes=tuple(tuple(t.shape) for t in tensors_in(example_inputs)),
         environment=environment(runtimes),
     )
 
 
-def environment(runtimes: Sequence[str] = ()) -> dict[str, str]:
-    """What a time depends on: versions, processor, device."""
-    found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "processor": _processor(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-    for name in ("onnxruntime", "openvino"):
-        if name in runtimes:
-            found[name] = import_module(name).__version__
-    if torch.cuda.is_available():
-        found["cuda_device"] = torch.cuda.get_device_name()
-    return found
-
-
-@contextmanager
-def _eager(network: nn.Module, example_inputs: Any) -> Iterator[Callable[[], object]]:
-    on_cuda = any(t.is_cuda for t in tensors_in(example_inputs))
-
-    def call() -> object:
-        output = run(network, example_inputs)
-        if on_cuda:
-            torch.cuda.synchronize()
-        return output
-
-    yield call
-
-
-@contextmanager
-def _train(network: nn.Module, example_inputs: Any) -> Iterator[Callable[[], object]]:
-    """Forward in train mode, and backward from all floating-point outputs to all parameters. Nothing is accumulated in ``grad``."""
-    network.train()
-    wanted = [p for p in network.parameters() if p.requires_grad]
-    on_cuda = any(t.is_cuda for t in tensors_in(example_inputs))
-
-    def call() -> object:
-        with torch.enable_grad():
-            reached = [t for t in tensors_in(run(network, example_inputs)) if t.requires_grad]
-            found = torch.autograd.grad(reached, wanted, [torch.ones_like(t) for t in reached], allow_unused=True) if reached and wanted else ()
-        if on_cuda:
-            torch.cuda.synchronize()
-        return found
-
-    yield call
-
-
-@contextmanager
-def _compile(network: nn.Module, example_inputs: Any) -> Iterator[Callable[[], object]]:
-    with _eager(torch.compile(network, dynamic=False), example_inputs) as call:  # type: ignore[arg-type]
-        yield call
-
-
-@contextmanager
-def _onnxruntime(network: nn.Module, example_inputs: Any) -> Iterator[Callable[[], object]]:
-    from surgery.export.onnx import export_onnx, onnx_session, run_session
-
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "network.onnx"
-        export_onnx(network, file, example_inputs, check=False)
-        session = onnx_session(file, torch.get_num_threads())
-        yield lambda: run_session(session, example_inputs)
-
-
-@contextmanager
-def _openvino(network: nn.Module, example_inputs: Any) -> Iterator[Callable[[], object]]:
-    from surgery.cost.timing import need
-    from surgery.export.onnx import export_onnx
-
-    need("openvino")
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "network.onnx"
-        export_onnx(network, file, example_inputs, check=False)
-        yield openvino_call(file, example_inputs)
-
-
-def openvino_call(file: Path, example_inputs: Any) -> Callable[[], object]:
-    """Calls of an ONNX file in OpenVINO on the CPU, with torch's number of threads."""
-    import openvino
-
-    compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
-    request = compiled.create_infer_request()
-    feed = {index: t.detach().cpu().numpy() for index, t in enumerate(tensors_in(example_inputs))}
-    return lambda: request.infer(feed)
-
-
-RUNTIMES = {"eager": _eager, "onnxruntime": _onnxruntime, "openvino": _openvino, "compile": _compile, "train": _train}
-
-
-def _time(runtime: str, networks: Sequence[nn.Module], example_inputs: Any, repeats: int) -> RuntimeResult:
-    prepare = RUNTIMES[runtime]
-    with prepare(networks[0], example_inputs) as before, prepare(networks[1], example_inputs) as after:
-        return compare(runtime, before, after, repeats)
-
-
 def compare(runtime: str, before: Callable[[], object], after: Callable[[], object], repeats: int) -> RuntimeResult:
-    """Times of two calls in turn, so many pairs of samples."""
-    import statistics
+    """Times of two calls in turn, which the runtime of this name has prepared: so many pairs of samples."""
+    from surgery.benchmarking.runtimes import RUNTIMES
 
-    calls = (before, after)
-    loops = max(_loops(call) for call in calls)
-    times: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats):
-        order = (0, 1) if repeat % 2 == 0 else (1, 0)
-        for which in order:
-            times[which].append(_sample(calls[which], loops))
-    ratios = [b / a for b, a in zip(*times, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return RuntimeResult(
-        runtime=runtime,
-        before_ms=1e3 * statistics.median(times[0]),
-        after_ms=1e3 * statistics.median(times[1]),
-        time_ratio=middle,
-        time_ratio_low=low,
-        time_ratio_high=high,
-        verdict="faster" if low > 1 else "slower" if high < 1 else "no difference",
+    with_clock = RUNTIMES[runtime]
+    return RuntimeResult.of(time_in_turn(before, after, clock=with_clock.clock, pairs=repeats, pause=with_clock.pause), runtime)
+
+
+def _row(runtime: Runtime, networks: Sequence[nn.Module], inputs: Any, *, repeats: int | None, precision: float, seconds: float) -> RuntimeResult:
+    with runtime(networks[0], inputs) as before, runtime(networks[1], inputs) as after:
+        found = time_in_turn(before, after, clock=runtime.clock, pairs=repeats, precision=precision, seconds=seconds, pause=runtime.pause)
+        pairs = list(zip((before, after), networks, strict=True))
+        macs = [_macs_of(ready) if runtime.trains else _macs(network, inputs) for ready, network in pairs]
+        memory = [runtime.memory(ready, network, inputs) if runtime.memory else None for ready, network in pairs]
+    return RuntimeResult.of(
+        found,
+        runtime.name,
+        batch=next((t.shape[0] for t in tensors_in(inputs) if t.ndim), None),
+        macs_before=macs[0],
+        macs_after=macs[1],
+        file_bytes_before=before.file_bytes,
+        file_bytes_after=after.file_bytes,
+        memory_bytes_before=memory[0],
+        memory_bytes_after=memory[1],
     )
 
 
-def _loops(call: Callable[[], object]) -> int:
-    for _ in range(WARM_UP):
-        call()
-    return max(1, round(SAMPLE_SECONDS / max(_sample(call, 1), 1e-9)))
-
-
-def _sample(call: Callable[[], object], loops: int) -> float:
-    began = time.perf_counter()
-    for _ in range(loops):
-        call()
-    return (time.perf_counter() - began) / loops
-
-
 def _macs(network: nn.Module, example_inputs: Any) -> int:
+    return _macs_of(lambda: run(network, example_inputs))
+
+
+def _macs_of(call: Callable[[], object]) -> int:
     with count_macs() as counter:
-        run(network, example_inputs)
+        call()
     return counter.macs
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _check(repeats: object, precision: object, seconds: object, threads: object) -> None:
+    if repeats is not None and (not isinstance(repeats, int) or repeats < LEAST_PAIRS):
+        raise SurgeryValueError(f"repeats: at least {LEAST_PAIRS} pairs are needed for a median with its confidence interval, got {repeats!r}")
+    for name, value in (("precision", precision), ("seconds", seconds)):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise SurgeryValueError(f"{name}: expected a number above 0, got {value!r}")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise SurgeryValueError(f"threads: expected a number of at least 1, got {threads!r}")

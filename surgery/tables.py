@@ -12,13 +12,12 @@ if TYPE_CHECKING:
 
     from passes.watching import FunctionUse
     from surgery.alternatives import Alternative, Tradeoff
-    from surgery.benchmark import Benchmark
     from surgery.plan import Plan
     from surgery.report import LayerReport, Report
 
 USUAL = ("tucker", "svd")
 
-__all__ = ["benchmark_table", "count", "plan_table", "print_table", "render", "report_table", "summary_table"]
+__all__ = ["count", "plan_table", "print_table", "ratio", "render", "report_table", "summary_table"]
 
 
 def count(number: int | None) -> str:
@@ -111,31 +110,6 @@ def explain_table(near: Sequence[Alternative]) -> RenderableType:
         data.pop("reason", None)
         table.add_row("->" if one.chosen else "", kind, _ranks(tuple(data.values()) or None), f"{one.cost:,}", f"{one.error:.3f}")
     return table
-
-
-def benchmark_table(benchmark: Benchmark) -> RenderableType:
-    """A row a runtime: median times with their spread, the time ratio beside the FLOPs ratio."""
-    from rich.console import Group
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("runtime", no_wrap=True)
-    for heading in ("before ms", "after ms", "time ratio", "FLOPs ratio", "time / FLOPs"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for row in benchmark.rows:
-        spread = f"{row.time_ratio:.2f}x ({row.time_ratio_low:.2f} to {row.time_ratio_high:.2f})"
-        table.add_row(
-            row.runtime,
-            f"{row.before_ms:.2f}",
-            f"{row.after_ms:.2f}",
-            spread,
-            ratio(benchmark.flops_ratio),
-            "-" if benchmark.flops_ratio is None else f"{row.time_ratio / benchmark.flops_ratio:.2f}",
-            row.verdict,
-        )
-    facts = f"{benchmark.repeats} interleaved repeats, {benchmark.threads} threads, inputs {list(map(list, benchmark.input_shapes))}"
-    return Group(table, "", facts)
 
 
 def summary_table(report: Report) -> RenderableType:

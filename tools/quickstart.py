@@ -33,7 +33,7 @@ def run(ranks: object, out: Path) -> None:
         print(surgery.export_onnx(network, out / name, inputs, dynamic_batch=True))
 
     print("\n3. Time both, side by side (a ratio above 1 means faster)\n")
-    print(surgery.benchmark(model, net, inputs))
+    print(surgery.benchmark(model, net, inputs, seconds=5))
 
     print("\n4. Reconstruct: the original architecture, the same function\n")
     back = surgery.reconstruct(net)

@@ -21,7 +21,7 @@ from surgery.export.inputs import DynamicSize, Flat, tensor_names, unique
 from surgery.export.onnx_layers import check_chains, name_layers
 from surgery.export.program import exported_program
 
-__all__ = ["Exporter", "export_onnx", "needs", "onnx_session", "run_session", "with_exporter", "write_onnx"]
+__all__ = ["Exporter", "export_onnx", "needs", "onnx_session", "run_session", "session_call", "with_exporter", "write_onnx"]
 
 Exporter = Literal["auto", "dynamo", "torchscript"]
 
@@ -219,6 +219,25 @@ def run_session(session: Any, inputs: Any) -> list[Tensor]:
     if isinstance(inputs, Mapping) and set(names) <= set(inputs):
         return _outputs(session, {name: inputs[name] for name in names})
     return _outputs(session, dict(zip(names, tensors_in(inputs), strict=True)))
+
+
+def session_call(session: Any, feed: Mapping[str, Tensor]) -> Callable[[], object]:
+    """A call of a session that is done over and over on these inputs, by name; those that the graph does not read are left out.
+
+    Raises:
+        SurgeryError: onnxruntime cannot compute with them.
+    """
+    used = {i.name for i in session.get_inputs()}
+    values = {name: _value(tensor) for name, tensor in feed.items() if name in used}
+
+    def call() -> object:
+        return session.run_with_ort_values(None, values)
+
+    try:
+        call()
+    except Exception as error:  # as for a session
+        raise _refused(error) from error
+    return call
 
 
 def _loaded(file: Path, job: Job) -> Callable[[Any], list[Tensor]]:

@@ -19,7 +19,7 @@ from surgery.export.common import ExportReport, Job, exporting, installed, need,
 from surgery.export.inputs import DynamicSize
 from surgery.export.onnx import Exporter, needs, with_exporter, write_onnx
 
-__all__ = ["export_openvino"]
+__all__ = ["export_openvino", "openvino_errors", "openvino_tensor"]
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 """Where the processor has bfloat16 the CPU plugin computes in it unless told otherwise, and then no check could tell a wrong graph from rounding."""
@@ -79,7 +79,7 @@ def export_openvino(
 def _convert(onnx_file: Path, work: Path, job: Job) -> None:
     import openvino
 
-    with quiet(), _openvino_errors("read the ONNX graph of the network"):
+    with quiet(), openvino_errors("read the ONNX graph of the network"):
         converted = openvino.convert_model(str(onnx_file))
         for key, text in job.metadata.items():
             converted.set_rt_info(text, key.split("."))
@@ -89,13 +89,13 @@ def _convert(onnx_file: Path, work: Path, job: Job) -> None:
 def _loaded(file: Path, job: Job) -> Callable[[Any], list[Tensor]]:
     import openvino
 
-    with _openvino_errors("run the exported network (check=False writes it unchecked)"):
+    with openvino_errors("run the exported network (check=False writes it unchecked)"):
         compiled = openvino.Core().compile_model(str(file), "CPU", EXACT)
         used = {name for port in compiled.inputs for name in port.get_names()}
 
     def call(inputs: Any) -> list[Tensor]:
-        feed = {name: _value(t) for name, t in zip(job.names, tensors_in(inputs), strict=True) if name in used}
-        with _openvino_errors("run the exported network (check=False writes it unchecked)"):
+        feed = {name: openvino_tensor(t) for name, t in zip(job.names, tensors_in(inputs), strict=True) if name in used}
+        with openvino_errors("run the exported network (check=False writes it unchecked)"):
             request = compiled.create_infer_request()
             request.infer(feed)
             return [_tensor(request.get_output_tensor(index)) for index in range(len(compiled.outputs))]
@@ -103,7 +103,8 @@ def _loaded(file: Path, job: Job) -> Callable[[Any], list[Tensor]]:
     return call
 
 
-def _value(tensor: Tensor) -> Any:
+def openvino_tensor(tensor: Tensor) -> Any:
+    """As OpenVINO takes it."""
     import openvino
 
     plain = tensor.detach().cpu().contiguous()
@@ -120,7 +121,8 @@ def _tensor(value: Any) -> Tensor:
 
 
 @contextmanager
-def _openvino_errors(what: str) -> Iterator[None]:
+def openvino_errors(what: str) -> Iterator[None]:
+    """Whatever OpenVINO raises becomes one error that says what it could not do."""
     try:
         yield
     except (OSError, SurgeryError):

@@ -3,58 +3,79 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import time
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import surgery
 from passes.errors import SurgeryError, SurgeryValueError
+from surgery.benchmarking import memory, sampling
+from surgery.benchmarking.conditions import conditions_of
+from surgery.benchmarking.result import NO_VERDICT, RuntimeResult, verdict
+from surgery.benchmarking.table import benchmark_table
+from surgery.tables import render
 from tests.networks import Random, Small, random_states
 
 X = torch.randn(1, 3, 12, 12)
 
 
 class Slow(nn.Module):
-    """Takes the stated time, and knows when it was called."""
+    """Takes the stated time by the clock below, and knows when it was called."""
 
     log: list[str] = []  # noqa: RUF012
+    now = 0.0
 
     def __init__(self, name, seconds):
         super().__init__()
         self.name, self.seconds = name, seconds
 
     def forward(self, x):
-        self.log.append(self.name)
-        time.sleep(self.seconds)
+        Slow.log.append(self.name)
+        Slow.now += self.seconds
         return x
 
 
-def test_a_network_that_takes_half_the_time():
+@pytest.fixture
+def slow_time(monkeypatch):
+    """A clock that only ``Slow`` moves, so that these tests do not depend on what else runs on the machine."""
+    monkeypatch.setattr(sampling, "perf_counter", lambda: Slow.now)
     Slow.log.clear()
-    measured = surgery.benchmark(Slow("before", 0.012), Slow("after", 0.006), X, runtimes=["eager"], repeats=8)
-    (row,) = measured.rows
-    assert 1.5 < row.time_ratio < 2.5
+
+
+def raced(before, after, **options):
+    return surgery.benchmark(Slow("before", before), Slow("after", after), X, runtimes=["eager"], **options).rows[0]
+
+
+def test_a_network_that_takes_half_the_time(slow_time):
+    row = raced(0.012, 0.006, repeats=8)
+    assert row.time_ratio == pytest.approx(2)
+    assert row.before_ms == pytest.approx(12)
     assert row.time_ratio_low <= row.time_ratio <= row.time_ratio_high
-    assert row.verdict == "faster"
-    samples = [name for name, following in zip(Slow.log[-24:], [*Slow.log[-23:], ""], strict=True) if name != following]
-    assert {"before", "after"} == set(samples)
+    assert (row.verdict, row.pairs) == ("faster", 8)
+    assert raced(0.006, 0.012).verdict == "slower"
+
+
+def test_networks_are_called_in_turn(slow_time):
+    raced(0.012, 0.006, repeats=8)
+    timed = Slow.log[-20:-4]  # the last four count MACs and memory
+    samples = [name for name, _ in itertools.groupby(timed)]
     assert len(samples) >= 8  # taken in turn, not one network after the other
 
 
-def test_the_same_network_is_not_called_faster():
-    verdicts = [surgery.benchmark(Slow("a", 0.006), Slow("b", 0.006), X, runtimes=["eager"], repeats=9).rows[0] for _ in range(3)]
-    assert all(0.8 < row.time_ratio < 1.25 for row in verdicts)
-    assert surgery.benchmark(Slow("a", 0.006), Slow("b", 0.012), X, runtimes=["eager"], repeats=6).rows[0].verdict == "slower"
+def test_the_same_network_is_not_called_faster(slow_time):
+    row = raced(0.006, 0.006)
+    assert (row.time_ratio, row.verdict, row.settled) == (pytest.approx(1), NO_VERDICT, True)
 
 
 def test_both_runtimes_and_the_flops_beside():
     model = Small().eval()
     net = surgery.decompose(model, {"conv2": (2, 2)}, example_inputs=X)
     threads = torch.get_num_threads()
-    measured = surgery.benchmark(model, net, X, repeats=4, threads=1)
+    measured = surgery.benchmark(model, net, X, repeats=8, threads=1)
     assert [row.runtime for row in measured.rows] == ["eager", "onnxruntime"]
     assert measured.flops_ratio == surgery.report(net).speedup
     assert measured.threads == 1
@@ -69,13 +90,166 @@ def test_both_runtimes_and_the_flops_beside():
 def test_wrong_arguments():
     with pytest.raises(SurgeryValueError, match="'tensorrt' is none of"):
         surgery.benchmark(Small(), Small(), X, runtimes=["tensorrt"])
-    with pytest.raises(SurgeryValueError, match="at least 4"):
-        surgery.benchmark(Small(), Small(), X, repeats=1)
+    for wrong, message in [
+        ({"repeats": 7}, "repeats: at least 8"),
+        ({"runtimes": []}, "runtimes: expected a list"),
+        ({"runtimes": "eager"}, "runtimes: expected a list"),
+        ({"batch": 0}, "batch: expected whole numbers"),
+        ({"batch": []}, "batch: expected whole numbers"),
+        ({"dtype": "int8"}, "dtype: 'int8' is none of"),
+        ({"memory_format": "nhwc"}, "memory_format: expected 'channels_last'"),
+        ({"precision": 0}, "precision: expected a number above 0"),
+        ({"seconds": float("inf")}, "seconds: expected a number above 0"),
+        ({"threads": 0}, "threads: expected"),
+    ]:
+        with pytest.raises(SurgeryValueError, match=message):
+            surgery.benchmark(Small(), Small(), X, **wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("runtime", ["cuda", "cuda-graph"])
+def test_without_a_cuda_device_the_error_says_so(runtime):
+    with pytest.raises(SurgeryValueError, match=f"'{runtime}' needs a CUDA device"):
+        surgery.benchmark(Small(), Small(), X, runtimes=[runtime])
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_random_states_are_left_as_found(fails):
     net, before = Random(fails), random_states()
     with contextlib.suppress(SurgeryError):
-        surgery.benchmark(net, net, X, runtimes=["eager"], repeats=4)
+        surgery.benchmark(net, net, X, runtimes=["eager"], repeats=8)
     assert random_states() == before
+
+
+class Clock:
+    """Answers with the times it was given, by call."""
+
+    def __init__(self, **times):
+        self.times = {name: itertools.cycle(values) for name, values in times.items()}
+        self.asked = []
+
+    def __call__(self, call, loops):
+        self.asked.append(call.__name__)
+        return next(self.times[call.__name__])
+
+
+def before():
+    pass
+
+
+def after():
+    pass
+
+
+def test_sampling_stops_when_it_is_sure_and_goes_on_until_then():
+    quiet = sampling.time_in_turn(before, after, clock=Clock(before=[2.0], after=[1.0]))
+    assert (quiet.ratio, quiet.low, quiet.high, quiet.pairs, quiet.settled) == (2.0, 2.0, 2.0, sampling.LEAST_PAIRS, True)
+    noisy = sampling.time_in_turn(before, after, clock=Clock(before=[2.0, 2.2, 2.1, 1.9, 2.3], after=[1.0]), precision=0.05)
+    assert noisy.pairs > quiet.pairs
+    assert noisy.settled
+    assert noisy.low <= noisy.ratio <= noisy.high
+
+
+def test_sampling_ends_at_its_time_limit_and_says_that_it_is_not_sure():
+    found = sampling.time_in_turn(before, after, clock=Clock(before=[1.0, 9.0, 2.0, 7.0, 3.0], after=[1.0]), seconds=1e-9)
+    assert (found.pairs, found.settled) == (sampling.LEAST_PAIRS, False)
+    assert found.spread > 1
+
+
+def test_sampling_takes_exactly_the_pairs_asked_for_in_turn():
+    clock = Clock(before=[2.0], after=[1.0])
+    assert sampling.time_in_turn(before, after, clock=clock, pairs=11).pairs == 11
+    assert clock.asked[2:] == (["before", "after", "after", "before"] * 6)[:22]
+
+
+def test_the_interval_of_the_median_holds_it_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(2000):
+        low, middle, high = sampling.median_interval(generator.exponential(size=25))
+        assert low <= middle <= high
+        held += low <= np.log(2) <= high
+    assert 0.985 < held / 2000 < 0.9999  # 99 % and what a discrete distribution adds; far from certain
+
+
+def test_a_verdict_needs_the_whole_interval():
+    assert verdict(1.01, 1.2) == "faster"
+    assert verdict(0.8, 0.99) == "slower"
+    assert verdict(0.99, 1.3) == verdict(0.7, 1.0) == NO_VERDICT
+
+
+def test_the_table_fits_80_columns_and_names_what_it_refuses_to_say():
+    times = {"before_ms": 12345.678, "after_ms": 12300.1, "time_ratio": 1.004, "time_ratio_low": 0.9, "time_ratio_high": 1.1}
+    sizes = {f"{what}_bytes_{when}": 123456789 for what in ("file", "memory") for when in ("before", "after")}
+    rows = tuple(
+        RuntimeResult(runtime=name, batch=n, pairs=100, settled=False, macs_before=200, macs_after=100, **times, **sizes)
+        for name, n in (("onnxruntime", 1), ("torchscript", 256))
+    )
+    measured = surgery.Benchmark(rows=rows, macs_before=200, macs_after=100, threads=16, input_shapes=((1, 3, 224, 224),), environment={})
+    text = render(benchmark_table(measured), width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert f"none: {NO_VERDICT}" in text
+    assert "0.50" in text  # the quotient
+    assert "..." not in text
+    assert "…" not in text
+
+
+def test_the_memory_of_a_call_is_that_of_the_tensors_that_live_at_once():
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 1, 1)).eval()
+    x = torch.randn(1, 3, 16, 16)
+    held = sum(p.numel() for p in network.parameters()) + x.numel()
+    with torch.no_grad():
+        found = memory.of_tensors(lambda: network(x), network, x)
+    assert found == 4 * (held + 2 * 8 * 256)  # the widest layer's input and output
+
+    def step():
+        with torch.enable_grad():
+            network(x).sum().backward()
+
+    assert memory.of_tensors(step, network, x) > found  # activations are kept for the backward pass
+
+
+def test_other_batches_dtypes_and_formats_on_copies():
+    model = Small().eval()
+    net = surgery.decompose(model, {"conv2": (2, 2)}, example_inputs=X)
+    measured = surgery.benchmark(model, net, X, runtimes=["eager"], repeats=8, batch=(1, 3), dtype="bfloat16", memory_format="channels_last")
+    assert [row.batch for row in measured.rows] == [1, 3]
+    assert measured.rows[1].macs_before == 3 * measured.rows[0].macs_before == 3 * measured.macs_before
+    assert (measured.dtype, measured.memory_format) == ("bfloat16", "channels_last")
+    assert model.conv2.weight.dtype == X.dtype == torch.float32
+    assert model.conv2.weight.is_contiguous()
+    conditions = conditions_of(batch=None, dtype=torch.float64, memory_format="channels_last")
+    weight = conditions.network(model).conv2.weight
+    assert weight.dtype == torch.float64
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert conditions.cast(X).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_training_step_is_timed_and_the_networks_stay_in_eval_mode():
+    model = Small().eval()
+    net = surgery.decompose(model, {"conv2": (2, 2)}, example_inputs=X)
+    train, eager = surgery.benchmark(model, net, X, runtimes=["train", "eager"], repeats=8).rows
+    assert train.macs_before > 2 * eager.macs_before  # derivatives by inputs and by weights
+    assert train.memory_bytes_before > eager.memory_bytes_before
+    assert not model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_traced_network_is_frozen_without_touching_the_model():
+    model = Small().eval()
+    net = surgery.decompose(model, {"conv2": (2, 2)}, example_inputs=X)
+    (row,) = surgery.benchmark(model, net, X, runtimes=["torchscript"], repeats=8).rows
+    assert row.file_bytes_before > row.file_bytes_after > 0
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_openvino_computes_in_the_dtype_that_it_is_given(tmp_path):
+    pytest.importorskip("openvino")
+    from surgery.benchmarking.onnx_files import PRECISIONS, openvino_call
+
+    model = Small().eval()
+    surgery.export_onnx(model, tmp_path / "net.onnx", X, exporter="torchscript")
+    (found,) = (torch.from_numpy(value) for value in openvino_call(tmp_path / "net.onnx", X)().values())
+    with torch.no_grad():
+        assert (found - model(X)).abs().max() < 1e-4 * model(X).abs().max()  # bfloat16 is off by a hundredth
+    assert PRECISIONS[torch.float32] == "f32"

@@ -61,7 +61,7 @@ def test_export_and_bench(capsys, tmp_path):
     data = json.loads(out(capsys, "export", MODEL, str(tmp_path / "size.onnx"), *options))
     assert (data["inputs"], data["opset"], data["exporter"]) == (["x: 1 x 3 x height x width"], 17, "torchscript")
     assert "program" in out(capsys, "export", MODEL, str(tmp_path / "net.pt2"))
-    measured = json.loads(out(capsys, "bench", MODEL, "--ranks", "0.25", "--runtimes", "eager", "--repeats", "4", "--json"))
+    measured = json.loads(out(capsys, "bench", MODEL, "--ranks", "0.25", "--runtimes", "eager", "--repeats", "8", "--json"))
     assert measured["flops_ratio"] > 2
 
 

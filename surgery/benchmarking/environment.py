@@ -1,0 +1,37 @@
+"""What times depend on beside the networks."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+__all__ = ["environment"]
+
+
+def environment(runtimes: Sequence[str] = ()) -> dict[str, str]:
+    """Versions, processor, device."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": _processor(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    for name in ("onnxruntime", "openvino"):
+        if name in runtimes:
+            found[name] = import_module(name).__version__
+    if torch.cuda.is_available():
+        found["cuda_device"] = torch.cuda.get_device_name()
+    return found
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

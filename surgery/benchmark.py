@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from passes.errors import SurgeryValueError
+from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.parity import tensors_in
 from passes.running import kept_random_states, run
 from surgery.benchmarking.environment import environment
@@ -19,6 +22,7 @@ from surgery.inspection import usable_model
 
 if TYPE_CHECKING:
     from surgery.benchmarking.onnx_files import openvino_call
+    from surgery.benchmarking.ready import Ready
     from surgery.benchmarking.runtimes import RUNTIMES, Runtime
 
 __all__ = ["RUNTIMES", "SAMPLE_SECONDS", "Benchmark", "LayerResult", "RuntimeResult", "benchmark", "compare", "environment", "openvino_call"]
@@ -36,8 +40,8 @@ def __getattr__(name: str) -> Any:
 
 @kept_random_states()
 def benchmark(
-    before: nn.Module,
-    after: nn.Module,
+    before: nn.Module | str | os.PathLike[str],
+    after: nn.Module | str | os.PathLike[str],
     example_inputs: Any,
     *,
     runtimes: Sequence[str] = ("eager", "onnxruntime"),
@@ -48,6 +52,7 @@ def benchmark(
     precision: float = 0.01,
     seconds: float = 20.0,
     repeats: int | None = None,
+    layers: bool = False,
 ) -> Benchmark:
     """Time two networks in turn on the same inputs, in eval mode.
 
@@ -56,9 +61,10 @@ def benchmark(
     A verdict is given only where the whole interval is on one side of 1.
 
     Args:
-        before: the original network.
-        after: the decomposed one.
-        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
+        before: the original network, or an ONNX file.
+        after: the decomposed one, or an ONNX file where the first is one; both are then timed as they are, in onnxruntime and openvino only.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments. To files: tensors in the order of their inputs, a mapping
+            by their names, or None: noise, where they leave no dimension open.
         runtimes: ``"eager"`` (torch as it is, where the inputs are), ``"compile"`` (``torch.compile``), ``"torchscript"`` (traced and frozen),
             ``"onnxruntime"`` and ``"openvino"`` (both on the CPU, in the dtype of the inputs), ``"train"`` (a training step in eager mode, forward
             and backward, without the optimizer's), ``"cuda"`` (eager mode, timed by events) and ``"cuda-graph"`` (replayed as one CUDA graph).
@@ -70,6 +76,8 @@ def benchmark(
         precision: half the width of that interval, as a share of the ratio, which is narrow enough.
         seconds: a row takes no longer than this, but for the preparation and the least number of pairs.
         repeats: take exactly so many pairs instead.
+        layers: also time every layer that differs beside what stands for it, each by itself on the shapes that it sees: which chain pays, and which
+            does not. Only in eager, compile, train, onnxruntime and openvino.
 
     Raises:
         SurgeryTypeError: a model is no module, or wrapped, or cannot be copied.
@@ -78,24 +86,30 @@ def benchmark(
         SurgeryError: a runtime cannot run a network; the message names the runtime or the exporter.
     """
     from surgery.benchmarking.conditions import conditions_of
+    from surgery.benchmarking.layers import check_runtimes, layer_results
     from surgery.benchmarking.runtimes import known
 
-    for model in (before, after):
-        usable_model(model)
-    chosen = known(runtimes)
     _check(repeats, precision, seconds, threads)
+    sampling: dict[str, Any] = {"pairs": repeats, "precision": precision, "seconds": seconds}
+    if isinstance(before, str | os.PathLike) and isinstance(after, str | os.PathLike):
+        for name, value in (("batch", batch), ("dtype", dtype), ("memory_format", memory_format), ("layers", layers or None)):
+            if value is not None:
+                raise SurgeryValueError(f"{name}: ONNX files are timed as they are; leave it out")
+        return _of_files(Path(before), Path(after), example_inputs, known(runtimes), threads, sampling)
+    models = [_model(before), _model(after)]
+    chosen = known(runtimes)
     conditions = conditions_of(batch=batch, dtype=dtype, memory_format=memory_format)
+    if layers:
+        check_runtimes(runtimes)
     with threads_set(threads), torch.no_grad():
-        networks = [conditions.network(model) for model in (before, after)]
-        rows = tuple(
-            _row(runtime, networks, inputs, repeats=repeats, precision=precision, seconds=seconds)
-            for inputs in conditions.inputs(example_inputs)
-            for runtime in chosen
-        )
+        networks = [conditions.network(model) for model in models]
+        rows = tuple(_row(runtime, networks, inputs, sampling) for inputs in conditions.inputs(example_inputs) for runtime in chosen)
         macs = [_macs(network, conditions.cast(example_inputs)) for network in networks]
+        told = layer_results(*networks, conditions.cast(example_inputs), runtimes) if layers else ()
         used = torch.get_num_threads()
     return Benchmark(
         rows=rows,
+        layers=told,
         macs_before=macs[0],
         macs_after=macs[1],
         threads=used,
@@ -114,22 +128,51 @@ def compare(runtime: str, before: Callable[[], object], after: Callable[[], obje
     return RuntimeResult.of(time_in_turn(before, after, clock=with_clock.clock, pairs=repeats, pause=with_clock.pause), runtime)
 
 
-def _row(runtime: Runtime, networks: Sequence[nn.Module], inputs: Any, *, repeats: int | None, precision: float, seconds: float) -> RuntimeResult:
+def _row(runtime: Runtime, networks: Sequence[nn.Module], inputs: Any, sampling: Mapping[str, Any]) -> RuntimeResult:
     with runtime(networks[0], inputs) as before, runtime(networks[1], inputs) as after:
-        found = time_in_turn(before, after, clock=runtime.clock, pairs=repeats, precision=precision, seconds=seconds, pause=runtime.pause)
+        row = _timed(runtime, before, after, inputs, sampling)
         pairs = list(zip((before, after), networks, strict=True))
         macs = [_macs_of(ready) if runtime.trains else _macs(network, inputs) for ready, network in pairs]
         memory = [runtime.memory(ready, network, inputs) if runtime.memory else None for ready, network in pairs]
-    return RuntimeResult.of(
-        found,
-        runtime.name,
-        batch=next((t.shape[0] for t in tensors_in(inputs) if t.ndim), None),
-        macs_before=macs[0],
-        macs_after=macs[1],
-        file_bytes_before=before.file_bytes,
-        file_bytes_after=after.file_bytes,
-        memory_bytes_before=memory[0],
-        memory_bytes_after=memory[1],
+    return replace(row, macs_before=macs[0], macs_after=macs[1], memory_bytes_before=memory[0], memory_bytes_after=memory[1])
+
+
+def _model(model: Any) -> nn.Module:
+    if isinstance(model, str | os.PathLike):
+        raise SurgeryTypeError(f"model: {str(model)!r} is the path of a file and the other is none; give two modules, or two ONNX files")
+    usable_model(model)
+    found: nn.Module = model
+    return found
+
+
+def _timed(runtime: Runtime, before: Ready, after: Ready, inputs: Any, sampling: Mapping[str, Any]) -> RuntimeResult:
+    found = time_in_turn(before, after, clock=runtime.clock, pause=runtime.pause, **sampling)
+    batch = next((t.shape[0] for t in tensors_in(inputs) if t.ndim), None)
+    return RuntimeResult.of(found, runtime.name, batch=batch, file_bytes_before=before.file_bytes, file_bytes_after=after.file_bytes)
+
+
+def _of_files(
+    before: Path, after: Path, example_inputs: Any, runtimes: Sequence[Runtime], threads: int | None, sampling: Mapping[str, Any]
+) -> Benchmark:
+    from surgery.benchmarking.files import inputs_for
+
+    for runtime in runtimes:
+        if runtime.opens is None:
+            raise SurgeryValueError(f"runtimes: {runtime.name!r} reads no ONNX files; onnxruntime and openvino do")
+    inputs = inputs_for(before, after, example_inputs)
+    rows = []
+    with threads_set(threads), torch.no_grad():
+        for runtime in runtimes:
+            if runtime.opens is not None:
+                rows.append(_timed(runtime, runtime.opens(before, inputs), runtime.opens(after, inputs), inputs, sampling))
+        used = torch.get_num_threads()
+    return Benchmark(
+        rows=tuple(rows),
+        macs_before=None,
+        macs_after=None,
+        threads=used,
+        input_shapes=tuple(tuple(t.shape) for t in inputs.values()),
+        environment=environment([runtime.name for runtime in runtimes]),
     )
 
 

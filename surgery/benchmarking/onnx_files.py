@@ -14,24 +14,33 @@ from torch import Tensor, nn
 from passes.parity import tensors_in
 from surgery.benchmarking.ready import Ready
 
-__all__ = ["onnxruntime", "openvino", "openvino_call"]
+__all__ = ["onnxruntime", "onnxruntime_file", "openvino", "openvino_call", "openvino_file", "size_of"]
 
 PRECISIONS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @contextmanager
 def onnxruntime(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
-    from surgery.export.onnx import onnx_session, session_call
-
     with _exported(network, example_inputs) as (file, feed):
-        session = onnx_session(file, torch.get_num_threads())
-        yield Ready(session_call(session, feed), file_bytes=size_of(file))
+        yield onnxruntime_file(file, feed)
 
 
 @contextmanager
 def openvino(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
     with _exported(network, example_inputs) as (file, feed):
-        yield Ready(openvino_call(file, feed), file_bytes=size_of(file))
+        yield openvino_file(file, feed)
+
+
+def onnxruntime_file(file: Path, feed: Mapping[str, Tensor]) -> Ready:
+    """An ONNX file in onnxruntime, with torch's number of threads; inputs by name."""
+    from surgery.export.onnx import onnx_session, session_call
+
+    return Ready(session_call(onnx_session(file, torch.get_num_threads()), feed), file_bytes=size_of(file))
+
+
+def openvino_file(file: Path, feed: Mapping[str, Tensor]) -> Ready:
+    """The same in OpenVINO."""
+    return Ready(openvino_call(file, feed), file_bytes=size_of(file))
 
 
 @contextmanager

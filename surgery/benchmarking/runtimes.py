@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from passes.errors import SurgeryError, SurgeryValueError
 from passes.parity import private_inputs, tensors_in
@@ -35,6 +36,7 @@ class Runtime:
         memory: bytes that a call takes at most, of (ready, network, inputs); None where nobody tells.
         rests: whether its worker threads go on for a moment after a call.
         trains: whether a call is a training step.
+        opens: makes an ONNX file ready for inputs by name; None where the runtime reads none.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Runtime:
     memory: memory.Measure | None = None
     rests: bool = False
     trains: bool = False
+    opens: Callable[[Path, Mapping[str, Tensor]], Ready] | None = None
 
     def __call__(self, network: nn.Module, example_inputs: Any) -> AbstractContextManager[Ready]:
         return self.prepare(network, example_inputs)
@@ -167,8 +170,8 @@ RUNTIMES: dict[str, Runtime] = {
     runtime.name: runtime
     for runtime in (
         Runtime("eager", _eager, memory=memory.of_tensors),
-        Runtime("onnxruntime", onnx_files.onnxruntime, rests=True),
-        Runtime("openvino", onnx_files.openvino, rests=True),
+        Runtime("onnxruntime", onnx_files.onnxruntime, rests=True, opens=onnx_files.onnxruntime_file),
+        Runtime("openvino", onnx_files.openvino, rests=True, opens=onnx_files.openvino_file),
         Runtime("compile", _compile),
         Runtime("train", _train, memory=memory.of_tensors, trains=True),
         Runtime("torchscript", _torchscript),

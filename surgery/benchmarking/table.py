@@ -53,12 +53,16 @@ def _facts(benchmark: Benchmark) -> list[str]:
     pairs = "-".join(map(str, sorted({min(row.pairs for row in benchmark.rows), max(row.pairs for row in benchmark.rows)})))
     lines = [
         f"{pairs} interleaved pairs, {benchmark.threads} threads, inputs {', '.join([shapes, *kinds])}",
-        f"MACs {count(benchmark.macs_before)} / {count(benchmark.macs_after)}: FLOPs ratio {ratio(benchmark.flops_ratio)}",
+        *([] if benchmark.macs_before is None else [_macs(benchmark)]),
         "±: half the 99 % confidence interval of the median ratio",
     ]
     if any(row.verdict == NO_VERDICT for row in benchmark.rows):
         lines.append(f"none: {NO_VERDICT}")
     return lines
+
+
+def _macs(benchmark: Benchmark) -> str:
+    return f"MACs {count(benchmark.macs_before)} / {count(benchmark.macs_after)}: FLOPs ratio {ratio(benchmark.flops_ratio)}"
 
 
 def _sizes(rows: Sequence[RuntimeResult]) -> Table:

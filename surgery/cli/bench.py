@@ -1,20 +1,27 @@
-"""``surgery bench``: a model before and after a cut, FLOPs beside time."""
+"""``surgery bench``: a model before and after a cut, or two ONNX files, FLOPs beside time."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import surgery
 from surgery.cli.arguments import Commands, add_command, add_rank_arguments, open_model, rank_options, shape, show
 
-RUNTIMES_HELP = "eager, compile, torchscript, train, onnxruntime, openvino, cuda, cuda-graph (default: %(default)s)"
+if TYPE_CHECKING:
+    from surgery.benchmark import Benchmark
+
+RUNTIMES_HELP = "eager, compile, torchscript, train, onnxruntime, openvino, cuda, cuda-graph (default: eager,onnxruntime; onnxruntime for files)"
+TEXT = "Decompose a model and time it against the original, side by side; or time two ONNX files, MODEL being the first."
+CONDITIONS = ("batch", "threads", "dtype", "memory_format", "precision", "seconds", "repeats", "layers")
 
 
 def add(commands: Commands) -> None:
-    bench = add_command(commands, "bench", _bench, "Decompose a model and time it against the original, side by side.")
+    bench = add_command(commands, "bench", _bench, TEXT)
+    bench.add_argument("after", nargs="?", metavar="AFTER.onnx", type=Path, help="time this ONNX file against MODEL, one too; nothing is cut")
     add_rank_arguments(bench)
-    bench.add_argument("--runtimes", default="eager,onnxruntime", metavar="NAME,...", help=RUNTIMES_HELP)
+    bench.add_argument("--runtimes", metavar="NAME,...", help=RUNTIMES_HELP)
     bench.add_argument("--batch", type=shape, metavar="N,...", help="batch sizes to time at (default: that of the input)")
     bench.add_argument("--threads", type=int, help="threads for both networks (default: torch's)")
     bench.add_argument("--dtype", help="float32, bfloat16, float16 or float64: what networks and inputs are cast to")
@@ -22,16 +29,41 @@ def add(commands: Commands) -> None:
     bench.add_argument("--precision", type=float, default=0.01, help="spread, as a share of the ratio, that is small enough (default: %(default)s)")
     bench.add_argument("--seconds", type=float, default=20.0, help="no longer than this a row, but for the preparation (default: %(default)s)")
     bench.add_argument("--repeats", type=int, help="exactly so many pairs of samples instead of going on until the spread is small enough")
+    bench.add_argument("--layers", action="store_true", help="time each layer that was cut beside its chain as well")
+    bench.add_argument("--size", action="append", default=[], type=size, metavar="NAME=N", help="size of an open dimension of ONNX files, repeatable")
 
 
 def _bench(options: argparse.Namespace) -> None:
     from surgery.benchmarking.table import benchmark_table
 
-    model, inputs = open_model(options)
-    net = surgery.decompose(model, options.ranks, example_inputs=inputs, progress=True, **rank_options(options))
-    measured = surgery.benchmark(surgery.reconstruct(model), net, inputs, runtimes=options.runtimes.split(","), **_conditions(options))
+    measured = _of_a_cut(options) if options.after is None else _of_files(options)
     show(options, lambda: benchmark_table(measured), measured.to_json)
 
 
+def _of_a_cut(options: argparse.Namespace) -> Benchmark:
+    if options.size:
+        raise surgery.SurgeryValueError("--size: it is for two ONNX files; give --input-shape")
+    model, inputs = open_model(options)
+    net = surgery.decompose(model, options.ranks, example_inputs=inputs, progress=True, **rank_options(options))
+    runtimes = (options.runtimes or "eager,onnxruntime").split(",")
+    return surgery.benchmark(surgery.reconstruct(model), net, inputs, runtimes=runtimes, **_conditions(options))
+
+
+def _of_files(options: argparse.Namespace) -> Benchmark:
+    from surgery.benchmarking.files import file_inputs, made_up
+
+    inputs = made_up(file_inputs(Path(options.model)), dict(options.size), options.input_shape)
+    runtimes = (options.runtimes or "onnxruntime").split(",")
+    return surgery.benchmark(options.model, options.after, inputs, runtimes=runtimes, **_conditions(options))
+
+
 def _conditions(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("batch", "threads", "dtype", "memory_format", "precision", "seconds", "repeats")}
+    return {name: getattr(options, name) for name in CONDITIONS}
+
+
+def size(text: str) -> tuple[str, int]:
+    """Reads ``NAME=N``."""
+    name, _, number = text.rpartition("=")
+    if not name or not number.isdigit() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"expected the name of a dimension and its size, such as batch=1, got {text!r}")
+    return name, int(number)

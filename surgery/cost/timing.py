@@ -259,7 +259,8 @@ def _openvino(shape: TimedShape, conditions: Conditions) -> Call:
     model, inputs = onnx_model(shape)
     try:
         core = openvino.Core()
-        compiled = core.compile_model(core.read_model(model.SerializeToString(), b""), "CPU", {"INFERENCE_NUM_THREADS": conditions.threads})
+        options = {"INFERENCE_NUM_THREADS": conditions.threads, "INFERENCE_PRECISION_HINT": "f16" if shape.dtype == "float16" else "f32"}
+        compiled = core.compile_model(core.read_model(model.SerializeToString(), b""), "CPU", options)
         request = compiled.create_infer_request()
         request.infer({0: inputs})
     except RuntimeError as error:

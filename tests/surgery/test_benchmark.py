@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 import surgery
-from passes.errors import SurgeryError, SurgeryValueError
-from surgery.benchmarking import memory, sampling
+from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
+from surgery import cli
+from surgery.benchmarking import layers, memory, sampling
 from surgery.benchmarking.conditions import conditions_of
+from surgery.benchmarking.files import FileInput, made_up
 from surgery.benchmarking.result import NO_VERDICT, RuntimeResult, verdict
 from surgery.benchmarking.table import benchmark_table
+from surgery.cost.profile import Entry
 from surgery.tables import render
 from tests.networks import Random, Small, random_states
 
@@ -253,3 +256,119 @@ def test_openvino_computes_in_the_dtype_that_it_is_given(tmp_path):
     with torch.no_grad():
         assert (found - model(X)).abs().max() < 1e-4 * model(X).abs().max()  # bfloat16 is off by a hundredth
     assert PRECISIONS[torch.float32] == "f32"
+
+
+@pytest.fixture
+def layer_clock(monkeypatch):
+    """Times layers by their MACs, but for one chain that takes as long as its layer and one that takes longer."""
+
+    def time_shapes(shapes, conditions):
+        slow = {8: 3.0, 12: 1.0}
+        found = {}
+        for shape in shapes:
+            factor = slow.get(shape.layers[0].out_channels, 1.0) if len(shape.layers) > 1 else 1.0
+            found[shape.key] = Entry(1e-9 * shape.macs * factor, 0.01)
+        return found, 1e-3
+
+    monkeypatch.setattr(layers, "time_shapes", time_shapes)
+
+
+def test_the_layers_that_differ_are_timed_on_the_shapes_they_see(layer_clock):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, stride=2), nn.Conv2d(16, 16, 3)).eval()
+    net = surgery.decompose(model, {"1": (4, 4), "2": (8, 8)}, example_inputs=X)
+    measured = surgery.benchmark(model, net, X, runtimes=["eager"], repeats=8, layers=True)
+    report = {row.name: row for row in surgery.report(net).layers}
+    assert [row.name for row in measured.layers] == ["1", "2"]
+    for row in measured.layers:
+        assert (row.macs_before, row.macs_after) == (report[row.name].macs_before, report[row.name].macs_after)
+        assert row.flops_ratio == pytest.approx(report[row.name].speedup)
+    pays, loses = measured.layers
+    assert (pays.verdict, pays.quotient) == ("faster", pytest.approx(1.0))
+    assert (loses.verdict, loses.quotient) == ("slower", pytest.approx(1 / 3))
+    assert "conv 16>4 1x1; conv 4>4 3x3 /2x2; conv 4>16 1x1" in pays.chain
+    text = render(benchmark_table(measured), width=80)
+    assert "layers in eager" in text
+    assert json.loads(measured.to_json())["layers"][1]["verdict"] == "slower"
+
+
+def test_layers_for_real():
+    model = Small().eval()
+    net = surgery.decompose(model, {"conv2": (2, 2)}, example_inputs=X)
+    (row,) = surgery.benchmark(model, net, X, runtimes=["eager"], repeats=8, layers=True).layers
+    assert row.name == "conv2"
+    assert row.before_ms > 0 < row.after_ms
+
+
+def test_layers_need_a_clock_and_a_difference():
+    with pytest.raises(SurgeryValueError, match="not in 'torchscript'"):
+        surgery.benchmark(Small(), Small(), X, runtimes=["torchscript"], layers=True)
+    with pytest.raises(SurgeryValueError, match="nothing to compare"):
+        surgery.benchmark(Small(), Small(), X, runtimes=["eager"], repeats=8, layers=True)
+
+
+@pytest.fixture(scope="module")
+def two_files(tmp_path_factory):
+    """A network and its cut, as ONNX files with an open batch."""
+    folder, model = tmp_path_factory.mktemp("onnx"), Small().eval()
+    net = surgery.decompose(model, {"conv2": (2, 2)}, example_inputs=X)
+    files = folder / "a.onnx", folder / "b.onnx"
+    for network, file in zip((model, net), files, strict=True):
+        surgery.export_onnx(network, file, X, dynamic_batch=True, exporter="torchscript", check=False)
+    return files
+
+
+def test_two_onnx_files(two_files):
+    measured = surgery.benchmark(*two_files, X, runtimes=["onnxruntime"], repeats=8)
+    (row,) = measured.rows
+    assert (row.runtime, row.batch) == ("onnxruntime", 1)
+    assert row.file_bytes_before == two_files[0].stat().st_size
+    assert row.file_bytes_after == two_files[1].stat().st_size
+    assert measured.input_shapes == (tuple(X.shape),)
+
+
+def test_what_two_files_refuse(two_files, tmp_path):
+    first, second = two_files
+    with pytest.raises(SurgeryValueError, match="'eager' reads no ONNX files"):
+        surgery.benchmark(first, second, X)
+    with pytest.raises(SurgeryValueError, match="dtype: ONNX files are timed as they are"):
+        surgery.benchmark(first, second, X, runtimes=["onnxruntime"], dtype="float64")
+    with pytest.raises(SurgeryTypeError, match="two modules, or two ONNX files"):
+        surgery.benchmark(first, Small(), X)
+    with pytest.raises(SurgeryValueError, match=r"takes x: batch x 3 x 12 x 12 float32; got \(1, 4, 12, 12\)"):
+        surgery.benchmark(first, second, torch.zeros(1, 4, 12, 12), runtimes=["onnxruntime"])
+    with pytest.raises(SurgeryTypeError, match="got 2 tensors"):
+        surgery.benchmark(first, second, (X, X), runtimes=["onnxruntime"])
+    with pytest.raises(SurgeryValueError, match=r"leaves dimensions open.*--size batch=N"):
+        surgery.benchmark(first, second, None, runtimes=["onnxruntime"])
+    (tmp_path / "no.onnx").write_bytes(b"\x00\x01 no graph")
+    with pytest.raises(SurgeryValueError, match="not an ONNX file"):
+        surgery.benchmark(first, tmp_path / "no.onnx", X, runtimes=["onnxruntime"])
+    with pytest.raises(FileNotFoundError):
+        surgery.benchmark(first, tmp_path / "absent.onnx", X, runtimes=["onnxruntime"])
+
+
+def test_inputs_are_made_up_by_the_names_of_open_dimensions():
+    inputs = [FileInput("image", torch.float32, ("batch", 3, "image[2]")), FileInput("ids", torch.int64, ("batch",))]
+    made = made_up(inputs, {"batch": 2, "image[2]": 5})
+    assert {name: (tuple(t.shape), t.dtype) for name, t in made.items()} == {"image": ((2, 3, 5), torch.float32), "ids": ((2,), torch.int64)}
+    assert made_up(inputs[:1], shape=(4, 3, 7))["image"].shape == (4, 3, 7)
+    for wrong, message in [
+        ({"sizes": {"batch": 2}}, r"--size image\[2\]=N"),
+        ({"sizes": {"batch": 2, "image[2]": 5, "width": 1}}, "'width' is no open dimension"),
+        ({"shape": (1, 3, 2)}, "the file has 2 inputs"),
+    ]:
+        with pytest.raises(SurgeryValueError, match=message):
+            made_up(inputs, **wrong)
+    with pytest.raises(SurgeryValueError, match="1x4x2 does not fit"):
+        made_up(inputs[:1], shape=(1, 4, 2))
+
+
+def test_the_command_takes_two_files(two_files, capsys):
+    command = ["bench", *map(str, two_files), "--repeats", "8"]
+    assert cli.main(command) == 1
+    assert "--size batch=N" in capsys.readouterr().err
+    assert cli.main([*command, "--size", "batch=2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["batch"] == 2
+    assert cli.main([*command, "--input-shape", "1,3,12,12"]) == 0
+    assert "onnxruntime" in capsys.readouterr().out

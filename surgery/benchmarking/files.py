@@ -1,0 +1,144 @@
+"""Two ONNX files beside each other: what they take, made up where nobody gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
+from passes.parity import tensors_in
+from passes.running import first_line
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+__all__ = ["FileInput", "file_inputs", "inputs_for", "made_up"]
+
+TYPES = {1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool}
+TYPES |= {10: torch.float16, 11: torch.float64, 16: torch.bfloat16}  # of onnx.TensorProto
+
+
+@dataclass(frozen=True, slots=True)
+class FileInput:
+    """One input of an ONNX file; open dimensions have a name, the file's own where it has one, else ``name[index]``."""
+
+    name: str
+    dtype: torch.dtype
+    dims: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {' x '.join(map(str, self.dims)) or 'one number'} {str(self.dtype).removeprefix('torch.')}"
+
+    def accepts(self, tensor: Tensor) -> bool:
+        sizes = zip(self.dims, tensor.shape, strict=False)
+        return tensor.dtype == self.dtype and tensor.ndim == len(self.dims) and all(isinstance(dim, str) or dim == size for dim, size in sizes)
+
+
+def file_inputs(file: Path) -> tuple[FileInput, ...]:
+    """What an ONNX file takes.
+
+    Raises:
+        SurgeryValueError: it is no ONNX file.
+        SurgeryError: it takes something that is no tensor of numbers, or says nothing of a shape.
+        OSError: it cannot be read.
+    """
+    graph = opened(file).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    found = []
+    for value in graph.input:
+        if value.name in constants:
+            continue
+        kind = value.type.tensor_type
+        if not value.type.HasField("tensor_type") or kind.elem_type not in TYPES or not kind.HasField("shape"):
+            raise SurgeryError(
+                f"{file}: its input {value.name!r} is no tensor of numbers with a known count of dimensions; nothing can be made up for it"
+            )
+        named = ((dim.dim_value, dim.dim_param or f"{value.name}[{index}]") for index, dim in enumerate(kind.shape.dim))
+        found.append(FileInput(value.name, TYPES[kind.elem_type], tuple(size if size > 0 else name for size, name in named)))
+    return tuple(found)
+
+
+def opened(file: Path) -> ModelProto:
+    """The graph without weights that lie beside the file.
+
+    Raises:
+        SurgeryValueError: it is no ONNX file.
+        OSError: it cannot be read.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except DecodeError as error:
+        raise SurgeryValueError(f"{file}: not an ONNX file ({first_line(error)})") from error
+    if not model.graph.node:
+        raise SurgeryValueError(f"{file}: not an ONNX file, or one without a single node")
+    return model
+
+
+def made_up(inputs: Sequence[FileInput], sizes: Mapping[str, int] | None = None, shape: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """A tensor for each input: noise where it is floats, else zeros.
+
+    Args:
+        inputs: of one file.
+        sizes: of open dimensions, by name.
+        shape: of the only input.
+
+    Raises:
+        SurgeryValueError: an open dimension has no size, a size has no dimension, or the shape does not fit.
+    """
+    sizes = dict(sizes or {})
+    if shape is not None:
+        if len(inputs) != 1:
+            raise SurgeryValueError(f"--input-shape: the file has {len(inputs)} inputs ({'; '.join(map(str, inputs))}); give --size NAME=N instead")
+        dims = inputs[0].dims
+        if len(dims) != len(shape) or any(isinstance(dim, int) and dim != size for dim, size in zip(dims, shape, strict=False)):
+            raise SurgeryValueError(f"--input-shape: {'x'.join(map(str, shape))} does not fit the file's input {inputs[0]}")
+        sizes |= {dim: size for dim, size in zip(dims, shape, strict=True) if isinstance(dim, str)}
+    names = dict.fromkeys(dim for one in inputs for dim in one.dims if isinstance(dim, str))
+    if unknown := [name for name in sizes if name not in names]:
+        raise SurgeryValueError(f"--size: {unknown[0]!r} is no open dimension of the file; it has {list(names) or 'none'}")
+    if missing := [name for name in names if name not in sizes]:
+        asked = " ".join(f"--size {name}=N" for name in missing)
+        raise SurgeryValueError(f"the file leaves dimensions open ({'; '.join(map(str, inputs))}): give {asked}")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for one in inputs:
+        actual = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in one.dims)
+        noise = torch.randn(actual, generator=generator) if one.dtype.is_floating_point else torch.zeros(actual)
+        tensors[one.name] = noise.to(one.dtype)
+    return tensors
+
+
+def inputs_for(before: Path, after: Path, example_inputs: Any) -> dict[str, Tensor]:
+    """The example inputs by the names of the files' inputs.
+
+    Args:
+        before: one file.
+        after: the other; it must take the same.
+        example_inputs: a tensor, tensors in the order of the file's inputs, or a mapping by their names; made up where None and no dimension is open.
+
+    Raises:
+        SurgeryValueError: the files take different inputs, or others than these.
+    """
+    old, new = file_inputs(before), file_inputs(after)
+    if {(one.name, one.dtype, len(one.dims)) for one in old} != {(one.name, one.dtype, len(one.dims)) for one in new}:
+        raise SurgeryValueError(f"the files take different inputs: {before} {'; '.join(map(str, old))}, {after} {'; '.join(map(str, new))}")
+    if example_inputs is None:
+        return made_up(old)
+    given = list(tensors_in(example_inputs))
+    by_name = dict(example_inputs) if isinstance(example_inputs, Mapping) else dict(zip((one.name for one in old), given, strict=False))
+    if len(given) != len(old) or set(by_name) != {one.name for one in old} or not all(isinstance(value, Tensor) for value in by_name.values()):
+        raise SurgeryTypeError(f"example_inputs: {before} takes {'; '.join(map(str, old))}; got {len(given)} tensors")
+    for file, inputs in ((before, old), (after, new)):
+        for one in inputs:
+            if not one.accepts(by_name[one.name]):
+                got = f"{tuple(by_name[one.name].shape)} {by_name[one.name].dtype}"
+                raise SurgeryValueError(f"example_inputs: {file} takes {one}; got {got}")
+    return by_name

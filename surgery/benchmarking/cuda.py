@@ -27,14 +27,14 @@ def check(name: str) -> None:
 
 def clock(call: Callable[[], object], loops: int) -> float:
     """Seconds that one call takes on the device, between events in its stream."""
-    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     began.record()
     for _ in range(loops):
         call()
     ended.record()
     torch.cuda.synchronize()
-    return began.elapsed_time(ended) / 1e3 / loops
+    return float(began.elapsed_time(ended)) / 1e3 / loops
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def graph(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
         SurgeryError: the network does something that cannot be captured.
     """
     call, _ = _there(network, example_inputs)
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(BEFORE_CAPTURE):

@@ -49,7 +49,7 @@ class _Watch(TorchDispatchMode):
     """Adds up the storages that are alive after each operator; ``most`` is the largest sum."""
 
     def __init__(self, known: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = 0
         self._known = known
         self._alive: dict[int, tuple[Any, int]] = {}
@@ -61,7 +61,7 @@ class _Watch(TorchDispatchMode):
         for tensor in (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
             key, size = _storage(tensor)
             if size and key not in self._known:
-                self._alive[key] = (StorageWeakRef(tensor.untyped_storage()), size)
+                self._alive[key] = (StorageWeakRef(tensor.untyped_storage()), size)  # type: ignore[no-untyped-call]
         self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}  # type: ignore[no-untyped-call]
         self.most = max(self.most, sum(size for _, size in self._alive.values()))
         return output

@@ -105,7 +105,7 @@ def benchmark(
         networks = [conditions.network(model) for model in models]
         rows = tuple(_row(runtime, networks, inputs, sampling) for inputs in conditions.inputs(example_inputs) for runtime in chosen)
         macs = [_macs(network, conditions.cast(example_inputs)) for network in networks]
-        told = layer_results(*networks, conditions.cast(example_inputs), runtimes) if layers else ()
+        told = layer_results(networks[0], networks[1], conditions.cast(example_inputs), runtimes) if layers else ()
         used = torch.get_num_threads()
     return Benchmark(
         rows=rows,

@@ -66,10 +66,10 @@ class Decompose:
             factorization = settled(site, decision)  # type: ignore[arg-type]
             pieces, error = self._split(site, factorization, spectra)
             placed = host.replace(site, factorization, pieces)
-            outcome = Outcome(site.name, "applied", None, error)
+            outcome = Outcome(site.name, "applied", None, error, spectra=spectra.outlines(site, kind_of(factorization)))
             done[site.name] = _Done(decision, outcome, placed, factorization)
         else:
-            outcome = Outcome(site.name, "kept", reason)
+            outcome = Outcome(site.name, "kept", reason, spectra=spectra.outlines(site))
             done[site.name] = _Done(decision, outcome)
         spectra.let_go(site)
         return outcome

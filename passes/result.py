@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import nn
 
+from passes.outline import Outline
+
 __all__ = ["Outcome", "PassResult"]
 
 
@@ -23,6 +25,7 @@ class Outcome:
         params_after: its own.
         macs_before: MACs of those modules in one forward pass of the example inputs; None where their calls are not known.
         macs_after: its own.
+        spectra: of the weight before, one a mode of the kind, in outline; none where none were looked at.
     """
 
     site: str
@@ -33,6 +36,7 @@ class Outcome:
     params_after: int | None = None
     macs_before: int | None = None
     macs_after: int | None = None
+    spectra: tuple[Outline, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,6 +14,7 @@ from passes.factorization import Factorization
 from passes.geometry import Piece
 from passes.linalg import Spectrum, spectra
 from passes.metric import Metric, unweighted, weighted
+from passes.outline import Outline, outline_of
 from passes.site import Site
 
 __all__ = ["Spectra", "usable_weight"]
@@ -81,6 +82,11 @@ class Spectra:
     def error_surface(self, site: Site, kind: Blockwise) -> Tensor:
         """The kind's error surface of the site's weight, in its metric if it has one."""
         return kind.error_surface(self.weight(site, kind), site.geometry, self.of(site, kind))
+
+    def outlines(self, site: Site, kind: Blockwise | None = None) -> tuple[Outline, ...]:
+        """What is known now of the site's spectra, in outline, one a mode: those of the kind, or of the first kind that was asked for."""
+        found = next((known for (name, of), known in self._found.items() if name == site.name and (kind is None or kind.name == of)), ())
+        return tuple(outline_of(each, weighted=site.name in self.metrics) for each in found)
 
     def let_go(self, site: Site) -> None:
         """Forget what is known of a site."""

@@ -46,10 +46,15 @@ class TradeoffRow:
 
 @dataclass(frozen=True, slots=True)
 class Tradeoff:
-    """Budgets from large to small, down to the least that can be reached; ``unit`` is ``"macs"`` or ``"params"``."""
+    """Budgets from large to small, down to the least that can be reached; ``unit`` is ``"macs"`` or ``"params"``.
+
+    ``layers`` are those that could be cut, over which errors are averaged; ``calibrated`` says that errors are weighted by what calibration saw.
+    """
 
     unit: str
     rows: tuple[TradeoffRow, ...]
+    layers: tuple[str, ...] = ()
+    calibrated: bool = False
 
     def to_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -99,7 +104,7 @@ def tradeoff(model: nn.Module, *, example_inputs: Any = None, shares: Sequence[f
         except SurgeryError:
             break  # less cannot be reached
         rows.append(_row(draft.candidates, chosen, float(share), total))
-    return Tradeoff(unit, tuple(rows))
+    return Tradeoff(unit, tuple(rows), tuple(each.site.name for each in draft.candidates), calibration is not None)
 
 
 def explain(

@@ -19,6 +19,7 @@ from passes.factorization import Factorization, Keep
 from passes.geometry import Piece
 from passes.host import tied_pieces
 from passes.kinds import kind_of
+from passes.outline import MOST, Outline
 from passes.running import private_copy
 from passes.site import Call, Site
 from passes.watching import FunctionUse
@@ -230,6 +231,7 @@ def record_to_data(record: SurgeryRecord) -> dict[str, Any]:
             "output_error": site.output_error,
             "calls": None if site.calls is None else [[c.input_shape, c.output_shape] for c in site.calls],
             "params": site.params,
+            "spectra": [asdict(outline) for outline in site.spectra],
         }
         for site in record.sites
     ]
@@ -262,6 +264,7 @@ def record_from_text(text: str, file: Path) -> SurgeryRecord:
                     output_error=None if item.get("output_error") is None else float(item["output_error"]),
                     calls=None if item["calls"] is None else tuple(Call(_shape(a), _shape(b)) for a, b in item["calls"]),
                     params=None if item.get("params") is None else _of(int, item["params"]),
+                    spectra=tuple(_outline(outline) for outline in item.get("spectra", [])),
                 )
                 for item in data.get("sites", [])
             ),
@@ -285,6 +288,13 @@ def record_from_text(text: str, file: Path) -> SurgeryRecord:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SurgeryValueError(f"{file}: its surgery record is damaged ({type(error).__name__}: {error})") from error
+
+
+def _outline(item: Any) -> Outline:
+    full, values = _of(int, item["full"]), tuple(float(value) for value in item["values"])
+    if len(values) != min(full, MOST) or not all(0 <= value <= 1 for value in values):
+        raise ValueError(f"{len(values)} values in the outline of {full} singular values, or some that are no shares")
+    return Outline(mode=_of(str, item["mode"]), full=full, values=values, weighted=item["weighted"] is True)
 
 
 def _of(kind: type, value: Any) -> Any:

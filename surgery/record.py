@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from passes.outline import Outline
 from passes.result import Outcome
 from passes.site import Call, Site, named_groups
 from passes.watching import COMPUTED, FunctionUse
@@ -38,6 +39,7 @@ class SiteRecord:
     """What is known of one site: why it was kept, or the relative error of the cut, and its calls in the original network.
 
     ``output_error`` is the relative error of its outputs over the calibration batches, where there were any.
+    ``spectra`` are those of its weight before the last cut, one a mode of the kind, in outline.
     ``params`` are those of the original module where it held others than a weight and a bias (what its weight was computed from), else None.
     """
 
@@ -47,6 +49,7 @@ class SiteRecord:
     calls: tuple[Call, ...] | None
     output_error: float | None = None
     params: int | None = None
+    spectra: tuple[Outline, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,5 +207,6 @@ def merged_sites(
             reason, error = outcome.reason, known.error if known else None
         replaced = (params or {}).get(site.name) if outcome is not None and outcome.status == "applied" else None
         count = replaced if replaced is not None else known.params if known else None
-        records.append(SiteRecord(name=site.name, reason=reason, error=error, calls=calls, output_error=output_error, params=count))
+        spectra = (outcome.spectra if outcome is not None else ()) or (known.spectra if known is not None else ())
+        records.append(SiteRecord(name=site.name, reason=reason, error=error, calls=calls, output_error=output_error, params=count, spectra=spectra))
     return tuple(records)

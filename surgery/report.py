@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+import os
+from dataclasses import asdict, dataclass, fields, replace
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -13,13 +15,17 @@ from passes import host_for
 from passes.errors import SurgeryTypeError
 from passes.factorization import Factorization
 from passes.kinds import kind_of
+from passes.outline import Outline
 from passes.site import Site
 from passes.watching import FunctionUse
 from surgery.cost import chain_macs, chain_params, site_params
+from surgery.files import write_atomically
 from surgery.record import SiteRecord, functions_of, fused_in, passes_of, read_record, records_by_name, unwrap
 
 if TYPE_CHECKING:
+    from surgery.alternatives import Tradeoff
     from surgery.cost.outcome import LatencyOutcome
+    from surgery.flow import Flow
 
 __all__ = ["LayerReport", "Report", "report"]
 
@@ -48,6 +54,8 @@ class LayerReport:
         speedup: MACs before over MACs after (equation 11), 1 for a kept layer, None where MACs are not known.
         calls: calls in one forward pass of the example inputs.
         output_shape: of the first call.
+        spectra: singular values of its weight before the last cut, in outline, one a mode in the order of ``ranks``; for a kept layer those that a
+            rank rule looked at. Empty where none were looked at, or recorded.
     """
 
     name: str
@@ -67,6 +75,7 @@ class LayerReport:
     compression: float
     speedup: float | None
     output_shape: tuple[int, ...] | None
+    spectra: tuple[Outline, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +83,8 @@ class Report:
     """All layers in the model's order, the totals of the network (every parameter once, attention's MACs included), and the passes that ran.
 
     ``functions`` are convolutions and linear maps that are no layers: called as functions with weights of their own or computed ones, they are
-    never cut. They are known where example inputs were given. ``latency`` is what a latency budget came to.
+    never cut. They are known where example inputs were given. ``latency`` is what a latency budget came to. ``flow`` is how layers hang together,
+    and ``tradeoff`` the least error at every budget that cuts of the original network could have had, where ``report`` was asked for them.
     """
 
     layers: tuple[LayerReport, ...]
@@ -86,6 +96,8 @@ class Report:
     calibrated: int = 0
     functions: tuple[FunctionUse, ...] = ()
     latency: LatencyOutcome | None = None
+    flow: Flow | None = None
+    tradeoff: Tradeoff | None = None
 
     @property
     def compression(self) -> float:
@@ -96,6 +108,21 @@ class Report:
     def speedup(self) -> float | None:
         """MACs of the network before over after; arithmetic, not time (see ``surgery.benchmark``)."""
         return self.macs_before / self.macs_after if self.macs_before and self.macs_after else None
+
+    @property
+    def place(self) -> tuple[float, float] | None:
+        """Where this network is beside its trade-off: the share that it uses, and the root mean square of the errors of the layers considered there.
+
+        None without a trade-off, or where the share or an error is not known.
+        """
+        found = self.tradeoff
+        before, after = (self.params_before, self.params_after) if found and found.unit == "params" else (self.macs_before, self.macs_after)
+        if found is None or not found.layers or not before or after is None:
+            return None
+        rows = [row for row in self.layers if row.name in found.layers]
+        if any(row.status == "decomposed" and row.error is None for row in rows):
+            return None
+        return after / before, (sum((row.error or 0.0) ** 2 for row in rows) / len(found.layers)) ** 0.5
 
     def __getitem__(self, name: str) -> LayerReport:
         for row in self.layers:
@@ -108,9 +135,11 @@ class Report:
         layers = []
         for row in self.layers:
             item = {f.name: getattr(row, f.name) for f in fields(row)}
-            layers.append(item | {"factorization": row.factorization.to_json() if row.factorization else None})
-        totals = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "functions", "latency")}
+            spectra = [asdict(outline) for outline in row.spectra]
+            layers.append(item | {"factorization": row.factorization.to_json() if row.factorization else None, "spectra": spectra})
+        totals = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "functions", "latency", "flow", "tradeoff")}
         totals["latency"] = None if self.latency is None else asdict(self.latency)
+        totals["tradeoff"] = None if self.tradeoff is None else self.tradeoff.to_data()
         ratios = {"compression": self.compression, "speedup": self.speedup}
         return {"format": FORMAT, "version": VERSION} | totals | ratios | {"layers": layers, "functions": [_function_data(f) for f in self.functions]}
 
@@ -118,17 +147,37 @@ class Report:
         """Deterministic text with format and version."""
         return json.dumps(self.to_data(), indent=1, ensure_ascii=False) + "\n"
 
+    def to_html(self, title: str = "Surgery report") -> str:
+        """One self-contained page: totals, every layer with bars, what was kept and why. Nothing in it is fetched or run."""
+        from surgery.page import page_of
+
+        return page_of(self, title)
+
+    def save_html(self, path: str | os.PathLike[str], title: str = "Surgery report") -> None:
+        """Write ``to_html`` to a file; an error leaves whatever was there. ``OSError`` passes through."""
+        write_atomically(Path(path), self.to_html(title).encode())
+
     def __str__(self) -> str:
         from surgery.tables import render, report_table
 
         return render(report_table(self))
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, *, example_inputs: Any = None, before: nn.Module | None = None) -> Report:
     """What was done to every convolution and linear layer of a model.
 
     Looks through ``torch.compile`` and parallel wrappers. Reports of submodules that were decomposed on their own merge under their prefix. A model
     to which nothing was done says "not decomposed" on every row.
+
+    Args:
+        model: decomposed or not; it is not touched.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; with them the report knows the graph (``flow``), drawn on
+            its page. The MACs are those of the inputs that were given when it was cut.
+        before: the network that the model was made from; with it the report knows what other budgets would have cost in error (``tradeoff``).
+
+    Raises:
+        SurgeryTypeError: ``model`` or ``before`` is no module, or a model whose graph is asked for is itself a single layer.
+        SurgeryValueError: the model does not accept the inputs, or ``before`` has other layers.
     """
     if not isinstance(model, nn.Module):
         raise SurgeryTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -148,7 +197,7 @@ def report(model: nn.Module) -> Report:
     params = sum(p.numel() for p in inner.parameters())
     fused_params, fused_macs = fused_in(inner)
     macs = record.macs if record is not None and not unknown and fused_macs is not None else None
-    return Report(
+    made = Report(
         layers=tuple(rows),
         params_before=params + saved_params + fused_params,
         params_after=params,
@@ -159,6 +208,15 @@ def report(model: nn.Module) -> Report:
         functions=functions_of(inner),
         latency=None if record is None else record.latency,
     )
+    if example_inputs is not None:
+        from surgery.flow import flow_of
+
+        made = replace(made, flow=flow_of(inner, example_inputs))
+    if before is not None:
+        from surgery.original import tradeoff_before
+
+        made = replace(made, tradeoff=tradeoff_before(before, inner, made, example_inputs))
+    return made
 
 
 def _function_data(function: FunctionUse) -> dict[str, Any]:
@@ -197,4 +255,5 @@ def _row(site: Site, known: SiteRecord | None) -> LayerReport:
         compression=compression,
         speedup=macs / macs_after if macs and macs_after else None,
         output_shape=calls[0].output_shape if calls else None,
+        spectra=() if known is None else known.spectra,
     )

@@ -17,7 +17,18 @@ if TYPE_CHECKING:
 
 USUAL = ("tucker", "svd")
 
-__all__ = ["count", "plan_table", "print_table", "ratio", "render", "report_table", "summary_table"]
+__all__ = [
+    "change",
+    "count",
+    "factorization_text",
+    "function_text",
+    "plan_table",
+    "print_table",
+    "ratio",
+    "render",
+    "report_table",
+    "summary_table",
+]
 
 
 def count(number: int | None) -> str:
@@ -46,7 +57,7 @@ def report_table(report: Report) -> RenderableType:
     for row in report.layers:
         table.add_row(*_report_cells(row))
     table.add_section()
-    totals = (_change(report.params_before, report.params_after), _change(report.macs_before, report.macs_after))
+    totals = (change(report.params_before, report.params_after), change(report.macs_before, report.macs_after))
     table.add_row("network", "", "", "", *totals, ratio(report.compression), ratio(report.speedup))
     kept = [r for r in report.layers if r.status == "kept"]
     cut = len(report.layers) - len(kept)
@@ -56,7 +67,7 @@ def report_table(report: Report) -> RenderableType:
         lines.append(f"ranks and factors by {told}")
     lines += [str(report.latency)] if report.latency is not None else []
     lines += [f"kept {row.name or '(the model)'}: {row.reason}" for row in kept]
-    lines += [f"function in {f.module or '(the model)'}: {_function_text(f)}" for f in report.functions]
+    lines += [f"function in {f.module or '(the model)'}: {function_text(f)}" for f in report.functions]
     from rich.console import Group
 
     return Group(table, "", *lines)
@@ -155,16 +166,16 @@ def _report_cells(row: LayerReport) -> tuple[str, ...]:
     return (
         row.name or "(the model)",
         row.layer,
-        _factorization(row) if cut else "kept",
+        factorization_text(row) if cut else "kept",
         "-" if row.error is None else f"{row.error:.3f}",
-        _change(row.params_before, row.params_after),
-        _change(row.macs_before, row.macs_after),
+        change(row.params_before, row.params_after),
+        change(row.macs_before, row.macs_after),
         ratio(row.compression) if cut else "",
         ratio(row.speedup) if cut else "",
     )
 
 
-def _function_text(function: FunctionUse) -> str:
+def function_text(function: FunctionUse) -> str:
     shape = "x".join(map(str, function.weight_shape))
     weight = f"a computed weight {shape}" if function.weight == COMPUTED else f"{function.weight} {shape}"
     calls = "1 call" if len(function.calls) == 1 else f"{len(function.calls)} calls"
@@ -175,10 +186,10 @@ def _ranks(ranks: tuple[int | None, ...] | None) -> str:
     return "" if ranks is None else ", ".join("full" if r is None else str(r) for r in ranks)
 
 
-def _factorization(row: LayerReport) -> str:
+def factorization_text(row: LayerReport) -> str:
     """Ranks, after the name of the kind unless the number of ranks says it: two are Tucker's, one of a layer of one pixel is SVD's."""
     return _ranks(row.ranks) if row.kind in USUAL else f"{row.kind} {_ranks(row.ranks)}"
 
 
-def _change(before: int | None, after: int | None) -> str:
+def change(before: int | None, after: int | None) -> str:
     return count(before) if before == after else f"{count(before)} -> {count(after)}"

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 import surgery
 from surgery.cli.arguments import Commands, add_command, open_model, show, show_report
+from surgery.cli.pages import add_page_arguments, save_page
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def add(commands: Commands) -> None:
     add_command(commands, "summary", _summary, "List the layers of a model: parameters, MACs, and whether anything was done to them.")
-    add_command(commands, "report", _report, "Show what was done to a saved network.")
+    report = add_command(commands, "report", _report, "Show what was done to a saved network.")
+    add_page_arguments(report)
+    report.add_argument(
+        "--before", metavar="MODEL", help="the network that it was made from, for the page (default: what the folder names, if it is that)"
+    )
 
 
 def _summary(options: argparse.Namespace) -> None:
@@ -22,5 +31,23 @@ def _summary(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    model, _ = open_model(options)
+    model, inputs = open_model(options)
+    if options.html is not None:
+        save_page(options.html, model, inputs, _before(options, model), f"Surgery report: {options.model}")
     show_report(options, model)
+
+
+def _before(options: argparse.Namespace, model: nn.Module) -> nn.Module | None:
+    """The network that MODEL was made from: the one that is named, or the one that its folder names if the numbers say so too."""
+    from surgery.original import is_original
+    from surgery.record import read_record
+    from surgery.zoo import make
+
+    if options.before is not None:
+        return make(options.before, options.architecture)[0]
+    found, record = surgery.report(model), read_record(model)
+    if all(row.status == "kept" for row in found.layers):
+        return surgery.reconstruct(model)
+    name = options.architecture or (record.architecture if record is not None else None)
+    before = None if name is None else make(name)[0]
+    return before if before is not None and is_original(before, model, found) else None

@@ -1,0 +1,68 @@
+"""Every layer with bars: MACs and parameters before and after, error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from surgery.page.markup import Markup, element
+from surgery.tables import change, factorization_text
+
+if TYPE_CHECKING:
+    from surgery.report import LayerReport, Report
+
+__all__ = ["section"]
+
+
+def section(report: Report) -> Markup | None:
+    if not report.layers:
+        return None
+    most_macs = max((max(row.macs_before or 0, row.macs_after or 0) for row in report.layers), default=0)
+    most_params = max(max(row.params_before, row.params_after) for row in report.layers)
+    calibrated = any(row.output_error is not None for row in report.layers)
+    headings = ["Layer", "MACs", "Parameters", "Error of the weight"] + (["Error of the output"] if calibrated else [])
+    rows = [
+        element(
+            "tr",
+            element("td", *_what(row), class_="what"),
+            _cost("MACs", row.macs_before, row.macs_after, most_macs),
+            _cost("Parameters", row.params_before, row.params_after, most_params),
+            _error("Error of the weight", row.error),
+            _error("Error of the output", row.output_error) if calibrated else None,
+            class_=None if row.status == "decomposed" else "kept",
+        )
+        for row in report.layers
+    ]
+    return element(
+        "section",
+        element("h2", "Layers"),
+        element("p", element("i", class_="key was"), "before, or unchanged", element("i", class_="key now"), "after. Errors are relative, 0 to 1."),
+        element(
+            "table",
+            element("thead", element("tr", *(element("th", heading, scope="col") for heading in headings))),
+            element("tbody", *rows),
+            class_="layers",
+        ),
+    )
+
+
+def _what(row: LayerReport) -> tuple[Markup, ...]:
+    done = f" → {row.kind} {factorization_text(row)}" if row.status == "decomposed" else ", kept"
+    return (element("span", row.name or "(the model)", class_="name"), element("br"), element("span", f"{row.layer}{done}", class_="soft"))
+
+
+def _cost(label: str, before: int | None, after: int | None, most: int) -> Markup:
+    if before is None or after is None or not most:
+        return element("td", "-" if before is None or after is None else change(before, after), data_label=label)
+    longer, shorter = sorted((("was", before), ("now", after)), key=lambda pair: -pair[1])  # the shorter one is drawn on top
+    bars = [("was", before)] if before == after else [longer, shorter]
+    return element("td", element("div", *(_bar(kind, value / most) for kind, value in bars), class_="bar"), change(before, after), data_label=label)
+
+
+def _error(label: str, error: float | None) -> Markup:
+    if error is None:
+        return element("td", "-", class_="none", data_label=label)
+    return element("td", element("div", _bar("error", error), class_="bar"), f"{error:.3f}", data_label=label)
+
+
+def _bar(kind: str, share: float) -> Markup:
+    return element("i", class_=kind, style=f"width:{100 * min(max(share, 0.0), 1.0):.2f}%")

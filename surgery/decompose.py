@@ -87,8 +87,10 @@ def decompose(
             convolutions and linear layers take SVD; with ``"svd"`` they alone are cut.
         include: names or patterns; only these layers are cut, linear ones too.
         exclude: names or patterns of layers to keep.
-        guard: ``"macs"``: a cut by a rule must lower parameters and, with example inputs, MACs; ``"latency"``: it must be measured faster than its
-            layer on these inputs in eager mode; ``"step"``: in forward and backward of training; ``"none"``: anything goes.
+        guard: ``"macs"``: a cut by a rule must lower parameters and, with example inputs, MACs; ``"latency"`` or ``"latency:RUNTIME"``: it must be
+            measured faster than its layer on these inputs, in eager mode or in that runtime (those of ``Budget(runtime=)``), beyond noise;
+            ``"step"``: in forward and backward of training; ``"none"``: anything goes. Under a budget, cuts that do not pass are out from the start,
+            and the solver does what it can with the others.
             What is named in a dict or a plan is always done.
         calibration: batches of inputs, unlabelled (or with labels, which are not used): ranks and factors are then chosen for what these inputs
             make of the weights and for what the network's output makes of the layers', not for the weights alone; and each chain is corrected in turn

@@ -9,11 +9,11 @@ import torch
 
 from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
 from passes.kinds import all_kinds
+from surgery.ranks.budget import RUNTIMES
 
-__all__ = ["AUTO", "GUARDS", "MEASURED", "Options"]
+__all__ = ["AUTO", "GUARDS", "Options", "runtime_of"]
 
 GUARDS = ("macs", "latency", "step", "none")
-MEASURED = {"latency": "eager", "step": "train"}  # guards by measured time, and what it is measured in
 AUTO = "auto"
 
 
@@ -27,8 +27,9 @@ class Options:
             factorization that a rule answers is done as it is.
         include: names or ``"re:..."`` patterns; only these layers are cut. Also the way to name linear layers.
         exclude: names or patterns of layers that are kept.
-        guard: ``"macs"``: what a rule cuts must lower parameters and, where the calls are known, MACs; ``"latency"``: it must be measured faster than
-            the layer, in eager mode, beyond noise; ``"step"``: the same of forward and backward in training; ``"none"``: nothing is asked.
+        guard: ``"macs"``: what a rule cuts must lower parameters and, where the calls are known, MACs; ``"latency"``: it must be measured faster
+            than the layer, beyond noise, in eager mode, and under ``"latency:RUNTIME"`` in that runtime; ``"step"``: the same of forward and
+            backward in training; ``"none"``: nothing is asked. Under a budget the solver goes on with what is left.
         round_to: ranks of rules are rounded up to a multiple of this, at most to the full rank.
         device: where to compute; each weight's own by default.
         effective_weights: layers whose weight is computed (weight norm, parametrizations, standardisation) are cut by the weight that it amounts
@@ -47,8 +48,8 @@ class Options:
         methods = [*(kind.name for kind in all_kinds()), AUTO]
         if self.method not in methods:
             raise SurgeryValueError(f"method: {self.method!r} is none of {methods}; {nearest(str(self.method), methods)}")
-        if self.guard not in GUARDS:
-            raise SurgeryValueError(f"guard: {self.guard!r} is none of {list(GUARDS)}")
+        if self.guard not in GUARDS and runtime_of(self.guard) not in RUNTIMES:
+            raise SurgeryValueError(f'guard: {self.guard!r} is none of {list(GUARDS)}, nor "latency:RUNTIME" with one of {list(RUNTIMES)}')
         if not isinstance(self.round_to, int) or isinstance(self.round_to, bool):
             raise SurgeryTypeError(f"round_to: expected an int, got {self.round_to!r}")
         if self.round_to < 1:
@@ -66,3 +67,11 @@ def _check_device(device: Any) -> None:
         raise SurgeryValueError(f"device: {device!r} is no device that this torch can compute on ({str(error).splitlines()[0]})") from error
     if torch.device(device).type == "meta":
         raise SurgeryValueError("device: 'meta' holds no numbers; nothing can be computed there")
+
+
+def runtime_of(guard: Any) -> str | None:
+    """The runtime in which a guard has chains measured; None where it measures nothing."""
+    if guard == "step":
+        return "train"
+    name, colon, runtime = guard.partition(":") if isinstance(guard, str) else ("", "", "")
+    return None if name != "latency" else runtime if colon else "eager"

@@ -17,8 +17,8 @@ from passes.kinds import all_kinds, kind_named, kind_of, usual_kind
 from passes.metric import Metric
 from passes.site import Site
 from passes.spectra import Spectra
-from surgery.cost import chain_macs, chain_params, site_macs, site_params
-from surgery.options import AUTO, MEASURED, Options
+from surgery.cost import chain_macs, chain_params, macs_under, params_under, site_macs, site_params
+from surgery.options import AUTO, Options, runtime_of
 from surgery.plan import Plan
 from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.request import Named, Names, as_names, parse_ranks
@@ -26,7 +26,8 @@ from surgery.ranks.rules import Rule, fraction_of
 
 if TYPE_CHECKING:
     from surgery.latency import Stopwatch
-    from surgery.ranks.candidates import Candidates
+    from surgery.latency.table import Table
+    from surgery.ranks.candidates import Candidates, Pays
 
 __all__ = ["Draft"]
 
@@ -64,8 +65,8 @@ class Draft(Mapping[str, Decision]):
     ) -> None:
         request = parse_ranks(ranks)
         self._stopwatch = stopwatch
-        if options.guard in MEASURED:
-            _check_guard(options.guard, request, stopwatch)
+        if runtime_of(options.guard) is not None and (stopwatch is None or stopwatch.example_inputs is None):
+            raise SurgeryValueError(f'guard: "{options.guard}" needs example_inputs: without them there is nothing to time')
         linear_too = options.method == "svd"
         self._options, self.totals = options, totals
         self.candidates: list[Candidates] = []  # what a budget chose from
@@ -193,7 +194,6 @@ class Draft(Mapping[str, Decision]):
 
     def _by_budget(self, budget: Budget) -> dict[str, Decision]:
         """All layers that are not decided yet, at once."""
-        from surgery.ranks.candidates import candidates_of
         from surgery.ranks.solve import solve
 
         free = [site for site in self._sites.values() if site.name not in self._decided]
@@ -202,27 +202,55 @@ class Draft(Mapping[str, Decision]):
         unit = budget.unit or ("macs" if self.totals.macs is not None else "params")
         if getattr(self.totals, unit) is None:
             raise SurgeryValueError(f"ranks: {budget} needs example_inputs: without them MACs are not known")
-        keep = Keep("the budget is better spent on other layers")
+        tables = self._paying(free)
         self.candidates = []
         for site in free:
-            costs = {"macs": partial(_macs, site), "params": partial(_params, site)}
-            guards = [] if self._options.guard == "none" else [c for name, c in costs.items() if name != unit and (name == "params" or site.calls)]
-            kinds = self._kinds_for(site)
-            found = candidates_of(site, kinds, self.spectra, cost=costs[unit], guards=guards, round_to=self._options.round_to, keep=keep)
-            self.candidates.append(found)
+            self.candidates.append(self._candidates(site, unit, tables.get(site.name)))
             self.spectra.let_go(site)
-        return solve(budget, self.candidates, self.totals)
+        try:
+            return solve(budget, self.candidates, self.totals)
+        except SurgeryValueError as error:
+            slow = sum(all(isinstance(decision, Keep) for decision in c.decisions) for c in self.candidates)
+            if not tables or not slow:
+                raise
+            raise SurgeryValueError(f"{error}; of {slow} layers no chain was measured faster (guard={self._options.guard!r})") from error
+
+    def _candidates(self, site: Site, unit: str, table: Table | None) -> Candidates:
+        """What could be done with a layer; under a guard by time only what pays, at ranks that are measured."""
+        from surgery.ranks.candidates import candidates_of
+
+        costs = {"macs": partial(macs_under, site), "params": partial(params_under, site)}
+        lower = [] if self._options.guard != "macs" else [c for name, c in costs.items() if name != unit and (name == "params" or site.calls)]
+        shared: dict[str, Any] = {"cost": costs[unit], "guards": lower, "keep": Keep("the budget is better spent on other layers")}
+        if table is None:
+            return candidates_of(site, self._kinds_for(site), self.spectra, round_to=self._options.round_to, **shared)
+        found = candidates_of(site, self._kinds_for(site), self.spectra, round_to=table.step, pays=table.pays, **shared)
+        from surgery.latency.solving import no_faster, nothing_to_cut
+
+        return replace(found, decisions=(no_faster(runtime_of(self._options.guard) or ""),)) if nothing_to_cut(found) else found
+
+    def _paying(self, free: Sequence[Site]) -> Mapping[str, Table]:
+        """For a guard by measured time, the times of all chains of these layers, by name."""
+        runtime = runtime_of(self._options.guard)
+        if runtime is None or self._stopwatch is None:
+            return {}
+        return self._stopwatch.tables(free, self._kinds_for, runtime, self._options.round_to)
 
     def cost_of(self, site: Site, decision: Decision) -> int:
         """MACs of a layer under a decision, or parameters where MACs are not known."""
-        count = _params if self.totals.macs is None else _macs
+        count = params_under if self.totals.macs is None else macs_under
         return count(site, decision if isinstance(decision, Factorization) else None)
 
     def _by_latency(self, budget: Budget, free: Sequence[Site]) -> dict[str, Decision]:
         if self._stopwatch is None:
             raise SurgeryValueError(f"ranks: {budget} needs the model and its example_inputs: without them there is nothing to time")
         guards = partial(_macs_and_params, guard=self._options.guard)
-        return self._stopwatch.decide(budget, free, self._kinds_for, self.spectra, guards, self._options.round_to)
+        tables = self._paying(free)
+
+        def pays(site: Site) -> Pays | None:
+            return tables[site.name].pays if tables else None
+
+        return self._stopwatch.decide(budget, free, self._kinds_for, self.spectra, guards, self._options.round_to, pays)
 
     def _kinds_for(self, site: Site) -> Sequence[Blockwise]:
         return all_kinds() if self._options.method == AUTO else [self._kind(site)]
@@ -276,8 +304,9 @@ class Draft(Mapping[str, Decision]):
     def _guard(self, site: Site, factorization: Factorization) -> Decision:
         if self._options.guard == "none":
             return factorization
-        if self._options.guard in MEASURED and self._stopwatch is not None:
-            return self._stopwatch.pays(site, factorization, MEASURED[self._options.guard]) or factorization
+        runtime = runtime_of(self._options.guard)
+        if runtime is not None and self._stopwatch is not None:
+            return self._stopwatch.pays(site, factorization, runtime) or factorization
         shapes = kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None)
         before, after = site_params(site), chain_params(shapes)
         if after >= before:
@@ -288,28 +317,9 @@ class Draft(Mapping[str, Decision]):
         return factorization
 
 
-def _check_guard(guard: str, request: Any, stopwatch: Stopwatch | None) -> None:
-    if isinstance(request, Budget) and request.latency is None:
-        raise SurgeryValueError(f'guard: "{guard}" is for rules and fractions; the budget that measures time is Budget(latency=...)')
-    if stopwatch is None or stopwatch.example_inputs is None:
-        raise SurgeryValueError(f'guard: "{guard}" needs example_inputs: without them there is nothing to time')
-
-
 def _macs_and_params(site: Site, guard: str) -> list[Callable[[Factorization | None], int]]:
     """Costs that a chain chosen by time must lower as well."""
-    return [] if guard != "macs" else [partial(_macs, site), partial(_params, site)]
-
-
-def _macs(site: Site, factorization: Factorization | None) -> int:
-    if factorization is None:
-        return site_macs(site) or 0
-    return chain_macs(kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None), site.calls) or 0
-
-
-def _params(site: Site, factorization: Factorization | None) -> int:
-    if factorization is None:
-        return site_params(site)
-    return chain_params(kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None))
+    return [] if guard != "macs" else [partial(macs_under, site), partial(params_under, site)]
 
 
 def _as_ranks(value: Any, kind: Blockwise, what: str, *, zero: bool = False) -> list[int | None]:

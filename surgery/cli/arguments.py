@@ -83,7 +83,9 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--include", action="append", metavar="NAME", help="cut only these layers; a name or re:PATTERN, repeatable")
     parser.add_argument("--exclude", action="append", metavar="NAME", help="keep these layers; a name or re:PATTERN, repeatable")
-    parser.add_argument("--guard", type=option("guard", str), default=DEFAULT.guard, help="macs, latency, step or none (default: %(default)s)")
+    parser.add_argument(
+        "--guard", type=option("guard", str), default=DEFAULT.guard, help="macs, latency, latency:RUNTIME, step or none (default: %(default)s)"
+    )
     parser.add_argument(
         "--round-to", type=option("round_to", int), default=DEFAULT.round_to, help="round ranks up to a multiple of this (default: %(default)s)"
     )

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 
 import torch
 
+from passes.factorization import Factorization
 from passes.geometry import Geometry, PieceShape
+from passes.kinds import kind_of
 from passes.site import Call, Site
 
-__all__ = ["MacCounter", "chain_macs", "chain_params", "count_macs", "site_macs", "site_params", "threads_set"]
+__all__ = ["MacCounter", "chain_macs", "chain_params", "count_macs", "macs_under", "params_under", "site_macs", "site_params", "threads_set"]
 
 
 def site_params(site: Site) -> int:
@@ -21,6 +23,20 @@ def site_params(site: Site) -> int:
 def site_macs(site: Site) -> int | None:
     """MACs of all calls of the original layer in one forward pass; None where the calls are not known."""
     return None if site.calls is None else sum(site.geometry.macs(call.input_shape) for call in site.calls)
+
+
+def macs_under(site: Site, factorization: Factorization | None) -> int:
+    """MACs of a layer over all its calls under a factorization, or (None) as it is; 0 where the calls are not known."""
+    if factorization is None:
+        return site_macs(site) or 0
+    return chain_macs(kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None), site.calls) or 0
+
+
+def params_under(site: Site, factorization: Factorization | None) -> int:
+    """Parameters of a layer under a factorization, or (None) as it is."""
+    if factorization is None:
+        return site_params(site)
+    return chain_params(kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None))
 
 
 def chain_params(shapes: Sequence[PieceShape]) -> int:

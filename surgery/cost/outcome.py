@@ -14,10 +14,10 @@ class LatencyOutcome:
     Attributes:
         runtime: and its version.
         asked: the budget.
-        predicted: by the times of the chains.
+        predicted: by the times of the chains; None for a plan that was not chosen by them.
         measured: the whole network against the original, in turn; None with a profile from another device.
-        low: quartile of the measured share.
-        high: the other one.
+        low: lower end of its 99 % confidence interval.
+        high: the upper end.
         replans: corrections that were made.
         batch: of the example inputs.
         threads: in use.
@@ -27,7 +27,7 @@ class LatencyOutcome:
 
     runtime: str
     asked: float
-    predicted: float
+    predicted: float | None
     measured: float | None
     low: float | None
     high: float | None
@@ -41,9 +41,10 @@ class LatencyOutcome:
         where = f"in {self.runtime}, batch {self.batch}, {self.threads} thread{'s' if self.threads > 1 else ''}"
         if self.kept:
             return f"latency: nothing was cut: {self.note}; {where}, asked for {self.asked:.2f}"
-        asked = f"asked for {self.asked:.2f}, predicted {self.predicted:.2f}"
+        predicted = "" if self.predicted is None else f"{self.predicted:.2f}"
+        asked = f"asked for {self.asked:.2f}" + (f", predicted {predicted}" if predicted else "")
         if self.measured is None:
-            text = f"{self.predicted:.2f} of the original's time by the profile, not measured here, {where} (asked for {self.asked:.2f})"
+            text = f"{predicted} of the original's time by the profile, not measured here, {where} (asked for {self.asked:.2f})"
         else:
             spread = "" if self.low is None or self.high is None else f" ({self.low:.2f} to {self.high:.2f})"
             again = f", {self.replans} replan{'s' if self.replans > 1 else ''}" if self.replans else ""

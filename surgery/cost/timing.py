@@ -18,7 +18,17 @@ from passes.geometry import Geometry, Piece
 from surgery.cost import threads_set
 from surgery.cost.profile import Entry, TimedShape
 
-__all__ = ["COARSE", "RUNTIMES", "Conditions", "describe", "in_terms_of_layers", "need", "onnx_model", "time_shapes"]
+__all__ = [
+    "RUNTIMES",
+    "Conditions",
+    "describe",
+    "in_terms_of_layers",
+    "need",
+    "onnx_model",
+    "onnx_nodes",
+    "time_shapes",
+    "timed_in",
+]
 
 REFERENCE = Geometry(in_channels=64, out_channels=64, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), output_padding=(0, 0))
 REFERENCE_INPUT = (1, 64, 28, 28)
@@ -275,8 +285,15 @@ RUNTIMES: dict[str, Callable[[TimedShape, Conditions], Call]] = {
     "compile": _compile,
     "train": _train,
 }
-COARSE = ("compile",)
-"""Runtimes in which to prepare a network takes a second or more, so that fewer shapes are timed."""
+
+
+def timed_in(runtime: str) -> str:
+    """The runtime in which layers and chains are timed for plans in another.
+
+    ``torch.compile`` leaves convolutions to the kernels of eager mode, and takes seconds for each of hundreds of chains; so theirs are eager mode's
+    times, and only whole networks are compiled.
+    """
+    return "eager" if runtime == "compile" else runtime
 
 
 def onnx_model(shape: TimedShape) -> tuple[Any, Any]:
@@ -301,7 +318,7 @@ def onnx_model(shape: TimedShape) -> tuple[Any, Any]:
         bias = np.zeros(g.out_channels, number)
         weight = (random.standard_normal(g.weight_shape, np.float32) * (g.groups / max(g.weights / g.out_channels, 1)) ** 0.5).astype(number)
         constants += [numpy_helper.from_array(weight.T if g.is_linear else weight, f"w{index}"), numpy_helper.from_array(bias, f"b{index}")]
-        made, extra = _onnx_nodes(g, index, name, len(size))
+        made, extra = onnx_nodes(g, str(index), name, len(size))
         nodes, constants = nodes + made, constants + extra
         name, size = f"y{index}", g.output_shape(size)
     kind = NUMBER_TYPES[shape.dtype]
@@ -310,16 +327,16 @@ def onnx_model(shape: TimedShape) -> tuple[Any, Any]:
     return model, random.standard_normal(input_shape, np.float32).astype(number)
 
 
-def _onnx_nodes(g: Geometry, index: int, name: str, ndim: int) -> tuple[list[Any], list[Any]]:
-    """Nodes of one layer from ``name`` to ``y{index}``, and constants beside its weight and bias."""
+def onnx_nodes(g: Geometry, label: str, name: str, ndim: int) -> tuple[list[Any], list[Any]]:
+    """Nodes of one layer from ``name`` to ``y{label}`` with weight ``w{label}`` and bias ``b{label}``, and constants beside these."""
     import numpy as np
     from onnx import helper, numpy_helper
 
-    weight, bias, out = f"w{index}", f"b{index}", f"y{index}"
+    weight, bias, out = f"w{label}", f"b{label}", f"y{label}"
     if g.is_linear:
         if ndim == 2:
             return [helper.make_node("Gemm", [name, weight, bias], [out])], []
-        return [helper.make_node("MatMul", [name, weight], [f"m{index}"]), helper.make_node("Add", [f"m{index}", bias], [out])], []
+        return [helper.make_node("MatMul", [name, weight], [f"m{label}"]), helper.make_node("Add", [f"m{label}", bias], [out])], []
     same = [d * (k - 1) for k, d in zip(g.kernel, g.dilation, strict=True)]
     if g.padding == "same":
         pads = [s // 2 for s in same] + [s - s // 2 for s in same]
@@ -331,6 +348,6 @@ def _onnx_nodes(g: Geometry, index: int, name: str, ndim: int) -> tuple[list[Any
     if g.padding_mode == "zeros" or not any(pads):
         return [helper.make_node("Conv", [name, weight, bias], [out], pads=pads, **options)], []
     mode = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[g.padding_mode]
-    sides = numpy_helper.from_array(np.array([0, 0, *pads[: g.dims], 0, 0, *pads[g.dims :]], np.int64), f"p{index}")
-    padded = helper.make_node("Pad", [name, f"p{index}"], [f"q{index}"], mode=mode)
-    return [padded, helper.make_node("Conv", [f"q{index}", weight, bias], [out], **options)], [sides]
+    sides = numpy_helper.from_array(np.array([0, 0, *pads[: g.dims], 0, 0, *pads[g.dims :]], np.int64), f"p{label}")
+    padded = helper.make_node("Pad", [name, f"p{label}"], [f"q{label}"], mode=mode)
+    return [padded, helper.make_node("Conv", [f"q{label}", weight, bias], [out], **options)], [sides]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,27 +15,39 @@ from torch import nn
 from passes import host_for
 from passes.chain import Chain
 from passes.factorization import Decision, Factorization
-from passes.running import arguments, private_copy
+from passes.running import private_copy
+from passes.site import Site
+from surgery.latency.onnx_cut import Exported, quick_onnx
 
 __all__ = ["Race", "Raced", "race_against", "with_noise"]
 
 RACE_SECONDS = 6.0
-PAIRS = (9, 101)
+PRECISION = 0.005  # half the width of the interval around a share of time at which a race is over sooner
+WIDTH = 2 * 2.58  # of a 99 % confidence interval, in standard errors
+ON_FILES = ("onnxruntime", "openvino")
 
 
 @dataclass(frozen=True, slots=True)
 class Raced:
-    """Time of a cut network as a share of the original's: median and quartiles of so many pairs of samples."""
+    """Time of a cut network as a share of the original's: the median over pairs of samples, and its 99 % confidence interval."""
 
     share: float
     low: float
     high: float
-    pairs: int = 1
+
+    @property
+    def doubt(self) -> float:
+        """Standard error of the median."""
+        return (self.high - self.low) / WIDTH
 
     @property
     def faster(self) -> bool:
         """Beyond noise: the median is below 1 by two of its standard errors."""
-        return self.share + 2 * 0.93 * (self.high - self.low) / sqrt(self.pairs) < 1
+        return self.share + 2 * self.doubt < 1
+
+    def slower_of(self, again: Raced) -> Raced:
+        """Of two races of one plan the one that speaks less for it."""
+        return max(self, again, key=lambda raced: raced.share + 2 * raced.doubt)
 
     def __str__(self) -> str:
         return f"{self.share:.2f} ({self.low:.2f} to {self.high:.2f})"
@@ -52,58 +62,60 @@ class Race:
 
 
 @contextmanager
-def race_against(model: nn.Module, inputs: Any, runtime: str) -> Iterator[Race]:
-    """The original prepared once; each cut network against it, in turn, as ``surgery.benchmark`` does."""
-    from surgery.benchmark import SAMPLE_SECONDS, compare
+def race_against(model: nn.Module, inputs: Any, runtime: str, sites: Sequence[Site]) -> Iterator[Race]:
+    """The original prepared once; each cut network against it, in turn, as ``surgery.benchmark`` does.
 
-    with _running(private_copy(model, share_parameters=True).eval(), inputs, runtime) as before:
+    Raises:
+        SurgeryError: the runtime cannot run the network.
+    """
+    from surgery.benchmarking.runtimes import RUNTIMES
+    from surgery.benchmarking.sampling import time_in_turn
+
+    known = RUNTIMES[runtime]
+    with ExitStack() as stack:
+        original = private_copy(model, share_parameters=True).eval()
+        exported = None
+        if runtime in ON_FILES:
+            exported = Exported.of(original, inputs, Path(stack.enter_context(TemporaryDirectory())))
+        before = stack.enter_context(_running(original, inputs, runtime)) if exported is None else _on_file(exported.file, inputs, runtime)
 
         def against(decisions: Mapping[str, Decision]) -> Raced:
-            with _running(with_noise(model, decisions), inputs, runtime) as after:
-                before(), after()  # the first calls take longer
-                began = time.perf_counter()
-                before(), after()
-                pair = max(time.perf_counter() - began, 2 * SAMPLE_SECONDS)
-                pairs = int(min(max(RACE_SECONDS / pair, PAIRS[0]), PAIRS[1]))
-                result = compare(runtime, before, after, pairs)
-            return Raced(1 / result.time_ratio, 1 / result.time_ratio_high, 1 / result.time_ratio_low, pairs)
+            with ExitStack() as own:
+                file = None if exported is None else exported.cut(sites, decisions)
+                if file is None:
+                    after = own.enter_context(_running(with_noise(model, decisions), inputs, runtime))
+                else:
+                    after = _on_file(file, inputs, runtime)
+                found = time_in_turn(before, after, clock=known.clock, pause=known.pause, precision=PRECISION, seconds=RACE_SECONDS)
+            return Raced(1 / found.ratio, 1 / found.high, 1 / found.low)
 
         yield Race(before, against)
 
 
 @contextmanager
 def _running(network: nn.Module, inputs: Any, runtime: str) -> Iterator[Callable[[], object]]:
-    """A network ready to be called. ONNX comes from torch's older exporter where that can do it: it takes a second instead of half a minute."""
-    from surgery.benchmark import RUNTIMES as WHOLE
-    from surgery.benchmark import openvino_call
+    """A network ready to be called."""
+    from surgery.benchmarking.runtimes import RUNTIMES
 
     with ExitStack() as stack:
-        if runtime in ("onnxruntime", "openvino"):
+        if runtime in ON_FILES:
             file = Path(stack.enter_context(TemporaryDirectory())) / "network.onnx"
-            if _quick_onnx(network, inputs, file):
-                from surgery.export.onnx import onnx_session, run_session
-
-                if runtime == "openvino":
-                    yield openvino_call(file, inputs)
-                    return
-                session = onnx_session(file, torch.get_num_threads())
-                yield lambda: run_session(session, inputs)
+            if quick_onnx(network, inputs, file):
+                yield _on_file(file, inputs, runtime)
                 return
-        yield stack.enter_context(WHOLE[runtime](network, inputs))
+        yield stack.enter_context(RUNTIMES[runtime](network, inputs))
 
 
-def _quick_onnx(network: nn.Module, inputs: Any, file: Path) -> bool:
-    from surgery.export.common import quiet
+def _on_file(file: Path, inputs: Any, runtime: str) -> Callable[[], object]:
+    """Calls of an ONNX file."""
+    if runtime == "openvino":
+        from surgery.benchmarking.onnx_files import openvino_call
 
-    args, kwargs = arguments(inputs)
-    if args and isinstance(args[-1], dict):
-        args = (*args, {})
-    try:
-        with quiet():
-            torch.onnx.export(network, args, str(file), kwargs=kwargs, dynamo=False, verbose=False)
-    except Exception:  # whatever it cannot do, the newer exporter is asked next, and its error is the one to show
-        return False
-    return file.exists()
+        return openvino_call(file, inputs)
+    from surgery.export.onnx import onnx_session, run_session
+
+    session = onnx_session(file, torch.get_num_threads())
+    return lambda: run_session(session, inputs)
 
 
 def with_noise(model: nn.Module, decisions: Mapping[str, Decision]) -> nn.Module:
@@ -112,7 +124,7 @@ def with_noise(model: nn.Module, decisions: Mapping[str, Decision]) -> nn.Module
     from surgery.plan import Plan
 
     plan = Plan()
-    twin = private_copy(model).eval()
+    twin, own = private_copy(model, share_parameters=True).eval(), {id(p) for p in model.parameters()}
     for site in host_for(twin, effective_weights=True).sites():
         decision = decisions.get(site.tied_to or site.name)
         if isinstance(decision, Factorization):
@@ -121,7 +133,7 @@ def with_noise(model: nn.Module, decisions: Mapping[str, Decision]) -> nn.Module
     generator = torch.Generator().manual_seed(0)
     for name, module in network.named_modules():
         if isinstance(module, Chain) and name in plan:
-            for parameter in module.parameters():
+            for parameter in (p for p in module.parameters() if id(p) not in own):
                 size = max(parameter[0].numel(), 1)
                 noise = torch.randn(parameter.shape, generator=generator) / size**0.5 if parameter.ndim > 1 else torch.zeros(parameter.shape)
                 parameter.data.copy_(noise)

@@ -1,106 +1,144 @@
-"""From times to plans, and from what was measured to better ones."""
+"""From races to the next plan, and to the best one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from passes.errors import SurgeryValueError
 from passes.factorization import Decision
-from surgery.cost.outcome import LatencyOutcome
+from surgery.latency.families import Family, Proposal
 from surgery.latency.race import Raced
-from surgery.ranks.budget import Budget
-from surgery.ranks.candidates import Candidates
-from surgery.ranks.knapsack import least_loss, least_worst
 
-__all__ = ["Attempt", "Told", "allowed_seconds", "best_of", "choose", "corrected_share", "loss_of", "predicted_share", "unreachable"]
+__all__ = ["Attempt", "Search", "corrected_share"]
 
+REPLANS = 3
 NEAR = 0.03  # of the share asked for: closer than this nothing is corrected
+SURPRISING = 0.5  # of what was foretold to be saved: where the race differs by more, the times are not to be trusted
+SURE = 4.0  # standard errors below the original's time: nearer than this the winner runs once more
+
+Mended = Callable[[Proposal], Family]
+"""The family anew, after the times that a plan rests on were measured again."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Attempt:
-    decisions: dict[str, Decision]
-    predicted: float
+    """A plan that was raced."""
+
+    proposal: Proposal
     raced: Raced
-    loss: float
+    family: str
+
+    @property
+    def predicted(self) -> float:
+        return self.proposal.share
+
+    @property
+    def surprising(self) -> bool:
+        """What was measured has little to do with what was foretold, beyond noise."""
+        missed = abs(self.raced.share - self.predicted)
+        return missed > SURPRISING * (1 - self.predicted) and missed > 2 * self.raced.doubt
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
-    """What every outcome says."""
+@dataclass(slots=True)
+class Search:
+    """Races plans until one takes the share of time that was asked for.
 
-    runtime: str
+    Attributes:
+        asked: the share.
+        race: times a plan against the original.
+        tried: all plans that ran, in order.
+    """
+
     asked: float
-    batch: int
-    threads: int
+    race: Callable[[Mapping[str, Decision]], Raced]
+    tried: list[Attempt] = field(default_factory=list)
 
-    def outcome(self, predicted: float, raced: Raced | None, replans: int, note: str | None = None) -> LatencyOutcome:
-        share, low, high = (None, None, None) if raced is None else (raced.share, raced.low, raced.high)
-        return LatencyOutcome(
-            runtime=self.runtime,
-            asked=self.asked,
-            predicted=predicted,
-            measured=share,
-            low=low,
-            high=high,
-            replans=replans,
-            batch=self.batch,
-            threads=self.threads,
-            note=note,
-        )
+    def aim(self, family: Family, mended: Mended) -> int:
+        """Plan, measure, and correct the nominal share by what was measured, at most ``REPLANS`` times; how often it was.
 
-    def nothing(self, note: str) -> LatencyOutcome:
-        return replace(self.outcome(1.0, Raced(1.0, 1.0, 1.0), 0, note), kept=True)
+        Where a plan is foretold to take less than no time, or its race has little to do with what was foretold, the times that it rests on are bad:
+        they are measured again, once, and planning begins anew.
+        """
+        points: list[Attempt] = []
+        before, trusted = len(self.tried), False
+        for _ in range(REPLANS + 1):
+            proposal = family.at_share(corrected_share(points, self.asked))
+            if proposal.share < 0 and not trusted:
+                family, points, trusted = mended(proposal), [], True
+                proposal = family.at_share(self.asked)
+            if any(point.proposal.cuts == proposal.cuts for point in points):
+                break
+            attempt = self._run(proposal, family)
+            if self._hit(attempt):
+                break
+            if attempt.surprising and not trusted:
+                family, points, trusted = mended(proposal), [], True
+            else:
+                points.append(attempt)
+        return max(len(self.tried) - before - 1, 0)
 
+    def challenge(self, family: Family) -> None:
+        """Race a plan of another family that loses no more than the best so far; where it is faster, one that takes the share asked for."""
+        best = self.best
+        proposal = family.at_loss(best.proposal.loss) if best.raced.faster else family.at_share(self.asked)
+        if proposal is None or not proposal.cuts or self._known(proposal) is not None:
+            return
+        attempt = self._run(proposal, family)
+        if attempt.raced.share >= best.raced.share or attempt.raced.share >= (1 - NEAR) * self.asked:
+            return
+        nearer = family.at_share(corrected_share([attempt], self.asked))
+        if nearer.cuts and nearer.loss < proposal.loss and self._known(nearer) is None:
+            self._run(nearer, family)
 
-def _saved(candidates: Sequence[Candidates], chosen: Sequence[int]) -> float:
-    return sum(float(c.before - c.costs[index]) for c, index in zip(candidates, chosen, strict=True))
+    def push(self, family: Family) -> None:
+        """Race the plan of the least share: whether what was asked for can be reached at all."""
+        proposal = family.at_share(0.0)
+        if self._known(proposal) is None:
+            self._run(proposal, family)
 
+    @property
+    def best(self) -> Attempt:
+        """Of those within reach of the share the one that loses least, else the fastest."""
+        near = [attempt for attempt in self.tried if attempt.raced.share <= (1 + NEAR) * self.asked and attempt.raced.faster]
+        if near:
+            return min(near, key=lambda attempt: attempt.proposal.loss)
+        return min(self.tried, key=lambda attempt: attempt.raced.share)
 
-def predicted_share(candidates: Sequence[Candidates], chosen: Sequence[int], total: float) -> float:
-    return 1 - _saved(candidates, chosen) / total if total else 1.0
+    def confirmed(self) -> Attempt:
+        """The best; where it is not faster by far it runs once more, since the luckiest of several races looks better than it is."""
+        best = self.best
+        if not best.raced.faster or best.raced.share + SURE * best.raced.doubt < 1:
+            return best
+        return Attempt(best.proposal, best.raced.slower_of(self.race(best.proposal.decisions)), best.family)
 
+    def _hit(self, attempt: Attempt) -> bool:
+        return abs(attempt.raced.share - self.asked) <= NEAR * self.asked
 
-def allowed_seconds(candidates: Sequence[Candidates], total: float, share: float) -> float:
-    """Seconds for the candidates' layers, the rest of the network staying as it is."""
-    return share * total - (total - sum(float(c.before) for c in candidates))
+    def _known(self, proposal: Proposal) -> Attempt | None:
+        return next((attempt for attempt in self.tried if attempt.proposal.cuts == proposal.cuts), None)
 
-
-def choose(budget: Budget, candidates: Sequence[Candidates], allowed: float) -> list[int]:
-    solver = least_loss if budget.criterion == "mean" else least_worst
-    return solver([c.costs for c in candidates], [c.losses for c in candidates], allowed)
-
-
-def loss_of(budget: Budget, candidates: Sequence[Candidates], chosen: Sequence[int]) -> float:
-    losses = [float(c.losses[index]) for c, index in zip(candidates, chosen, strict=True)]
-    return sum(losses) if budget.criterion == "mean" else max(losses)
+    def _run(self, proposal: Proposal, family: Family) -> Attempt:
+        """Each plan runs once; what a new table foretells of it may differ."""
+        known = self._known(proposal)
+        attempt = Attempt(proposal, self.race(proposal.decisions) if known is None else known.raced, family.name)
+        if known is None:
+            self.tried.append(attempt)
+        return attempt
 
 
 def corrected_share(tried: Sequence[Attempt], asked: float) -> float:
-    """The share to plan for, so that the one asked for is measured: linear between the plans that were measured, the uncut network among them.
+    """The nominal share to plan for, so that the one asked for is measured: linear between the plans that ran, the uncut network among them.
 
-    Beyond the fastest plan, what is saved is taken to be as many times what is predicted as it was there.
+    Beyond the fastest plan, what is saved is taken to be as many times what is foretold as it was there. Where no plan was faster than the uncut
+    network, nobody knows how many times: twice as much is cut as was.
     """
-    points = sorted({(a.raced.share, a.predicted) for a in tried} | {(1.0, 1.0)})
-    share, predicted = points[0]
+    faster = sorted({(a.raced.share, a.predicted) for a in tried if a.raced.share < 1})
+    if tried and not faster:
+        return 1 - 2 * (1 - min(a.predicted for a in tried))
+    share, predicted = faster[0] if faster else (1.0, 1.0)
     if asked < share:
         return 1 - (1 - asked) * min(max((1 - predicted) / (1 - share), 0.2), 5.0) if share < 1 else asked
+    points = [*faster, (1.0, 1.0)]
     return float(np.interp(asked, [s for s, _ in points], [p for _, p in points]))
-
-
-def best_of(tried: Sequence[Attempt], asked: float) -> Attempt:
-    """Of those within reach of the share the one that loses least, else the fastest."""
-    near = [attempt for attempt in tried if attempt.raced.share <= (1 + NEAR) * asked]
-    if near:
-        return min(near, key=lambda attempt: attempt.loss)
-    return min(tried, key=lambda attempt: attempt.raced.share)
-
-
-def unreachable(budget: Budget, least: float, how: str) -> SurgeryValueError:
-    return SurgeryValueError(
-        f"ranks: {budget} is out of reach: the least that these layers can come to is {least:.3f} of the network's time ({how}); ask for more, "
-        'include more layers, or allow other kinds (method="auto")'
-    )

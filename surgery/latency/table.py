@@ -1,11 +1,15 @@
-"""The time of every chain of a layer, from a few that are measured."""
+"""The time of every chain of a layer, from a few that are measured.
+
+What a chain saves is the difference of two measured times, and of many chains those look best whose times came out too short. So a chain counts only
+where its saving is beyond the noise of both times, and its saving is taken to be less by one standard error of the difference.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import lcm
+from math import hypot, lcm
 from typing import Any
 
 import numpy as np
@@ -15,13 +19,13 @@ from passes.factorization import Factorization
 from passes.kind import Rank
 from passes.site import Site
 from surgery.cost.profile import TimedShape
-from surgery.cost.timing import COARSE
 from surgery.latency.times import Times, timed_chain, timed_layer, together
 
 __all__ = ["Table", "interpolated"]
 
-MARGIN = 0.02  # by which a chain must be faster than its layer, beside the spread of both
-POINTS = {False: 8, True: 3}  # ranks timed in each mode; True in runtimes where each takes long
+MARGIN = 0.02  # by which a chain must be faster than its layer, however little the spread of both
+BEYOND = 2.0  # standard errors of a saving from which on it is taken to be one
+POINTS = {1: 8, 2: 6}  # ranks timed in each mode, by the number of modes that are cut
 STEPS = ((128, 16), (48, 8), (24, 4))  # full rank from which ranks are multiples of this: kernels work in blocks of channels
 
 Numbers = Any  # a float64 numpy array
@@ -67,30 +71,41 @@ class Table:
         """Seconds of the layer as it is, over all its calls."""
         return together(self._times, self._layer).seconds
 
+    def around(self, factorization: Factorization) -> list[TimedShape]:
+        """What a chain's time is taken from: its layer, and the measured chains of the nearest ranks on both sides."""
+        points = self._points[factorization.kind, tuple(rank is None for rank in factorization.ranks)]
+        near = [_beside(axis, rank or 0) for axis, rank in zip(points.axes, factorization.ranks, strict=True)]
+        return [*self._layer, *(shape for place in itertools.product(*near) for shape in points.shapes.get(place, ()))]
+
     def __call__(self, kind: Blockwise, ranks: Sequence[Sequence[Rank]]) -> Numbers:
-        """Seconds at every choice of these ranks; infinite where the chain is not faster than the layer, beyond noise."""
+        """Seconds at every choice of these ranks, savings discounted by their noise; infinite where they are not beyond it."""
         points = self._points.get((kind.name, tuple(rank[0] is None for rank in ranks)))
         size = [len(rank) for rank in ranks]
         if points is None:
             return np.full(size, np.inf)
-        known, spread = np.full([len(axis) for axis in points.axes], np.nan), []
+        layer = together(self._times, self._layer)
+        known, noise = (np.full([len(axis) for axis in points.axes], np.nan) for _ in range(2))
         for index, shapes in points.shapes.items():
             if all(shape in self._times for shape in shapes):
                 entry = together(self._times, shapes)
-                known[index] = entry.seconds
-                spread.append(entry.spread)
-        if not spread:
+                known[index], noise[index] = entry.seconds, hypot(entry.seconds * entry.spread, layer.seconds * layer.spread)
+        if np.isnan(known).all():
             return np.full(size, np.inf)
         wanted = [[0.0] if rank[0] is None else [float(r) for r in rank if r is not None] for rank in ranks]
         seconds = interpolated(points.axes, _filled(known, points.macs), wanted)
-        layer = together(self._times, self._layer)
-        faster = (seconds * (1 + 2 * float(np.median(spread))) < layer.low) & (seconds < (1 - MARGIN) * layer.seconds)
-        return np.where(faster, seconds, np.inf)
+        doubt = interpolated(points.axes, _filled(noise, np.ones_like(noise)), wanted)
+        faster = layer.seconds - seconds > np.maximum(BEYOND * doubt, MARGIN * layer.seconds)
+        return np.where(faster, seconds + doubt, np.inf)
+
+    def pays(self, kind: Blockwise, ranks: Sequence[Sequence[Rank]]) -> Numbers:
+        """Which choices of these ranks are faster than the layer beyond noise."""
+        return np.isfinite(self(kind, ranks))
 
     def _points_of(self, kind: Blockwise, whole: Sequence[bool]) -> Points:
         geometry, site = self._site.geometry, self._site
         step = lcm(self.step, kind.unit(geometry))
-        axes = [[0.0] if w else _spread_out(range(step, most, step), self._runtime) for w, most in zip(whole, kind.full_ranks(geometry), strict=True)]
+        points = POINTS[min(whole.count(False), max(POINTS))]
+        axes = [[0.0] if w else _spread_out(range(step, most, step), points) for w, most in zip(whole, kind.full_ranks(geometry), strict=True)]
         macs = np.full([len(axis) for axis in axes], np.inf)
         shapes: dict[tuple[int, ...], list[TimedShape]] = {}
         most = sum(shape.macs for shape in self._layer)
@@ -135,7 +150,7 @@ def interpolated(axes: Sequence[Sequence[float]], values: Numbers, wanted: Seque
 
 
 def _filled(values: Numbers, macs: Numbers) -> Numbers:
-    """Where nothing is known (NaN), the time a MAC of the nearest point that is known, times the MACs."""
+    """Where nothing is known (NaN), the value a MAC of the nearest point that is known, times the MACs."""
     known = np.argwhere(~np.isnan(values))
     filled = values.copy()
     for index in np.argwhere(np.isnan(values)):
@@ -144,10 +159,15 @@ def _filled(values: Numbers, macs: Numbers) -> Numbers:
     return filled
 
 
-def _spread_out(ranks: range, runtime: str) -> list[float]:
+def _spread_out(ranks: range, most: int) -> list[float]:
     """A few of the ranks, closer where they are small: there a step changes more."""
-    most = POINTS[runtime in COARSE]
     if len(ranks) <= most:
         return [float(rank) for rank in ranks] or [float(ranks.start)]
     places = np.unique(np.rint(np.geomspace(1, len(ranks), most)).astype(int)) - 1
     return [float(ranks[int(place)]) for place in places]
+
+
+def _beside(axis: Sequence[float], at: float) -> list[int]:
+    """Places of the known ranks on both sides of one."""
+    place = int(np.searchsorted(axis, at))
+    return sorted({max(place - 1, 0), min(place, len(axis) - 1)})

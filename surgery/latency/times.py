@@ -51,12 +51,12 @@ class Times:
     def __contains__(self, shape: TimedShape) -> bool:
         return shape.key in self.profile.entries
 
-    def measure(self, shapes: Sequence[TimedShape]) -> None:
-        """Time what is not there yet, and keep it."""
-        missing = [shape for shape in dict.fromkeys(shapes) if shape not in self]
-        if not missing or self.foreign:
+    def measure(self, shapes: Sequence[TimedShape], *, anew: bool = False) -> None:
+        """Time what is not there yet, or (``anew``) all of these, and keep it. Another device's times stay as they are."""
+        wanted = [shape for shape in dict.fromkeys(shapes) if anew or shape not in self]
+        if not wanted or self.foreign:
             return
-        found, reference = time_shapes(missing, self.conditions)
+        found, reference = time_shapes(wanted, self.conditions)
         with suppress(SurgeryError, OSError):  # what another process has found meanwhile stays
             self.profile = Profile.load(self.file)
         self.profile.add(found, reference)

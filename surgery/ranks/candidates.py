@@ -17,13 +17,14 @@ from passes.site import Site
 from passes.spectra import Spectra
 from surgery.ranks.knapsack import pareto
 
-__all__ = ["Candidates", "candidates_of"]
+__all__ = ["Candidates", "Cost", "Pays", "candidates_of"]
 
 MOST = 400  # choices a layer; between two neighbours of them the error changes by a percent or two
 
 Numbers = Any  # a one-dimensional float64 numpy array
 Cost = Callable[[Factorization | None], float]
 Table = Callable[[Blockwise, Sequence[Sequence[Rank]]], Numbers]
+Pays = Callable[[Blockwise, Sequence[Sequence[Rank]]], Any]  # a boolean numpy array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +60,7 @@ def candidates_of(
     round_to: int,
     keep: Keep,
     table: Table | None = None,
+    pays: Pays | None = None,
 ) -> Candidates:
     """All rank choices of the kinds, and to keep the layer, without those that another beats in both cost and error.
 
@@ -72,9 +74,10 @@ def candidates_of(
         keep: the decision that leaves the layer as it is.
         table: costs of a kind at every choice of the ranks given for its modes, for costs that are not linear; infinite where a choice is out.
             ``cost`` is then asked for the layer as it is only.
+        pays: which choices of the ranks given for the modes of a kind may be made, where something beside the costs has a say.
     """
     fitting = [kind for kind in kinds if kind.has_spectra and kind.refuses(site.geometry) is None]
-    families = [family for kind in fitting for family in _families(site, kind, spectra, cost, guards, round_to, table)]
+    families = [family for kind in fitting for family in _families(site, kind, spectra, cost, guards, round_to, table, pays)]
     costs = np.concatenate([family.costs for family in families] + [np.array([float(cost(None))])])
     errors = np.concatenate([family.errors for family in families] + [np.zeros(1)])
     losses = np.concatenate([family.energy * family.errors**2 for family in families] + [np.zeros(1)])
@@ -115,7 +118,14 @@ class _Family:
 
 
 def _families(
-    site: Site, kind: Blockwise, spectra: Spectra, cost: Cost, guards: Sequence[Cost], round_to: int, table: Table | None = None
+    site: Site,
+    kind: Blockwise,
+    spectra: Spectra,
+    cost: Cost,
+    guards: Sequence[Cost],
+    round_to: int,
+    table: Table | None,
+    pays: Pays | None,
 ) -> Iterator[_Family]:
     unit, full = kind.unit(site.geometry), kind.full_ranks(site.geometry)
     surface = spectra.error_surface(site, kind).cpu().numpy()
@@ -132,6 +142,8 @@ def _families(
         possible = _unclipped(site, kind, ranks)
         for guard in guards:
             possible &= _costs(kind, ranks, guard) < guard(None)
+        if pays is not None:
+            possible &= pays(kind, ranks)
         costs = np.where(possible, _costs(kind, ranks, cost) if table is None else table(kind, ranks), np.inf)
         yield _Family(costs.ravel(), errors.ravel(), energy, ranks, lambda chosen: kind.from_ranks(site.geometry, chosen))
 

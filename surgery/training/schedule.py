@@ -24,7 +24,7 @@ from surgery.checkpoint import record_from_text, record_to_data, with_empty_chai
 from surgery.decompose import DEFAULT_STATE, Ranks, decompose, plan
 from surgery.fitting import usable_batches
 from surgery.inspection import usable_model
-from surgery.options import MEASURED, Options
+from surgery.options import Options, runtime_of
 from surgery.plan import Plan
 from surgery.ranks.budget import Budget
 from surgery.ranks.request import parse_ranks
@@ -119,7 +119,7 @@ class DecompositionSchedule:
         self._requests = [parse_ranks(each) for each in self.ranks]
         self._guard = guard
         guard = guard or ("macs" if example_inputs is None else "step")
-        if guard in MEASURED and example_inputs is None:
+        if runtime_of(guard) is not None and example_inputs is None:
             raise SurgeryValueError(f'guard: "{guard}" needs example_inputs: without them there is nothing to time')
         self.options = Options(
             method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device, effective_weights=effective_weights

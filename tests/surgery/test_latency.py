@@ -17,7 +17,7 @@ from surgery import Budget, Keep, cli
 from surgery.cost import timing
 from surgery.cost.profile import Entry, Profile, TimedShape, cache_file, read_shapes, write_shapes
 from surgery.cost.timing import RUNTIMES, Conditions, describe, time_shapes
-from surgery.latency import stopwatch, times
+from surgery.latency import solving, times
 from surgery.latency.race import Race, Raced
 from surgery.latency.table import interpolated
 from surgery.latency.times import timed_chain, timed_layer
@@ -57,7 +57,7 @@ class Clock:
         return Raced(1 - saved, 1 - saved - 0.01, 1 - saved + 0.01)
 
     @contextmanager
-    def race(self, model, inputs, runtime):
+    def race(self, model, inputs, runtime, sites):
         def against(decisions):
             self.races += 1
             return self.whole(model, decisions)
@@ -70,8 +70,8 @@ def clock(monkeypatch, tmp_path):
     made = Clock()
     monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
     monkeypatch.setattr(times, "time_shapes", lambda *a: made.time_shapes(*a))
-    monkeypatch.setattr(stopwatch, "race_against", lambda *a: made.race(*a))
-    monkeypatch.setattr(stopwatch, "in_terms_of_layers", lambda *a: 1 + REST)
+    monkeypatch.setattr(solving, "race_against", lambda *a: made.race(*a))
+    monkeypatch.setattr(solving, "in_terms_of_layers", lambda *a: 1 + REST)
     return made
 
 
@@ -84,8 +84,8 @@ def test_a_plan_takes_the_share_that_was_asked_for(clock, method):
     model = resnet()
     net = surgery.decompose(model, Budget(latency=0.7), example_inputs=X, method=method)
     outcome = surgery.report(net).latency
-    assert clock.races == 1
     assert outcome.replans == 0
+    assert clock.races <= 3  # the plan, and one of each other sort that loses as little
     assert 0.67 <= outcome.measured <= 0.71
     assert abs(outcome.predicted - outcome.measured) < 0.01
     assert f"latency: {outcome.measured:.2f}" in str(surgery.report(net))
@@ -98,14 +98,13 @@ def test_what_is_measured_corrects_what_is_planned(clock, gain):
     plan = surgery.plan(resnet(), Budget(latency=0.75), example_inputs=X)
     assert 1 <= plan.latency.replans <= 3
     assert abs(plan.latency.measured - 0.75) <= 0.03 * 0.75
-    assert clock.races == plan.latency.replans + 1
+    assert clock.races >= plan.latency.replans + 1
 
 
 def test_noise_is_not_taken_for_speed():
-    assert Raced(0.9, 0.85, 0.95, 9).faster
-    assert Raced(0.9, 0.7, 1.1, 101).faster  # a wide spread, but many pairs
-    assert not Raced(0.9, 0.7, 1.1, 9).faster
-    assert not Raced(1.0, 1.0, 1.0, 101).faster
+    assert Raced(0.9, 0.85, 0.95).faster
+    assert not Raced(0.9, 0.7, 1.1).faster
+    assert not Raced(1.0, 1.0, 1.0).faster
 
 
 def test_less_time_costs_more_error_and_the_solver_beats_one_fraction(clock):
@@ -140,7 +139,7 @@ def test_a_plan_that_makes_the_network_no_faster_is_thrown_away(clock, gain):
     net = surgery.decompose(resnet(), Budget(latency=0.7), example_inputs=X)
     assert all(row.factorization is None for row in surgery.report(net).layers)
     assert "nothing was cut: the best plan was measured at" in str(surgery.report(net))
-    assert clock.races <= 4
+    assert clock.races <= 7
 
 
 def test_what_is_out_of_reach_names_the_floor(clock):
@@ -326,7 +325,9 @@ def test_guard_latency_keeps_what_does_not_pay(clock):
     [
         ({"ranks": Budget(latency=0.7)}, "needs example_inputs"),
         ({"ranks": 0.5, "guard": "latency"}, "needs example_inputs"),
-        ({"ranks": Budget(macs=0.5), "guard": "latency", "example_inputs": X}, "for rules and fractions"),
+        ({"ranks": Budget(macs=0.5), "guard": "latency:openvino"}, "needs example_inputs"),
+        ({"ranks": 0.5, "guard": "latency:tensorrt", "example_inputs": X}, 'nor "latency:RUNTIME" with one of'),
+        ({"ranks": 0.5, "guard": "latency:", "example_inputs": X}, "guard: 'latency:' is none of"),
         ({"ranks": Budget(latency=0.7), "guard": "time"}, "guard: 'time' is none of"),
     ],
 )

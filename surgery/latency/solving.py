@@ -1,0 +1,200 @@
+"""A latency budget from its times to its decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes import host_for, observe
+from passes.blockwise import Blockwise
+from passes.errors import SurgeryValueError
+from passes.factorization import Decision, Factorization, Keep
+from passes.parity import tensors_in
+from passes.running import kept_random_states
+from passes.site import Site
+from passes.spectra import Spectra
+from surgery.cost import macs_under, threads_set
+from surgery.cost.outcome import LatencyOutcome
+from surgery.cost.timing import describe, in_terms_of_layers
+from surgery.latency.families import Family, Proposal, Rung, Solved, Uniform, rungs_of
+from surgery.latency.race import Race, Raced, race_against
+from surgery.latency.replan import Attempt, Search
+from surgery.latency.table import Table
+from surgery.latency.times import Times, timed_layer
+from surgery.ranks.budget import Budget
+from surgery.ranks.candidates import Candidates, Cost, Pays, candidates_of
+
+__all__ = ["Task", "no_faster", "nothing_to_cut"]
+
+FAR = 0.10  # of the share asked for: what is slower than this has missed it
+BETTER = Keep("the budget is better spent on other layers")
+BY_TIME = "measured times"
+
+
+def no_faster(runtime: str) -> Keep:
+    """Why a layer of which no chain pays is kept."""
+    return Keep(f"measured: no faster than the layer itself in {runtime}")
+
+
+def nothing_to_cut(candidates: Candidates) -> bool:
+    """Whether all that can be done with a layer is to keep it."""
+    return all(isinstance(decision, Keep) for decision in candidates.decisions)
+
+
+@dataclass(slots=True, kw_only=True)
+class Task:
+    """One latency budget for one model.
+
+    Attributes:
+        model: never changed.
+        inputs: of the batch size that is asked for.
+        budget: what is asked for.
+        runtime: that whole networks are raced in.
+        free: the layers to decide on, with their calls on these inputs.
+        kinds: of each.
+        spectra: of their weights.
+        guards: costs that a chain of a layer must lower as well.
+        round_to: ranks are multiples of this.
+        pays: what a guard says of a layer's chains, None where it asks nothing.
+        times: of layers and chains.
+    """
+
+    model: nn.Module
+    inputs: Any
+    budget: Budget
+    runtime: str
+    free: Sequence[Site]
+    kinds: Callable[[Site], Sequence[Blockwise]]
+    spectra: Spectra
+    guards: Callable[[Site], Sequence[Cost]]
+    round_to: int
+    pays: Callable[[Site], Pays | None]
+    times: Times
+    _tables: dict[str, Table] = field(default_factory=dict)
+    _by_macs: list[Candidates] = field(default_factory=list)
+    _rungs: dict[str, list[Rung]] = field(default_factory=dict)
+
+    def solve(self) -> tuple[dict[str, Decision], LatencyOutcome]:
+        """Decisions by name, and what came of them."""
+        times = self.times
+        self._tables = {site.name: Table(site, self.kinds(site), times, self.round_to) for site in self.free}
+        times.measure([shape for table in self._tables.values() for shape in table.shapes])
+        if times.foreign and (lacking := [shape for table in self._tables.values() for shape in table.lacking]):
+            raise times.lacks(lacking)
+        candidates = self._candidates(rivals=not times.foreign)
+        if all(nothing_to_cut(c) for c in candidates):
+            slow = no_faster(times.conditions.runtime)
+            return {c.site.name: slow for c in candidates}, self._nothing("no chain was measured faster than its layer")
+        if times.foreign:
+            return self._by_profile_alone(candidates)
+        with (
+            threads_set(times.conditions.threads),
+            kept_random_states(),
+            torch.no_grad(),
+            race_against(self.model, self.inputs, self.runtime, self.free) as race,
+        ):
+            return self._by_racing(candidates, race)
+
+    def _candidates(self, *, rivals: bool) -> list[Candidates]:
+        """Choices of each layer by their times; and, for plans to compare with, by their MACs and by one fraction."""
+        found = []
+        for site in self.free:
+            kinds, guards, table = self.kinds(site), self.guards(site), self._tables[site.name]
+            shared: dict[str, Any] = {"guards": guards, "round_to": table.step, "keep": BETTER, "pays": self.pays(site)}
+            mine = candidates_of(site, kinds, self.spectra, cost=table.layer, table=table, **shared)
+            found.append(replace(mine, decisions=(no_faster(self.times.conditions.runtime),)) if nothing_to_cut(mine) else mine)
+            if rivals:
+                macs = partial(macs_under, site)
+                self._by_macs.append(candidates_of(site, kinds, self.spectra, cost=macs, **shared))
+                self._rungs[site.name] = rungs_of(site, kinds, self.spectra, macs, guards, table.step)
+            self.spectra.let_go(site)
+        return found
+
+    def _by_profile_alone(self, candidates: Sequence[Candidates]) -> tuple[dict[str, Decision], LatencyOutcome]:
+        """Where the network cannot be run, its time is that of its layers."""
+        times, total = self.times, 0.0
+        for site in host_for(self.model, observed=observe(self.model, self.inputs), effective_weights=True).sites():
+            layers = timed_layer(site, times.conditions.runtime) if site.chain is None else []
+            if any(layer not in times for layer in layers) and any(c.site.name == site.name for c in candidates):
+                raise times.lacks(layers)
+            total += sum(times[layer].seconds for layer in layers if layer in times)
+        family = self._family(candidates, total)
+        if family.floor > self._asked:
+            raise self._unreachable(family.floor, "by the profile")
+        proposal = family.at_share(self._asked)
+        note = f"{len(candidates)} layers timed on {times.profile.device.get('processor', 'another device')}"
+        return dict(proposal.decisions), self._outcome(proposal.share, None, 0, note)
+
+    def _by_racing(self, candidates: Sequence[Candidates], race: Race) -> tuple[dict[str, Decision], LatencyOutcome]:
+        """Plan, measure, and correct what the cuts are taken to save by what they did save; then see whether other sorts of plans are better."""
+        layers = [shape for c in candidates for shape in timed_layer(c.site, self.times.conditions.runtime)]
+
+        def by_time(choices: Sequence[Candidates]) -> Solved:
+            return self._family(choices, in_terms_of_layers(race.before, layers, self.times.conditions) * sum(float(c.before) for c in choices))
+
+        def mended(proposal: Proposal) -> Family:
+            resting = [shape for name, cut in proposal.cuts if isinstance(cut, Factorization) for shape in self._tables[name].around(cut)]
+            self.times.measure(resting, anew=True)
+            return by_time(self._candidates(rivals=False))
+
+        search = Search(self._asked, race.against)
+        family = by_time(candidates)
+        replans = search.aim(family, mended)
+        for rival in self._rivals() if self.runtime != "compile" else ():  # where to prepare a network takes minutes
+            search.challenge(rival)
+        if search.best.raced.low > (1 + FAR) * self._asked:
+            search.push(family)
+        return self._told(search.confirmed(), replans)
+
+    def _told(self, best: Attempt, replans: int) -> tuple[dict[str, Decision], LatencyOutcome]:
+        if not best.raced.faster:
+            keep = Keep(f"measured: cut networks are no faster in {self.runtime}")
+            return {site.name: keep for site in self.free}, self._nothing(f"the best plan was measured at {best.raced} of the original's time")
+        if best.raced.low > (1 + FAR) * self._asked:
+            raise self._unreachable(best.raced.share, "measured")
+        if best.family == BY_TIME:
+            return dict(best.proposal.decisions), self._outcome(best.predicted, best.raced, replans)
+        note = f"a plan by {best.family} was measured better than those by {BY_TIME}"
+        return dict(best.proposal.decisions), self._outcome(None, best.raced, replans, note)
+
+    def _family(self, candidates: Sequence[Candidates], total: float) -> Solved:
+        return Solved(BY_TIME, self.budget.criterion, candidates, total)
+
+    def _rivals(self) -> list[Family]:
+        total = sum(float(c.before) for c in self._by_macs)
+        return [Solved("MACs", self.budget.criterion, self._by_macs, total), Uniform(self.budget.criterion, self._rungs, total)] if total else []
+
+    @property
+    def _asked(self) -> float:
+        return float(self.budget.latency or 0.0)
+
+    def _outcome(self, predicted: float | None, raced: Raced | None, replans: int, note: str | None = None) -> LatencyOutcome:
+        times = self.times
+        share, low, high = (None, None, None) if raced is None else (raced.share, raced.low, raced.high)
+        runtime = times.profile.device.get("runtime", "an unnamed runtime")
+        return LatencyOutcome(
+            runtime=runtime if times.foreign else describe(replace(times.conditions, runtime=self.runtime))["runtime"],
+            asked=self._asked,
+            predicted=predicted,
+            measured=share,
+            low=low,
+            high=high,
+            replans=replans,
+            batch=next((t.shape[0] for t in tensors_in(self.inputs) if t.ndim), 1),
+            threads=times.conditions.threads,
+            note=note,
+        )
+
+    def _nothing(self, note: str) -> LatencyOutcome:
+        return replace(self._outcome(1.0, Raced(1.0, 1.0, 1.0), 0, note), kept=True)
+
+    def _unreachable(self, least: float, how: str) -> SurgeryValueError:
+        return SurgeryValueError(
+            f"ranks: {self.budget} is out of reach: the least that these layers can come to is {least:.3f} of the network's time ({how}); ask for "
+            'more, include more layers, or allow other kinds (method="auto")'
+        )

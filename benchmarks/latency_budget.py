@@ -1,14 +1,18 @@
 """Does a latency budget give the time that it asks for, and is its plan better than one fraction everywhere?
 
-    python benchmarks/latency_budget.py [--only NAME ...] [--runtimes NAME ...] [--share 0.7] [--threads N]
+    python benchmarks/latency_budget.py [--only NAME ...] [--runtimes NAME ...] [--share 0.7] [--threads N] [--table]
 
-For each network and runtime: a plan under ``Budget(latency=SHARE)``, the network measured anew by ``surgery.benchmark``, and beside it the best
-uniform plan of equal measured time: by bisection over the fraction (ranks in multiples of 16, as kernels like them), each step measured the same way,
-the least error among those that are no slower than ours by more than 2 %. The error is the root mean square of |W - W'|_F / |W|_F over all
-convolutions. Seconds to plan are those with a cold cache and, of a second call, with a warm one.
+For each network and runtime two rows:
 
-Weights are those of ``synthetic.py``. Results go to ``benchmarks/results/latency_budget.json`` after each row, the picture to ``latency_budget.png``
-beside it. Let nothing else run on the machine meanwhile; the load average is kept with the rows so that readers can tell.
+- ``plan``: a plan under ``Budget(latency=SHARE)`` with a cold cache and once more with the warm one, the seconds of both, the network measured anew
+  by ``surgery.benchmark``, and whether it is slower than the original beyond noise. A share that is refused as out of reach is a row too.
+- ``uniform``: the best uniform plan of equal measured time: by bisection over the fraction (ranks in multiples of 16, as kernels like them), each
+  step measured the same way, the least error among those that are no slower than ours by more than 2 %.
+
+The error is the root mean square of |W - W'|_F / |W|_F over all convolutions. Weights are those of ``synthetic.py``. Every row is appended to
+``benchmarks/results/latency_budget.jsonl`` when it is done, and a row that is there is not measured again, so a run that was stopped goes on. Table
+and picture (``latency_budget.md``, ``latency_budget.png``) are made of all rows at the end; ``--table`` makes them of what is there. Let nothing else
+run on the machine meanwhile; the load average is kept with the rows so that readers can tell. All of it takes about an hour on two idle cores.
 """
 
 from __future__ import annotations
@@ -24,17 +28,25 @@ from typing import Any
 
 import synthetic
 import torch
+from latency_budget_table import draw, table
 from torch import Tensor, nn
 
 import surgery
 from surgery.benchmark import environment
 from surgery.zoo import make
 
-RESULTS = Path(__file__).parent / "results" / "latency_budget.json"
+RESULTS = Path(__file__).parent / "results" / "latency_budget.jsonl"
 NETWORKS = ("torchvision:resnet18", "torchvision:resnet50", "torchvision:vgg16")
 RUNTIMES = ("onnxruntime", "openvino", "eager", "compile")
-STEPS = 5
+WAYS = ("plan", "uniform")
+KEY = ("network", "runtime", "asked", "threads", "way")
+STEPS = 6
 NO_SLOWER = 1.02
+
+
+def network(name: str) -> tuple[nn.Module, Tensor]:
+    model, shape = make(name)
+    return synthetic.fill(model).eval(), torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def error(net: nn.Module) -> float:
@@ -43,98 +55,85 @@ def error(net: nn.Module) -> float:
     return (sum(e * e for e in errors) / len(errors)) ** 0.5
 
 
-def share(model: nn.Module, net: nn.Module, inputs: Tensor, runtime: str, threads: int, repeats: int) -> dict[str, float]:
-    """Measured time of a network as a share of the model's, with quartiles."""
-    (row,) = surgery.benchmark(model, net, inputs, runtimes=[runtime], repeats=repeats, threads=threads).rows
-    return {"median": 1 / row.time_ratio, "low": 1 / row.time_ratio_high, "high": 1 / row.time_ratio_low}
+def measured(model: nn.Module, net: nn.Module, inputs: Tensor, key: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Time of a network as a share of the model's, with its spread and the verdict."""
+    (row,) = surgery.benchmark(model, net, inputs, runtimes=[key["runtime"]], repeats=repeats, threads=key["threads"]).rows
+    return {"share": 1 / row.time_ratio, "low": 1 / row.time_ratio_high, "high": 1 / row.time_ratio_low, "verdict": row.verdict}
 
 
-def uniform(model: nn.Module, inputs: Tensor, runtime: str, threads: int, repeats: int, most: float) -> list[dict[str, Any]]:
-    """Uniform plans around the time ``most``: fraction, error, measured share."""
-    tried, low, high = [], 0.05, 0.95
+def planned(key: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """The row of a latency budget."""
+    model, inputs = network(key["network"])
+    budget = surgery.Budget(latency=key["asked"], runtime=key["runtime"], threads=key["threads"])
+    row: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["SURGERY_CACHE"] = cache
+        for state in ("cold", "warm"):
+            wall, cpu = time.perf_counter(), time.process_time()
+            try:
+                plan = surgery.plan(model, budget, example_inputs=inputs)
+            except surgery.SurgeryValueError as refused:
+                return row | {"refused": str(refused)}
+            row |= {f"seconds_{state}": time.perf_counter() - wall, f"cpu_seconds_{state}": time.process_time() - cpu}
+            row[f"own_word_{state}"] = str(plan.latency)
+    net = surgery.decompose(model, plan, example_inputs=inputs)
+    report = surgery.report(net)
+    row |= {"error": error(net), "macs": report.macs_after / report.macs_before}  # type: ignore[operator]
+    row["cut"] = sum(layer.factorization is not None for layer in report.layers)
+    return row | measured(model, net, inputs, key, repeats)
+
+
+def uniform(key: dict[str, Any], repeats: int, most: float) -> dict[str, Any]:
+    """The row of uniform plans around the time ``most``."""
+    model, inputs = network(key["network"])
+    tried: list[dict[str, Any]] = []
+    low, high = 0.05, 0.95
     for _ in range(STEPS):
         fraction = (low + high) / 2
         net = surgery.decompose(model, fraction, example_inputs=inputs, round_to=16)
-        measured = share(model, net, inputs, runtime, threads, repeats)
-        tried.append({"fraction": fraction, "error": error(net), "share": measured})
-        low, high = (fraction, high) if measured["median"] <= most else (low, fraction)
-    return tried
+        tried.append({"fraction": fraction, "error": error(net)} | measured(model, net, inputs, key, repeats))
+        low, high = (fraction, high) if tried[-1]["share"] <= most else (low, fraction)
+    fit = [step for step in tried if step["share"] <= most]
+    return {"tried": tried, "best": min(fit, key=lambda step: step["error"]) if fit else None}
 
 
-def measure(name: str, runtime: str, asked: float, threads: int, repeats: int, steps_too: bool) -> dict[str, Any]:
-    model, shape = make(name)
-    synthetic.fill(model).eval()
-    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    budget = surgery.Budget(latency=asked, runtime=runtime, threads=threads)
-    row: dict[str, Any] = {"network": name, "runtime": runtime, "asked": asked, "load_average": os.getloadavg()[0]}
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["SURGERY_CACHE"] = cache
-        seconds = []
-        for _ in range(2):
-            began = time.perf_counter()
-            try:
-                net = surgery.decompose(model, budget, example_inputs=inputs)
-            except surgery.SurgeryValueError as refused:
-                return row | {"refused": str(refused)}
-            seconds.append(time.perf_counter() - began)
-    report = surgery.report(net)
-    found = share(model, net, inputs, runtime, threads, repeats)
-    row |= {"seconds_cold": seconds[0], "seconds_warm": seconds[1], "own_word": str(report.latency), "share": found, "error": error(net)}
-    row |= {"flops_share": None if report.speedup is None else 1 / report.speedup, "cut": sum(r.factorization is not None for r in report.layers)}
-    if steps_too and row["cut"]:
-        row["uniform"] = uniform(model, inputs, runtime, threads, repeats, NO_SLOWER * found["median"])
-        fit = [u for u in row["uniform"] if u["share"]["median"] <= NO_SLOWER * found["median"]]
-        row["best_uniform"] = min(fit, key=lambda u: u["error"]) if fit else None
-    return row
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def draw(rows: list[dict[str, Any]], asked: float, file: Path) -> None:
-    """Error against measured time, a panel a network: our plan and the uniform ones, a colour a runtime."""
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(row["network"] for row in rows))
-    figure = Figure(figsize=(4.5 * len(names), 4.5), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
-        for row in (r for r in rows if r["network"] == name and "share" in r):
-            colour = f"C{RUNTIMES.index(row['runtime'])}"
-            axes.plot(row["share"]["median"], row["error"], "o", color=colour, label=f"{row['runtime']}: budget")
-            others = sorted(row.get("uniform", []), key=lambda u: u["share"]["median"])
-            axes.plot(
-                [u["share"]["median"] for u in others], [u["error"] for u in others], "x--", color=colour, alpha=0.6, label="one fraction everywhere"
-            )
-        axes.axvspan(0.9 * asked, 1.1 * asked, color="tab:green", alpha=0.1)
-        axes.set(xlabel="share of the original's measured time", ylabel="RMS error of the layers", title=name.partition(":")[2])
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.savefig(file, dpi=120)
+def installed() -> list[str]:
+    return [name for name in RUNTIMES if name not in ("onnxruntime", "openvino") or importlib.util.find_spec(name) is not None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", default=NETWORKS, help="these networks only; rows of others stay as they are in the results"
-    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=NETWORKS, help="these networks")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, help="default: all that are installed")
     parser.add_argument("--share", type=float, default=0.7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--no-uniform", action="store_true", help="leave the uniform plans out")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    installed = [name for name in RUNTIMES if name not in ("onnxruntime", "openvino") or importlib.util.find_spec(name) is not None]
-    old = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    rows = {(row["network"], row["runtime"]): row for row in old}
-    for name in options.only:
-        for runtime in options.runtimes or installed:
-            row = measure(name, runtime, options.share, options.threads, options.repeats, not options.no_uniform)
-            rows[name, runtime] = row
-            print(json.dumps({key: value for key, value in row.items() if key != "uniform"}), flush=True)
-            facts = {"decay": synthetic.DECAY, "noise": synthetic.NOISE, "seed": 0}
-            found = {"environment": environment(installed), "threads": options.threads, "synthetic": facts, "rows": list(rows.values())}
-            options.out.parent.mkdir(exist_ok=True)
-            options.out.write_text(json.dumps(found, indent=1) + "\n")
-            draw(list(rows.values()), options.share, options.out.with_suffix(".png"))
+    known = {tuple(row[k] for k in KEY): row for row in read(options.out)}
+    wanted = [] if options.table else [(n, r, w) for r in options.runtimes or installed() for n in options.only for w in WAYS]
+    for name, runtime, way in wanted:
+        key = dict(zip(KEY, (name, runtime, options.share, options.threads, way), strict=True))
+        ours = known.get((*list(key.values())[:-1], "plan"), {})
+        if tuple(key.values()) in known or (way == "uniform" and not ours.get("cut")):
+            continue
+        load = os.getloadavg()[0]
+        found = planned(key, options.repeats) if way == "plan" else uniform(key, options.repeats, NO_SLOWER * ours["share"])
+        row = key | found | {"load_average": load, "environment": environment([runtime] if runtime in ("onnxruntime", "openvino") else [])}
+        known[tuple(key.values())] = row
+        print(json.dumps({k: v for k, v in row.items() if k != "tried"}), flush=True)
+        options.out.parent.mkdir(exist_ok=True)
+        with options.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    rows = read(options.out)
+    if rows:
+        options.out.with_suffix(".md").write_text(table(rows))
+        draw(options.out.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def test_one_fraction_everywhere_is_a_ladder():
     half = rungs[FRACTIONS.index(0.5)]
     assert half.decision.ranks == (32, 32)
     net = surgery.decompose(model, {"2": half.decision})
-    assert surgery.report(net)["2"].error ** 2 == pytest.approx(half.loss, rel=0.05)
+    assert 0.9 * half.loss < surgery.report(net)["2"].error ** 2 <= half.loss  # a cut refines its ranks together, a ladder does not
 
 
 @pytest.mark.parametrize(("guard", "runtime"), [("latency", "eager"), ("latency:openvino", "openvino"), ("step", "train"), ("macs", None), (3, None)])

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.benchmark import environment
+from surgery.ranks.budget import RUNTIMES as ASKED
 
 RESULTS = Path(__file__).parent / "results" / "latency.jsonl"
 RUNTIMES = ("onnxruntime", "openvino", "eager", "torchscript", "compile", "train", "cuda", "cuda-graph")
@@ -47,37 +48,35 @@ class Policy:
     """How a network is cut.
 
     Attributes:
-        ranks: gives what ``surgery.decompose`` takes for ``ranks``, by runtime and threads.
-        options: the others.
+        arguments: those of ``surgery.decompose``, by runtime and threads.
         deployed: whether both networks are cleaned by ``surgery.deploy``.
         measured: whether the plan depends on the runtime.
     """
 
-    ranks: Callable[[str, int], Any]
-    options: dict[str, Any]
+    arguments: Callable[[str, int], dict[str, Any]]
     deployed: bool = False
     measured: bool = False
 
 
-def _half(runtime: str, threads: int) -> surgery.Budget:
-    return surgery.Budget(macs=0.5)
+def _timed(runtime: str) -> str:
+    """What chains are timed in for a runtime that has no clock for them."""
+    return runtime if runtime in ASKED else "eager"
 
 
-def _faster(runtime: str, threads: int) -> surgery.Budget:
-    asked = runtime if runtime in ("onnxruntime", "openvino", "eager", "compile", "train") else "eager"
-    return surgery.Budget(latency=0.7, runtime=asked, threads=threads)
+def _half(**options: Any) -> Callable[[str, int], dict[str, Any]]:
+    return lambda *_: {"ranks": surgery.Budget(macs=0.5)} | options
 
 
 POLICIES = {
-    "evbmf": Policy(lambda *_: "evbmf", {}),
-    "fraction=0.5": Policy(lambda *_: 0.5, {"round_to": 8}),
-    "macs=0.5": Policy(_half, {}),
-    "macs=0.5 round_to=8": Policy(_half, {"round_to": 8}),
-    "macs=0.5 round_to=16": Policy(_half, {"round_to": 16}),
-    "macs=0.5 round_to=8 deployed": Policy(_half, {"round_to": 8}, deployed=True),
-    "macs=0.5 round_to=8 auto": Policy(_half, {"round_to": 8, "method": "auto"}),
-    "fraction=0.5 guard=latency": Policy(lambda *_: 0.5, {"round_to": 8, "guard": "latency"}),
-    "latency=0.7": Policy(_faster, {}, measured=True),
+    "evbmf": Policy(lambda *_: {"ranks": "evbmf"}),
+    "fraction=0.5": Policy(lambda *_: {"ranks": 0.5, "round_to": 8}),
+    "macs=0.5": Policy(_half()),
+    "macs=0.5 round_to=8": Policy(_half(round_to=8)),
+    "macs=0.5 round_to=16": Policy(_half(round_to=16)),
+    "macs=0.5 round_to=8 deployed": Policy(_half(round_to=8), deployed=True),
+    "macs=0.5 round_to=8 auto": Policy(_half(round_to=8, method="auto")),
+    "macs=0.5 round_to=8 guard=latency": Policy(lambda runtime, _: _half(round_to=8, guard=f"latency:{_timed(runtime)}")(runtime, _), measured=True),
+    "latency=0.7": Policy(lambda runtime, n: {"ranks": surgery.Budget(latency=0.7, runtime=_timed(runtime), threads=n)}, measured=True),
 }
 
 
@@ -110,7 +109,7 @@ class Case:
 def cut(model: nn.Module, inputs: Tensor, policy: Policy, runtime: str, threads: int) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
     """Both networks, and what the cut came to."""
     began = time.perf_counter()
-    net = surgery.decompose(model, policy.ranks(runtime, threads), example_inputs=inputs, **policy.options)
+    net = surgery.decompose(model, example_inputs=inputs, **policy.arguments(runtime, threads))
     report = surgery.report(net)
     layers = [row for row in report.layers if not row.layer.startswith("Linear")]
     facts = {

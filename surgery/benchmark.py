@@ -16,26 +16,23 @@ from passes.parity import tensors_in
 from passes.running import kept_random_states, run
 from surgery.benchmarking.environment import environment
 from surgery.benchmarking.result import Benchmark, LayerResult, RuntimeResult
-from surgery.benchmarking.sampling import LEAST_PAIRS, SAMPLE_SECONDS, time_in_turn
+from surgery.benchmarking.sampling import LEAST_PAIRS, time_in_turn
 from surgery.cost import count_macs, threads_set
 from surgery.inspection import usable_model
 
 if TYPE_CHECKING:
-    from surgery.benchmarking.onnx_files import openvino_call
     from surgery.benchmarking.ready import Ready
     from surgery.benchmarking.runtimes import RUNTIMES, Runtime
 
-__all__ = ["RUNTIMES", "SAMPLE_SECONDS", "Benchmark", "LayerResult", "RuntimeResult", "benchmark", "compare", "environment", "openvino_call"]
-
-LATER = {"RUNTIMES": "surgery.benchmarking.runtimes", "openvino_call": "surgery.benchmarking.onnx_files"}
+__all__ = ["RUNTIMES", "Benchmark", "LayerResult", "RuntimeResult", "benchmark", "environment"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in LATER:
+    if name != "RUNTIMES":  # imported when it is first asked for: its file imports more than ``import surgery`` should
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    from surgery.benchmarking import runtimes
 
-    return getattr(import_module(LATER[name]), name)
+    return runtimes.RUNTIMES
 
 
 @kept_random_states()
@@ -118,14 +115,6 @@ def benchmark(
         input_shapes=tuple(tuple(t.shape) for t in tensors_in(example_inputs)),
         environment=environment(runtimes),
     )
-
-
-def compare(runtime: str, before: Callable[[], object], after: Callable[[], object], repeats: int) -> RuntimeResult:
-    """Times of two calls in turn, which the runtime of this name has prepared: so many pairs of samples."""
-    from surgery.benchmarking.runtimes import RUNTIMES
-
-    with_clock = RUNTIMES[runtime]
-    return RuntimeResult.of(time_in_turn(before, after, clock=with_clock.clock, pairs=repeats, pause=with_clock.pause), runtime)
 
 
 def _row(runtime: Runtime, networks: Sequence[nn.Module], inputs: Any, sampling: Mapping[str, Any]) -> RuntimeResult:

@@ -29,6 +29,7 @@ from surgery.inspection import usable_model
 from surgery.plan import Plan
 from surgery.record import SiteRecord, SurgeryRecord, passes_of, records_by_name, whole_record, write_record
 from surgery.report import NOT_DECOMPOSED
+from surgery.undoing import Undo, undone_on_error
 
 __all__ = ["PLAN_FILE", "WEIGHTS_FILE", "load", "read_architecture", "record_from_text", "record_to_data", "save", "with_empty_chains"]
 
@@ -65,14 +66,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         new.mkdir()
         plan.save(new / PLAN_FILE)
         save_file(tensors, new / WEIGHTS_FILE, metadata)
-        if folder.exists():
-            os.rename(folder, work / "old")
-            try:
-                os.rename(new, folder)
-            except BaseException:
-                os.rename(work / "old", folder)
-                raise
-        else:
+        with undone_on_error() as undo:
+            if folder.exists():
+                undo.later(lambda: None if folder.exists() else os.rename(work / "old", folder))
+                os.rename(folder, work / "old")
             os.rename(new, folder)
 
 
@@ -152,7 +149,8 @@ def _tensors_to_write(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def with_empty_chains(model: nn.Module, plan: Plan, file: Path) -> nn.Module:
+def with_empty_chains(model: nn.Module, plan: Plan, file: Path, undo: Undo | None = None) -> nn.Module:
+    """The model with the chains of a plan, without numbers; what takes them out again is added to ``undo``."""
     host = host_for(model, effective_weights=True)  # whatever the plan cuts; the numbers come from the file
     sites = {site.name: site for site in host.sites()}
     placed: dict[str, tuple[Piece, ...]] = {}
@@ -161,6 +159,8 @@ def with_empty_chains(model: nn.Module, plan: Plan, file: Path) -> nn.Module:
             raise SurgeryValueError(f"{file}: it names {name!r}, which is no layer of this {type(model).__name__}: {nearest(name, sites)}")
         if isinstance(decision, Factorization):
             placed[name] = _replace_empty(host, sites[name], decision, file, placed)
+    if undo is not None:
+        undo.later(host.rollback)
     return host.commit()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,7 @@ from surgery.record import (
     records_by_name,
     write_record,
 )
+from surgery.undoing import undone_on_error
 
 if TYPE_CHECKING:
     from surgery.refinement import Refine
@@ -147,33 +149,30 @@ def decompose(
         old = known or SurgeryRecord()
         params = params_of_modules(target, sites) if effective_weights else {}
         held = None if followers is None else followers.hold(sites)
-        with _progress(progress, len(sites), "decomposing") as step:
+        with undone_on_error() as undo, _progress(progress, len(sites), "decomposing") as step:
             cut = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)
-            try:
-                result = cut(host)
-                output_errors = {} if teacher is None else mend(teacher, result, batches or [], refine)
-                if balanced:
-                    _balance(result)
-                record = SurgeryRecord(
-                    sites=merged_sites(before, sites, result.outcomes, output_errors=output_errors, params=params),
-                    passes=old.passes + (("Decompose",) if result.modified else ()),
-                    macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (fused_in(target)[1] or 0),
-                    input_shapes=seen.input_shapes or old.input_shapes,
-                    architecture=old.architecture,
-                    calibrated=examples if result.modified else old.calibrated,
-                    fused_params=old.fused_params,
-                    fused_macs=old.fused_macs,
-                    functions=functions_of(target) if seen.observed is None else seen.observed.functions,
-                    latency=stopwatch.outcome or old.latency,
-                )
-                write_record(result.model, record)
-                if followers is not None:
-                    followers.follow(held or {}, host.sites())
-            except BaseException:
-                if inplace:
-                    host.rollback()
-                    put_back_record(model, known)
-                raise
+            if inplace:
+                undo.later(partial(put_back_record, model, known))
+                undo.later(host.rollback)
+            result = cut(host)
+            output_errors = {} if teacher is None else mend(teacher, result, batches or [], refine, undo)
+            if balanced:
+                _balance(result)
+            record = SurgeryRecord(
+                sites=merged_sites(before, sites, result.outcomes, output_errors=output_errors, params=params),
+                passes=old.passes + (("Decompose",) if result.modified else ()),
+                macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (fused_in(target)[1] or 0),
+                input_shapes=seen.input_shapes or old.input_shapes,
+                architecture=old.architecture,
+                calibrated=examples if result.modified else old.calibrated,
+                fused_params=old.fused_params,
+                fused_macs=old.fused_macs,
+                functions=functions_of(target) if seen.observed is None else seen.observed.functions,
+                latency=stopwatch.outcome or old.latency,
+            )
+            write_record(result.model, record)
+            if followers is not None:
+                followers.follow(held or {}, host.sites(), undo)
     return result.model
 
 

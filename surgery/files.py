@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +21,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
-    """A temporary folder on the same file system as ``path``, removed with all that is still in it."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    """A temporary folder on the same file system as ``path``, removed with all that is still in it, also after Ctrl-C."""
+    folder = path.parent / f".{path.name}.{secrets.token_hex(6)}"  # named before it is made, so that it is found again whatever comes in between
     try:
-        yield folder
-    finally:
+        try:
+            folder.mkdir(mode=0o700)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:  # where Ctrl-C came while that was done
         shutil.rmtree(folder, ignore_errors=True)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from passes import host_for
 from passes.errors import SurgeryTypeError
 from passes.metric import Metric
 from passes.result import PassResult
 from passes.site import Site
+from surgery.undoing import Undo
 
 if TYPE_CHECKING:
     from surgery.refinement import Refine
@@ -43,12 +45,13 @@ def learn(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> tu
     return learnt.metrics, learnt.examples
 
 
-def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Refine | None) -> dict[str, float]:
+def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Refine | None, undo: Undo) -> dict[str, float]:
     """Correct the chains that a cut has made, one after the other, then polish them together; output errors by layer, as ``correct`` has them.
 
     In between the statistics of batch norms are taken anew where that is seen to help.
 
-    What else is held elsewhere in the network (tied factors, a shared bias) is left as it is. After an error every number is as it was.
+    What else is held elsewhere in the network (tied factors, a shared bias) is left as it is. What puts the
+    numbers back is added to ``undo``: biases and statistics are the caller's own where the surgery is in place.
     """
     from surgery.correction import correct
     from surgery.refinement import refine
@@ -64,15 +67,16 @@ def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Re
     factors = [p for parameters in own.values() for p in parameters]
     changing = [*factors, *statistics_of(model)]
     before = [t.detach().clone() for t in changing]
-    try:
-        errors = correct(teacher, model, lasts, batches) if lasts else {}
-        if sites:
-            reestimate_where_it_helps(teacher, model, batches)
-        if how is not None and factors:
-            refine(teacher, model, factors, batches, how)
-    except BaseException:  # biases and statistics are the caller's own where the surgery is in place
-        with torch.no_grad():
-            for tensor, value in zip(changing, before, strict=True):
-                tensor.copy_(value)
-        raise
+    undo.later(partial(_put_back, changing, before))
+    errors = correct(teacher, model, lasts, batches) if lasts else {}
+    if sites:
+        reestimate_where_it_helps(teacher, model, batches)
+    if how is not None and factors:
+        refine(teacher, model, factors, batches, how)
     return errors
+
+
+def _put_back(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from passes import Host, PassResult, Reconstruct, host_for, name_of
+from passes import PassResult, Reconstruct, host_for, name_of
 from passes.chain import Chain
 from passes.errors import SurgeryValueError
 from passes.result import Outcome
@@ -17,6 +18,7 @@ from passes.running import private_copy
 from surgery.decompose import DEFAULT_STATE, following
 from surgery.inspection import look, saved_macs, usable_model
 from surgery.record import SiteRecord, SurgeryRecord, fused_in, merged_sites, put_back_record, read_record, records_by_name, write_record
+from surgery.undoing import Undo, undone_on_error
 
 if TYPE_CHECKING:
     from surgery.training.followers import Followers
@@ -75,24 +77,19 @@ def reconstruct(
         raise SurgeryValueError(
             "foreign=True: fusing what somebody else wrote is for networks that are trained no more; leave optimizer and also out"
         )
-    hosts: list[Host] = []
     known = read_record(model)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), undone_on_error() as undo:
         target = model if inplace else private_copy(model)
-        try:
-            target = _fuse_own(target, hosts, inplace, followers)
-            return _fuse_foreign(target, example_inputs, hosts, inplace) if foreign else target
-        except BaseException:
-            for host in reversed(hosts if inplace else []):
-                host.rollback()
-            if inplace:
-                put_back_record(model, known)
-            raise
+        if inplace:
+            undo.later(partial(put_back_record, model, known))
+        target = _fuse_own(target, undo, inplace, followers)
+        return _fuse_foreign(target, example_inputs, undo, inplace) if foreign else target
 
 
-def _fuse_own(target: nn.Module, hosts: list[Host], inplace: bool, followers: Followers | None) -> nn.Module:
+def _fuse_own(target: nn.Module, undo: Undo, inplace: bool, followers: Followers | None) -> nn.Module:
     host = host_for(target, private=not inplace)
-    hosts.append(host)
+    if inplace:
+        undo.later(host.rollback)
     sites, before, old = host.sites(), records_by_name(target), read_record(target) or SurgeryRecord()
     held = None if followers is None else followers.hold(sites)
     result = Reconstruct()(host)
@@ -104,14 +101,15 @@ def _fuse_own(target: nn.Module, hosts: list[Host], inplace: bool, followers: Fo
         record = replace(old, sites=merged_sites(before, sites, outcomes), passes=(*old.passes, "Reconstruct"))
         write_record(result.model, record)
     if followers is not None:
-        followers.follow(held or {}, host.sites())
+        followers.follow(held or {}, host.sites(), undo)
     return result.model
 
 
-def _fuse_foreign(target: nn.Module, example_inputs: Any, hosts: list[Host], inplace: bool) -> nn.Module:
+def _fuse_foreign(target: nn.Module, example_inputs: Any, undo: Undo, inplace: bool) -> nn.Module:
     seen = look(target, example_inputs)
     host = host_for(target, example_inputs, observed=seen.observed, private=not inplace)
-    hosts.append(host)
+    if inplace:
+        undo.later(host.rollback)
     before, old, sites = records_by_name(target), read_record(target) or SurgeryRecord(), host.sites()
     params = sum(p.numel() for p in target.parameters())
     from passes.cleanup import FuseLinearRuns

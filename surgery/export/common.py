@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from surgery.export.inputs import DynamicSize, Openings, Shapes, filled, fresh_i
 from surgery.export.metadata import metadata_of
 from surgery.files import temporary_beside
 from surgery.inspection import usable_model
+from surgery.undoing import undone_on_error
 
 __all__ = [
     "ExportReport",
@@ -324,22 +326,20 @@ def installed(target: Path) -> Iterator[Path]:
 
 
 def _move(files: Sequence[Path], target: Path) -> None:
-    with temporary_beside(target) as kept:
-        moved: list[Path] = []
-        try:
-            for file in files:
-                place = target.parent / file.name
-                if place.is_file() and len(files) > 1:
-                    _second_name(place, kept / file.name)
-                os.replace(file, place)
-                moved.append(place)
-        except BaseException:
-            for place in moved:
-                if (kept / place.name).exists():
-                    os.replace(kept / place.name, place)
-                else:
-                    place.unlink(missing_ok=True)
-            raise
+    with temporary_beside(target) as kept, undone_on_error() as undo:
+        for file in files:
+            place = target.parent / file.name
+            if not place.exists():
+                undo.later(partial(place.unlink, missing_ok=True))
+            elif len(files) > 1:
+                undo.later(partial(_put_back, kept / file.name, place))
+                _second_name(place, kept / file.name)
+            os.replace(file, place)
+
+
+def _put_back(kept: Path, place: Path) -> None:
+    if kept.exists():
+        os.replace(kept, place)
 
 
 def _second_name(file: Path, other: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from passes.site import Site, computes_weight
 from surgery.record import put_back_record, read_record, unwrap
 from surgery.training.chain_map import ChainMap
 from surgery.training.optimizer import Swap, as_optimizers, as_rules, gradient_under, prepare
+from surgery.undoing import Undo
 
 __all__ = ["Followers", "followers_of"]
 
@@ -58,8 +60,8 @@ class Followers:
         """What the sites hold before the surgery."""
         return {site.name: _held(self.model, site) for site in sites if site.tied_to is None}
 
-    def follow(self, before: Mapping[str, _Held], sites: Sequence[Site]) -> None:
-        """Do to all what was done to the model between the call of ``hold`` and now; after an error they are as they were.
+    def follow(self, before: Mapping[str, _Held], sites: Sequence[Site], undo: Undo) -> None:
+        """Do to all what was done to the model between the call of ``hold`` and now. What takes it back is added to ``undo``.
 
         Copies are cut on the bases of the model's chains (``ChainMap.projected``) and fused back as the model is.
 
@@ -71,22 +73,16 @@ class Followers:
         swaps = [_swap(before[name], after[name]) for name in changed]
         gradients = [found for swap in swaps for found in _gradients(swap)]
         changes = [prepare(optimizer, swaps, self.rules) for optimizer in self.optimizers]
-        done: list[tuple[Host, nn.Module, Any]] = []
-        try:
-            for index, twin in enumerate(self.copies):
-                host, record = host_for(twin, effective_weights=True), read_record(twin)
-                done.append((host, twin, record))
-                _follow_in_copy(host, sites, {swap.name: swap for swap in swaps}, f"also[{index}]")
-                put_back_record(twin, read_record(self.model))
-        except BaseException:
-            for host, twin, record in reversed(done):
-                host.rollback()
-                put_back_record(twin, record)
-            raise
+        for index, twin in enumerate(self.copies):
+            host = host_for(twin, effective_weights=True)
+            undo.later(partial(put_back_record, twin, read_record(twin)))
+            undo.later(host.rollback)
+            _follow_in_copy(host, sites, {swap.name: swap for swap in swaps}, f"also[{index}]")
+            put_back_record(twin, read_record(self.model))
         for change in changes:
-            change.commit()
+            change.commit(undo)
         for parameter, gradient in gradients:
-            parameter.grad = gradient
+            parameter.grad = gradient  # a new parameter, so there is nothing to take back
 
 
 def followers_of(model: nn.Module, optimizer: Any, also: Any, state: Any, *, inplace: bool) -> Followers | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from surgery.training.chain_map import ChainMap
+from surgery.undoing import Undo
 
 __all__ = ["RULES", "STATE", "OptimizerChange", "Swap", "as_optimizers", "as_rules", "gradient_under", "prepare"]
 
@@ -70,21 +71,32 @@ class Swap:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OptimizerChange:
-    """Everything that an optimizer gets, worked out; ``commit`` assigns it and can no longer fail."""
+    """Everything that an optimizer gets, worked out; ``commit`` assigns it, and ``undo`` can take it back."""
 
     optimizer: Any
     groups: list[dict[str, list[Any]]]
     gone: list[nn.Parameter]
     states: dict[nn.Parameter, dict[str, Any]]
 
-    def commit(self) -> None:
-        for group, lists in zip(self.optimizer.param_groups, self.groups, strict=True):
-            for key, values in lists.items():
-                group[key][:] = values
+    def commit(self, undo: Undo) -> None:
+        before = [{key: list(group[key]) for key in lists} for group, lists in zip(self.optimizer.param_groups, self.groups, strict=True)]
+        states = dict(self.optimizer.state)
+        undo.later(lambda: self._put_back(before, states))
+        self._set_groups(self.groups)
         for parameter in self.gone:
             self.optimizer.state.pop(parameter, None)
         for parameter, state in self.states.items():
             self.optimizer.state[parameter] = state
+
+    def _set_groups(self, groups: Sequence[Mapping[str, list[Any]]]) -> None:
+        for group, lists in zip(self.optimizer.param_groups, groups, strict=True):
+            for key, values in lists.items():
+                group[key][:] = values
+
+    def _put_back(self, groups: Sequence[Mapping[str, list[Any]]], states: Mapping[nn.Parameter, Any]) -> None:
+        self._set_groups(groups)
+        self.optimizer.state.clear()  # the same mapping: it may be held elsewhere
+        self.optimizer.state.update(states)
 
 
 def as_optimizers(optimizer: Any) -> tuple[Any, ...]:

@@ -39,6 +39,7 @@ from surgery.training.optimizer import as_optimizers, as_rules
 from surgery.training.settling import Settled, stable_ranks
 from surgery.training.step_time import never_slower
 from surgery.training.warm_up import WarmUp
+from surgery.undoing import undone_on_error
 
 __all__ = ["DecompositionSchedule"]
 
@@ -347,9 +348,10 @@ def rebuild(followers: Followers, plan: Plan, *, whole_again: bool = False) -> N
         if any(site.chain is not None for site in host_for(network).sites()):
             reconstruct(network, optimizer=list(alone.optimizers) or None if network is followers.model else None, state="reset", inplace=True)
     held = alone.hold(host_for(followers.model, effective_weights=True).sites())
-    for network in networks:
-        with_empty_chains(network, plan, Path("the schedule's state"))
-    alone.follow(held, host_for(followers.model).sites())
+    with undone_on_error() as undo:
+        for network in networks:
+            with_empty_chains(network, plan, Path("the schedule's state"), undo)
+        alone.follow(held, host_for(followers.model).sites(), undo)
     for network in networks if whole_again else ():
         reconstruct(network, optimizer=list(alone.optimizers) or None if network is followers.model else None, state="reset", inplace=True)
 

@@ -3,10 +3,11 @@
     python benchmarks/step_time.py [--only NAME ...] [--repeats 30] [--threads N] [--plan FILE] [--again]
 
 Original and decomposed network in channels-last format, called in turn (``surgery.benchmark(runtimes=["train"])``), random weights: time does not
-depend on them. The parameters are those of Elhoushi et al. 2019, tables 1 to 4. The plan of a network is made by two budgets, the paper's parameters
-and a share of the MACs, of which each layer gets the lower ranks, in multiples of 8; then cuts that are not measured to save time are left out, those
-that lose most first, as far as the parameters allow. It is saved in ``benchmarks/results/step_time/`` and from then on that plan is timed;
-``--replan`` makes it anew. ``--plan FILE`` times a plan that a network was trained with (``plan.json`` of its run) instead.
+depend on them. The parameters are those of Elhoushi et al. 2019, tables 1 to 4. The plan of a network is made by a budget, a share of the MACs, with
+ranks in multiples of 8; where that leaves too many parameters, each layer gets the lower ranks of it and of a budget of the parameters. Then cuts
+that are not measured to save time are left out, those that lose most first, as far as the parameters allow. The plan is saved in
+``benchmarks/results/step_time/`` and from then on it is what is timed; ``--replan`` makes it anew. ``--plan FILE`` times a plan that a network was
+trained with instead: ``plan.json`` of its run.
 
 A row a network and plan goes to ``benchmarks/results/step_time.json``; rows that are there for as many threads on this processor are not measured
 again without ``--again``. The load average is kept with them: let nothing else run meanwhile.
@@ -59,9 +60,11 @@ CASES: Mapping[str, Case] = {
 
 def plan_for(model: nn.Module, inputs: Tensor, case: Case) -> Plan:
     """Within the parameters and the share of MACs of a case, without cuts that cost time, as far as the parameters allow."""
-    one = inputs[:1]
-    plans = [surgery.plan(model, budget, example_inputs=one, round_to=ROUND_TO) for budget in (Budget(params=case.params), Budget(macs=case.macs))]
-    return without_losses(model, inputs, lower_of(*plans), case.params)
+    by_macs, by_params = (
+        surgery.plan(model, budget, example_inputs=inputs[:1], round_to=ROUND_TO) for budget in (Budget(macs=case.macs), Budget(params=case.params))
+    )
+    small = parameters(surgery.decompose(model, by_macs)) <= case.params
+    return without_losses(model, inputs, by_macs if small else lower_of(by_macs, by_params), case.params)
 
 
 def lower_of(one: Plan, other: Plan) -> Plan:

@@ -2,7 +2,7 @@
 
     python benchmarks/training_tables.py RUNS [--out benchmarks/results/training]
 
-For each network in RUNS: the logs, without checkpoints, and ``report.json`` of each run, ``table.md`` and ``summary.json`` with the paper's numbers
+For each network in RUNS: the logs, without checkpoints, and report and plan of each run, ``table.md`` and ``summary.json`` with the paper's numbers
 beside ours, and ``figure.png``. Tables are of complete runs, figures of all.
 """
 
@@ -14,7 +14,7 @@ import json
 import shutil
 from pathlib import Path
 
-from training.checkpoint import LOG, REPORT, RUN
+from training.checkpoint import LOG, PLAN, REPORT, RUN
 from training.figures import draw
 from training.tables import logged, summary, table
 
@@ -28,7 +28,7 @@ def publish(runs: Path, out: Path) -> None:
         for run in mine:
             place = out / network / run.folder.name
             place.mkdir(parents=True, exist_ok=True)
-            for name in (RUN, LOG, REPORT):
+            for name in (RUN, LOG, REPORT, PLAN):
                 if (run.folder / name).exists() and run.folder != place:
                     shutil.copyfile(run.folder / name, place / name)
         rows = summary(mine)

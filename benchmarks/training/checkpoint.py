@@ -1,5 +1,5 @@
-"""What a run leaves in its folder: ``run.json`` (what it is), ``log.jsonl`` (a row an epoch), ``report.json`` (of the last surgery),
-``last.pt`` and ``epoch-K.pt`` (to go on from).
+"""What a run leaves in its folder: ``run.json`` (what it is), ``log.jsonl`` (a row an epoch), ``report.json`` and ``plan.json``
+(of the last surgery), ``last.pt`` and ``epoch-K.pt`` (to go on from).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 
 from surgery import SurgeryValueError
 
-__all__ = ["REPORT", "folder_of", "nearest_before", "read_log", "read_run", "write_checkpoint", "write_run"]
+__all__ = ["PLAN", "REPORT", "folder_of", "nearest_before", "read_log", "read_run", "write_checkpoint", "write_run"]
 
 LAST = "last.pt"
 LOG = "log.jsonl"
 RUN = "run.json"
 REPORT = "report.json"
+PLAN = "plan.json"
 
 
 def folder_of(runs: Path, network: str, scenario: object, seed: int, label: str = "") -> Path:

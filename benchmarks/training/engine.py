@@ -17,7 +17,7 @@ from torch.nn import functional
 import surgery
 from surgery.benchmark import environment
 from surgery.cost import count_macs
-from training.checkpoint import REPORT, folder_of, nearest_before, write_checkpoint, write_run
+from training.checkpoint import PLAN, REPORT, folder_of, nearest_before, write_checkpoint, write_run
 from training.data import Pictures
 from training.recipe import Recipe, fresh_network
 from training.scenario import Scenario
@@ -74,8 +74,8 @@ def run(
     last = scenario.length(recipe.epochs)
     while trainer.epoch < (last if until is None else min(until, last)):
         row = trainer.one_epoch()
-        if row["surgery"] and trainer.report is not None:
-            (folder / REPORT).write_text(trainer.report.to_json())
+        if row["surgery"]:
+            trainer.tell_surgery(folder)
         write_checkpoint(folder, trainer.state(), keep)
         tell(row)
     return trainer.rows
@@ -140,6 +140,14 @@ class _Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.rows = state["epoch"], state["rows"]
+
+    def tell_surgery(self, folder: Path) -> None:
+        """What was done last, and the plan of all chains that were cut, for readers and to be replayed."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.report is not None:
+            (folder / REPORT).write_text(self.report.to_json())
+        if self.schedule is not None and self.schedule.plan is not None:
+            self.schedule.plan.save(folder / PLAN)
 
     def one_epoch(self) -> Row:
         """Surgery where it is due, all training pictures once, all test pictures once."""

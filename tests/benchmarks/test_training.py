@@ -143,7 +143,9 @@ def test_scenarios_train_once_what_they_share(pictures, tmp_path):
         assert last["seconds"] == pytest.approx(sum(last[name] for name in TIMES - {"seconds", "load_average"}), abs=0.02)
     assert cut[-1]["surgery_seconds"] > 0 == original[-1]["surgery_seconds"]
     report = json.loads((folder_of(tmp_path, NETWORK, ALL[1], 0) / "report.json").read_text())
-    assert any(layer["status"] == "decomposed" for layer in report["layers"])
+    chains = {layer["name"] for layer in report["layers"] if layer["status"] == "decomposed"}
+    assert chains == set(surgery.Plan.load(folder_of(tmp_path, NETWORK, ALL[1], 0) / "plan.json"))
+    assert len(chains) == 2
 
 
 @pytest.mark.parametrize("scenario", ALL, ids=str)

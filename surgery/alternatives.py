@@ -61,17 +61,14 @@ class Tradeoff:
         return {"unit": self.unit, "rows": [asdict(row) for row in self.rows]}
 
     def save_picture(self, path: Any) -> None:
-        """Error against share, as a picture (needs matplotlib)."""
-        from matplotlib.figure import Figure
+        """Error against share, as a picture.
 
-        figure = Figure(figsize=(5, 3.5))
-        axis = figure.subplots()
-        axis.plot([row.used for row in self.rows], [row.error for row in self.rows], marker="o")
-        axis.set_xlabel(f"share of the network's {self.unit}")
-        axis.set_ylabel("error")
-        axis.grid(alpha=0.3)
-        figure.tight_layout()
-        figure.savefig(path, dpi=130)
+        Raises:
+            MissingExtra: Matplotlib is not installed.
+        """
+        from surgery.plots import tradeoff_figure
+
+        tradeoff_figure(self).savefig(path, dpi=130)
 
 
 @dataclass(frozen=True, slots=True)

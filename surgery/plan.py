@@ -79,6 +79,11 @@ class Plan(MutableMapping[str, Decision]):
         width = max((len(name) for name in self), default=0)
         return "\n".join(f"{name:{width}}  {decision}" for name, decision in self.items())
 
+    def _repr_html_(self) -> str:
+        from surgery.tables import plan_table, to_html
+
+        return to_html(plan_table(self))
+
     def diff(self, other: Plan) -> tuple[Change, ...]:
         """What changes from this plan to ``other``, in this plan's order, then the layers that only ``other`` names."""
         names = list(dict.fromkeys([*self, *other]))

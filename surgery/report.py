@@ -23,6 +23,8 @@ from surgery.files import write_atomically
 from surgery.record import SiteRecord, functions_of, fused_in, passes_of, read_record, records_by_name, unwrap
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from surgery.alternatives import Tradeoff
     from surgery.cost.outcome import LatencyOutcome
     from surgery.flow import Flow
@@ -156,6 +158,23 @@ class Report:
     def save_html(self, path: str | os.PathLike[str], title: str = "Surgery report") -> None:
         """Write ``to_html`` to a file; an error leaves whatever was there. ``OSError`` passes through."""
         write_atomically(Path(path), self.to_html(title).encode())
+
+    def plot(self) -> Figure:
+        """A Matplotlib figure for papers: MACs (parameters where those are not known) and error of every layer, and the trade-off where it is known.
+
+        ``report.plot().savefig("layers.pdf")``
+
+        Raises:
+            MissingExtra: Matplotlib is not installed.
+        """
+        from surgery.plots import report_figure
+
+        return report_figure(self)
+
+    def _repr_html_(self) -> str:
+        from surgery.tables import report_table, to_html
+
+        return to_html(report_table(self))
 
     def __str__(self) -> str:
         from surgery.tables import render, report_table

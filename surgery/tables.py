@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from passes.watching import COMPUTED
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.table import Table
 
     from passes.watching import FunctionUse
     from surgery.alternatives import Alternative, Tradeoff
+    from surgery.export import ExportReport
     from surgery.plan import Plan
     from surgery.report import LayerReport, Report
 
@@ -20,6 +23,7 @@ USUAL = ("tucker", "svd")
 __all__ = [
     "change",
     "count",
+    "export_table",
     "factorization_text",
     "function_text",
     "plan_table",
@@ -28,6 +32,7 @@ __all__ = [
     "render",
     "report_table",
     "summary_table",
+    "to_html",
 ]
 
 
@@ -46,19 +51,11 @@ def ratio(value: float | None) -> str:
 
 
 def report_table(report: Report) -> RenderableType:
-    """A row a layer, then the totals."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layer", no_wrap=True)
-    table.add_column("was", no_wrap=True)
-    for heading in ("ranks", "error", "params", "MACs", "M", "E"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in report.layers:
-        table.add_row(*_report_cells(row))
-    table.add_section()
+    """A row a layer, then the totals; where there is little room what a layer was stands below its name."""
     totals = (change(report.params_before, report.params_after), change(report.macs_before, report.macs_after))
-    table.add_row("network", "", "", "", *totals, ratio(report.compression), ratio(report.speedup))
+    rows = [_report_cells(row) for row in report.layers]
+    rows.append(("network", "", "", "", *totals, ratio(report.compression), ratio(report.speedup)))
+    table = fitting(("layer", "was"), ("ranks", "error", "params", "MACs", "M", "E"), rows)
     kept = [r for r in report.layers if r.status == "kept"]
     cut = len(report.layers) - len(kept)
     lines = [f"{cut} of {len(report.layers)} layers decomposed" + (f"; passes: {', '.join(report.passes)}" if report.passes else "")]
@@ -78,7 +75,7 @@ def plan_table(plan: Plan) -> RenderableType:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layer", no_wrap=True)
+    table.add_column("layer", overflow="fold")
     table.add_column("kind", no_wrap=True)
     table.add_column("ranks", justify="right", no_wrap=True)
     table.add_column("why kept")
@@ -91,6 +88,22 @@ def plan_table(plan: Plan) -> RenderableType:
         from rich.console import Group
 
         return Group(table, "", str(plan.latency))
+    return table
+
+
+def export_table(export: ExportReport) -> RenderableType:
+    """A row a fact about an exported file."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("file", no_wrap=True)
+    table.add_column(export.path, overflow="fold")
+    shapes = [", ".join("x".join(map(str, shape)) for shape in shapes) for shapes in export.checked_shapes]
+    table.add_row("format", export.format if export.opset is None else f"{export.format}, opset {export.opset}")
+    table.add_row("exporter", export.exporter)
+    table.add_row("size", f"{export.size_bytes / 1e6:.2f} MB")
+    table.add_row("inputs", "; ".join(export.inputs))
+    table.add_row("checked", "no" if export.difference is None else f"agrees to {export.difference:.1e} on {' and '.join(shapes)}")
     return table
 
 
@@ -124,18 +137,55 @@ def explain_table(near: Sequence[Alternative]) -> RenderableType:
 
 
 def summary_table(report: Report) -> RenderableType:
-    """A row a layer: what it is, its parameters and MACs."""
+    """A row a layer: what it is, its parameters and MACs; where there is little room what it is stands below its name."""
+    rows = [
+        (
+            row.name or "(the model)",
+            row.layer,
+            str(row.calls),
+            "x".join(map(str, row.output_shape or ())),
+            count(row.params_after),
+            count(row.macs_after),
+        )
+        for row in report.layers
+    ]
+    rows.append(("network", "", "", "", count(report.params_after), count(report.macs_after)))
+    return fitting(("layer", "is"), ("calls", "output", "params", "MACs"), rows)
+
+
+def fitting(texts: tuple[str, str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> RenderableType:
+    """A table with a name and a description in front, side by side where there is room for it, else one below the other; no number is ever cut.
+
+    Args:
+        texts: headings of the first two columns.
+        numbers: those of the others.
+        rows: of cells.
+    """
+    wide, narrow = _table(texts, numbers), _table(texts[:1], numbers, close=True)
+    for name, description, *others in rows:
+        wide.add_row(name, description, *others)
+        narrow.add_row(f"{name}\n  {description}" if description else name, *others)
+    return _Fitting(wide, narrow)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    wide: Table
+    narrow: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        room = console.measure(self.wide, options=options.update(width=10_000, max_width=10_000)).maximum
+        yield self.wide if room <= options.max_width else self.narrow
+
+
+def _table(texts: Sequence[str], numbers: Sequence[str], *, close: bool = False) -> Table:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layer", no_wrap=True)
-    table.add_column("is", no_wrap=True)
-    for heading in ("calls", "output", "params", "MACs"):
+    table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=close)
+    for heading in texts:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in report.layers:
-        output = "x".join(map(str, row.output_shape or ()))
-        table.add_row(row.name or "(the model)", row.layer, str(row.calls), output, count(row.params_after), count(row.macs_after))
-    table.add_row("network", "", "", "", count(report.params_after), count(report.macs_after))
     return table
 
 
@@ -149,6 +199,24 @@ def print_table(table: RenderableType) -> None:
         Console(highlight=False, markup=False, emoji=False).print(table)
     else:
         print(render(table))
+
+
+def to_html(table: RenderableType) -> str:
+    """A table as HTML for a notebook, which brings its own style. What is in it is only ever text."""
+    from rich.console import Group
+    from rich.table import Table
+
+    from surgery.page.markup import Markup, element, joined
+
+    if isinstance(table, Group):
+        return joined(*(Markup(to_html(part)) for part in table.renderables))
+    if isinstance(table, _Fitting):
+        return to_html(table.wide)
+    if not isinstance(table, Table):
+        return element("div", table) if str(table) else ""
+    head = element("tr", *(element("th", column.header) for column in table.columns))
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    return element("table", element("thead", head), element("tbody", *(element("tr", *(element("td", cell) for cell in row)) for row in rows)))
 
 
 def render(table: RenderableType, width: int = 160) -> str:

@@ -177,6 +177,12 @@ class Benchmark:
     def to_json(self) -> str:
         return json.dumps(self.to_data(), indent=1, ensure_ascii=False) + "\n"
 
+    def _repr_html_(self) -> str:
+        from surgery.benchmarking.table import benchmark_table
+        from surgery.tables import to_html
+
+        return to_html(benchmark_table(self))
+
     def __str__(self) -> str:
         from surgery.benchmarking.table import benchmark_table
         from surgery.tables import render

@@ -79,6 +79,11 @@ class ExportReport:
     def to_data(self) -> dict[str, Any]:
         return asdict(self) | {"batch_sizes": self.batch_sizes}
 
+    def _repr_html_(self) -> str:
+        from surgery.tables import export_table, to_html
+
+        return to_html(export_table(self))
+
     def __str__(self) -> str:
         checked = "not checked"
         if self.difference is not None:

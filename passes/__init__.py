@@ -66,14 +66,32 @@ def __getattr__(name: str) -> Any:
 
 
 def observe(model: nn.Module, example_inputs: Any) -> Observation:
-    """What the host of this model would learn from these inputs, for it or for the host of a copy; run on a copy that is then dropped."""
+    """What the host of ``model`` would learn from ``example_inputs``, for it or for the host of a copy; run on a copy that is then dropped.
+
+    Raises:
+        SurgeryValueError: the model does not accept the inputs.
+        SurgeryTypeError: it cannot be copied.
+    """
     return observe_graph(model, example_inputs) if isinstance(model, fx.GraphModule) else observe_module(model, example_inputs)
 
 
 def host_for(
     model: nn.Module, example_inputs: Any = None, *, observed: Observation | None = None, private: bool = False, effective_weights: bool = False
 ) -> Host:
-    """The host for a model: node for node where it is a flat ``GraphModule``, in place on the modules of any other."""
+    """The host for a model: node for node where it is a flat ``GraphModule``, in place on the modules of any other.
+
+    Args:
+        model: what is to be rewritten.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; with them calls, their shapes and readers of weights are
+            known. The model is run once, on a copy.
+        observed: what ``observe`` found, in their place.
+        private: nobody else holds the model, so that each chain may be put in place at once; after an error it is of no use.
+        effective_weights: layers whose weight is computed may be cut by what it amounts to.
+
+    Raises:
+        SurgeryValueError: the model does not accept the inputs.
+        SurgeryTypeError: it cannot be copied.
+    """
     if isinstance(model, fx.GraphModule):
         return GraphHost(model, example_inputs, observed=observed, private=private, effective_weights=effective_weights)
     return ModuleHost(model, example_inputs, observed=observed, private=private, effective_weights=effective_weights)

@@ -69,6 +69,10 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     leaves behind (counts, caches, written constants) shows in the second. No random number may be drawn while it is traced: it would stand in
     the graph for good.
 
+    Args:
+        model: any module but a single layer.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+
     Raises:
         SurgeryError: the model cannot be traced, or its trace computes something else; the message says why.
         SurgeryTypeError: the model is itself a layer or a chain, and so would be nameless in a graph; it or the inputs cannot be copied.

@@ -26,7 +26,13 @@ __all__ = ["CHANNEL", "Channel"]
 
 @dataclass(frozen=True, slots=True)
 class Channel(Factorization):
-    """How many filters of the full kernel are left."""
+    """How many filters of the full kernel are left.
+
+    Attributes:
+        rank: channels between ``core`` and ``expand``; a total over the groups of a grouped layer.
+
+    Source: Zhang et al. 2016, section 3.1.
+    """
 
     kind: ClassVar[str] = "channel"
 

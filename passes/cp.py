@@ -40,7 +40,13 @@ RIDGE = 1e-11  # of the mean squared norm of what spans a least squares fit
 
 @dataclass(frozen=True, slots=True)
 class CP(Factorization):
-    """How many outer products are summed."""
+    """How many outer products are summed.
+
+    Attributes:
+        rank: channels of all layers between the first and the last; a total over the groups of a grouped layer.
+
+    Source: Lebedev et al. 2015, section 3.
+    """
 
     kind: ClassVar[str] = "cp"
 

@@ -27,7 +27,13 @@ __all__ = ["DEPTHWISE", "Depthwise"]
 
 @dataclass(frozen=True, slots=True)
 class Depthwise(Factorization):
-    """How many depthwise and pointwise pairs are summed."""
+    """How many depthwise and pointwise pairs are summed.
+
+    Attributes:
+        rank: filters of the depthwise layer for each input channel.
+
+    Source: Guo et al. 2018, theorem 1.
+    """
 
     kind: ClassVar[str] = "depthwise"
 

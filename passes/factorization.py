@@ -35,13 +35,21 @@ class Factorization:
 
     @property
     def ranks(self) -> tuple[int | None, ...]:
+        """One a mode, in the order of the fields; None for a mode that stays uncut."""
         return tuple(getattr(self, field.name) for field in fields(self))
 
     def to_json(self) -> dict[str, Any]:
+        """Kind and ranks as plain data, as plans write them."""
         return {"kind": self.kind} | {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The factorization in plain ``data``.
+
+        Raises:
+            SurgeryValueError: other fields than this kind's, or a rank below 1.
+            SurgeryTypeError: a rank that is no int.
+        """
         known = {field.name for field in fields(cls)}
         given = set(data) - {"kind"}
         if given != known:
@@ -60,6 +68,7 @@ class Keep:
             raise SurgeryTypeError(f"Keep needs a reason (a non-empty string), got {self.reason!r}")
 
     def to_json(self) -> dict[str, Any]:
+        """The reason as plain data, as plans write it."""
         return {"kind": "keep", "reason": self.reason}
 
 

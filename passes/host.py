@@ -28,7 +28,7 @@ class Host(Protocol):
         """All layers and chains, in the model's order, each once."""
 
     def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> tuple[Piece, ...]:
-        """Prepare a chain of these pieces in the place of the site's layer or chain.
+        """Prepare a chain of these pieces, of this ``factorization``, in the place of the site's layer or chain.
 
         Returns:
             The chain's layers with their own parameters. A piece whose weight is a parameter is shared, not copied: so tied chains are made.
@@ -48,7 +48,7 @@ class Host(Protocol):
         """
 
     def drop(self, name: str) -> str | None:
-        """Prepare a module that gives its input back to be called no more; or why that cannot be."""
+        """Prepare the module ``name``, which gives its input back, to be called no more; or why that cannot be."""
 
     def commit(self) -> nn.Module:
         """Put everything that was prepared in its place and return the model; after an error the model is as before."""

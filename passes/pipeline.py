@@ -15,16 +15,16 @@ class Pass(Protocol):
     """A rewrite of a model: a frozen dataclass whose fields are its options."""
 
     def __call__(self, host: Host) -> PassResult:
-        """Rewrite the host's model, wholly or not at all."""
+        """Rewrite the model of ``host``, wholly or not at all."""
 
 
 def name_of(step: Pass) -> str:
-    """The pass as records and errors name it."""
+    """The pass ``step`` as records and errors name it."""
     return type(step).__name__
 
 
 def run_pipeline(passes: Sequence[Pass], host: Host) -> tuple[PassResult, ...]:
-    """One result a pass, in order.
+    """Run ``passes`` one after the other on ``host``: one result a pass, in order.
 
     Each pass is wholly done before the next begins. Where one fails, its error goes on with a note of what had run: the model then is as that
     pass found it.

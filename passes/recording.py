@@ -76,6 +76,10 @@ def record(model: nn.Module, example_inputs: Any) -> RecordedGraph:
     in known memory without a torch function having made it (a subclass's view, numpy) is an ``alias``. Arguments that are neither plain nor
     containers stand as the name of their class.
 
+    Args:
+        model: any module but a leaf.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+
     Raises:
         SurgeryTypeError: the model is itself a leaf and so would be nameless, or cannot be copied.
         SurgeryValueError: it does not accept the inputs; its own error is the cause.

@@ -41,7 +41,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassResult:
-    """Result of one pass."""
+    """Result of one pass.
+
+    Attributes:
+        model: what the pass was given, changed in place; another module only where the root itself is a layer.
+        modified: whether anything changed.
+        outcomes: what became of every site that the pass looks at, in the model's order.
+    """
 
     model: nn.Module
     modified: bool

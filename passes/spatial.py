@@ -27,7 +27,13 @@ __all__ = ["SPATIAL", "Spatial"]
 
 @dataclass(frozen=True, slots=True)
 class Spatial(Factorization):
-    """Channels between the two directions."""
+    """Channels between the two directions.
+
+    Attributes:
+        rank: as channels of the layer between them; a total over the groups of a grouped layer.
+
+    Source: Jaderberg et al. 2014, scheme 2.
+    """
 
     kind: ClassVar[str] = "spatial"
 

@@ -24,7 +24,13 @@ __all__ = ["SVD", "SVD_KIND"]
 
 @dataclass(frozen=True, slots=True)
 class SVD(Factorization):
-    """The one rank of a two-factor chain."""
+    """The one rank of a two-factor chain, for layers of one pixel.
+
+    Attributes:
+        rank: channels between the two layers; a total over the groups of a grouped layer.
+
+    Source: Eckart and Young 1936; Elhoushi et al. 2019, equations 1 and 2.
+    """
 
     kind: ClassVar[str] = "svd"
 

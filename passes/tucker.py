@@ -25,7 +25,14 @@ __all__ = ["TUCKER", "Tucker"]
 
 @dataclass(frozen=True, slots=True)
 class Tucker(Factorization):
-    """Ranks of the output and input channels; either may be None (that mode is uncut), not both."""
+    """Ranks of the output and input channels; either may be None (that mode is uncut, its layer is absent), not both.
+
+    Attributes:
+        rank_out: channels between ``core`` and ``expand``.
+        rank_in: channels between ``reduce`` and ``core``; both are totals over the groups of a grouped layer, and multiples of the groups.
+
+    Source: Kim et al. 2016; Elhoushi et al. 2019, equations 7 to 9.
+    """
 
     kind: ClassVar[str] = "tucker"
 

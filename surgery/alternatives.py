@@ -73,7 +73,14 @@ class Tradeoff:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """Something that could be done with a layer: its cost in the unit asked for, its error, and whether it is what the plan does."""
+    """Something that could be done with a layer: its cost in the unit asked for, its error, and whether it is what the plan does.
+
+    Attributes:
+        decision: a factorization, or ``Keep``.
+        cost: MACs of all calls of the layer (parameters without example inputs).
+        error: |W - W'|_F / |W|_F; with calibration in the metric that was learnt.
+        chosen: whether the plan does this.
+    """
 
     decision: Decision
     cost: int
@@ -90,6 +97,9 @@ def tradeoff(model: nn.Module, *, example_inputs: Any = None, shares: Sequence[f
         shares: of the whole network; those below what can be reached are left out.
         calibration: as for ``decompose``.
         options: ``method``, ``include``, ``exclude``, ``guard``, ``round_to``, ``device``, ``effective_weights`` as for ``decompose``.
+
+    Raises:
+        SurgeryTypeError, SurgeryValueError: as for ``plan``.
     """
     draft, unit = _draft(model, example_inputs, calibration, options)
     total = getattr(draft.totals, unit)
@@ -108,6 +118,17 @@ def explain(
     model: nn.Module, site: str, plan: Plan, *, example_inputs: Any = None, calibration: Any = None, **options: Any
 ) -> tuple[Alternative, ...]:
     """What a plan does with one layer, among its nearest alternatives by cost, each better in cost or error than all others that were possible.
+
+    Args:
+        model: any module; it is not touched.
+        site: the layer's name.
+        plan: of this model.
+        example_inputs: as for ``decompose``; with them cost is in MACs, else in parameters.
+        calibration: as for ``decompose``.
+        options: as for ``tradeoff``.
+
+    Returns:
+        Up to seven, from the cheapest on.
 
     Raises:
         SurgeryValueError: there is no such layer, or nothing can be done with it; the message says why.

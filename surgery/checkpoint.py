@@ -41,7 +41,9 @@ METADATA = "surgery"
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model, decomposed or not, to a folder: ``plan.json`` (readable, a ``Plan``) and ``model.safetensors`` (weights and record).
 
-    The folder is written whole or not at all; an earlier checkpoint at ``path`` is replaced.
+    Args:
+        model: any module whose state dict holds tensors only.
+        path: the folder; it is written whole or not at all, and an earlier checkpoint there is replaced.
 
     Raises:
         SurgeryTypeError: a wrapped model, or one whose state dict holds something other than tensors.
@@ -76,7 +78,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
     """The model that ``save`` wrote, from a fresh instance of the original architecture, which is not touched.
 
-    Chains are built empty from the plan, then filled. Numbers take the dtype and device of ``fresh_model``, as ``load_state_dict`` has it.
+    Chains are built empty from the plan, then filled. Numbers take the dtype and device of ``fresh_model``, as ``load_state_dict`` has it. Nothing
+    that the folder names is imported, and nothing in it is executed.
+
+    Args:
+        path: the folder.
+        fresh_model: an instance of the original architecture; its numbers do not matter.
 
     Raises:
         SurgeryValueError: the folder's files are damaged, or do not fit ``fresh_model``; the message names the layer or key.

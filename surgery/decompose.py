@@ -195,6 +195,8 @@ def plan(
 ) -> Plan:
     """What ``decompose`` would do with the same arguments, as a ``Plan`` to read, edit, save and replay. The model is not touched.
 
+    All arguments but these two are those of ``decompose``, and so are the errors.
+
     Args:
         evaluate: a metric of one's own, of a network, higher is better. ``ranks`` is then a ``Budget`` with the least share of MACs or parameters
             that is wanted, and the plan is for the smallest share from there on at which the metric is at most ``max_drop`` below the original's,

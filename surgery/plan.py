@@ -85,7 +85,7 @@ class Plan(MutableMapping[str, Decision]):
         return to_html(plan_table(self))
 
     def diff(self, other: Plan) -> tuple[Change, ...]:
-        """What changes from this plan to ``other``, in this plan's order, then the layers that only ``other`` names."""
+        """What changes from this plan to ``other``, in this plan's order, then the layers that only ``other`` names; empty where nothing does."""
         names = list(dict.fromkeys([*self, *other]))
         return tuple(Change(n, self.get(n), other.get(n)) for n in names if self.get(n) != other.get(n))
 
@@ -109,7 +109,11 @@ class Plan(MutableMapping[str, Decision]):
 
     @classmethod
     def from_data(cls, data: Any) -> Plan:
-        """The plan in parsed JSON."""
+        """The plan in ``data``, parsed JSON.
+
+        Raises:
+            SurgeryValueError: the layer or field that is wrong is named.
+        """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise SurgeryValueError(f'plan: expected an object with "format": "{FORMAT}"')
         if data.get("version") != VERSION:
@@ -125,12 +129,17 @@ class Plan(MutableMapping[str, Decision]):
         return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``to_json`` to a file; an error leaves whatever was there."""
+        """Write ``to_json`` to the file ``path``; an error (``OSError``) leaves whatever was there."""
         write_atomically(Path(path), self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan's file. ``OSError`` passes through."""
+        """Read the plan in the file ``path``.
+
+        Raises:
+            SurgeryValueError: no plan; the message names file, layer and field.
+            OSError: it cannot be read.
+        """
         try:
             return cls.from_json(Path(path).read_bytes())
         except SurgeryValueError as error:

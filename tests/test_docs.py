@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import re
 import shlex
 import sys
@@ -10,6 +12,7 @@ import types
 import pytest
 import torch
 
+import passes
 import surgery
 from passes import kinds
 from surgery.cli import main
@@ -18,7 +21,7 @@ from tests.networks import low_rank_conv
 from tests.passes import test_cleanup, test_kinds, test_passes
 from tests.surgery import test_methods
 
-DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "api.md")]
 EXTENDING = "docs/extending.md"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -89,6 +92,51 @@ def test_links_lead_somewhere(document):
         target = ((ROOT / document).parent / path).resolve() if path else ROOT / document
         assert target.exists(), link
         assert not anchor or anchor in headings(target.relative_to(ROOT)), link
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_up_to_date():
+    assert (ROOT / "docs" / "api.md").read_text() == tool("api_reference").reference(), "run: python tools/api_reference.py"
+
+
+def test_public_names_say_what_they_take():
+    """Every parameter of a public function or method is spoken of in its docstring, or is one of ``decompose``'s where the docstring points there."""
+    shared = set(inspect.signature(surgery.decompose).parameters)
+    for name, item in public():
+        for where, function, text in documented(name, item):
+            if not text:
+                assert where.endswith("__call__") or item in (passes.GraphHost, passes.ModuleHost), where
+                continue
+            words = set(re.findall(r"\w+", text)) | (shared if "``decompose``" in text else set())
+            given = [p for p in inspect.signature(function).parameters.values() if p.name not in ("self", "cls")]
+            assert not {p.name for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - words, where
+
+
+def public():
+    for module in (surgery, surgery.ranks, passes):
+        yield from ((f"{module.__name__}.{name}", getattr(module, name)) for name in module.__all__ if not name.startswith("__"))
+
+
+def documented(name, item):
+    """A function, or the methods of a class, each with its docstring."""
+    if inspect.isfunction(item):
+        yield name, item, item.__doc__
+    elif isinstance(item, type):
+        methods = [(key, m.__func__ if isinstance(m, classmethod) else m) for key, m in vars(item).items() if key == "__call__" or key[0] != "_"]
+        yield from ((f"{name}.{key}", m, m.__doc__) for key, m in methods if inspect.isfunction(m))
+        assert item.__doc__, name
+
+
+def test_the_citation_is_of_this_version():
+    text = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.*)$", text, re.MULTILINE)[1] == surgery.__version__
+    assert "1909.05675" in text
 
 
 @pytest.fixture(scope="module")

@@ -32,9 +32,9 @@ def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace
     return made
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL and what is needed to run it."""
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """MODEL, which need not be given where there is a default, and what is needed to run it."""
+    parser.add_argument("model", metavar="MODEL", nargs=None if default is None else "?", default=default, help=MODEL_HELP)
     parser.add_argument("--architecture", metavar="NAME", help="what a saved folder is a checkpoint of, written like MODEL, where it does not say so")
     parser.add_argument("--weights", metavar="FILE", type=Path, help="state dict to fill the model with: .safetensors, or written by torch.save")
     parser.add_argument(

@@ -77,6 +77,7 @@ class ExportReport:
         return tuple(next((shape[0] for shape in shapes if shape), 1) for shapes in self.checked_shapes)
 
     def to_data(self) -> dict[str, Any]:
+        """Plain data for JSON."""
         return asdict(self) | {"batch_sizes": self.batch_sizes}
 
     def _repr_html_(self) -> str:

@@ -37,6 +37,7 @@ class Evbmf:
     noise: float | str | None = None
 
     def __call__(self, site: Site, spectra: Sequence[Spectrum]) -> Answer:
+        """One rank for each of the ``spectra`` of the ``site``, or why it is kept."""
         ranks = [_evbmf(s) for s in spectra]
         if not any(ranks):
             return self._of_noise(spectra)
@@ -58,6 +59,7 @@ class Energy:
     share: float
 
     def __call__(self, site: Site, spectra: Sequence[Spectrum]) -> Answer:
+        """One rank for each of the ``spectra`` of the ``site``, or why it is kept."""
         ranks = []
         for s in spectra:
             held = s.values.square().cumsum(0)
@@ -74,6 +76,7 @@ class Fraction:
     share: float
 
     def __call__(self, site: Site, spectra: Sequence[Spectrum]) -> Answer:
+        """One rank for each of the ``spectra`` of the ``site``."""
         return [fraction_of(s.full, self.share) for s in spectra]
 
 
@@ -82,6 +85,7 @@ class Stable:
     """The stable rank of each mode, ceil(|W|_F^2 / s_1^2) (Rudelson and Vershynin 2007)."""
 
     def __call__(self, site: Site, spectra: Sequence[Spectrum]) -> Answer:
+        """One rank for each of the ``spectra`` of the ``site``, or why it is kept."""
         if any(float(s.values[0]) <= 0 for s in spectra):
             return Keep("its weight is zero")
         return [ceil(float(s.values.square().sum() / s.values[0].square()) - 1e-9) for s in spectra]

@@ -44,6 +44,14 @@ def frobenius_decay(model: nn.Module, optimizer: Any) -> FrobeniusDecay:
     Args:
         model: decomposed; layers that are no chains keep the decay they have.
         optimizer: the one that trains it, or a list of several.
+
+    Returns:
+        The hooks; ``remove()`` takes them out again.
+
+    Raises:
+        SurgeryTypeError: something that is no optimizer.
+
+    Source: Khodak et al. 2021, section 4.
     """
     sites = [site for site in host_for(model).sites() if site.chain is not None and site.tied_to is None]
     return FrobeniusDecay([each.register_step_pre_hook(_hook(sites)) for each in as_optimizers(optimizer)])

@@ -227,7 +227,7 @@ class DecompositionSchedule:
             self._hook(model, followers.optimizers)
 
     def attach(self, model: nn.Module, optimizer: Any) -> None:
-        """Have ``warm_up`` and ``decay`` act on an optimizer that was made after ``load_state_dict``. Called twice it does no harm."""
+        """Have ``warm_up`` and ``decay`` act on an ``optimizer`` made for ``model`` after ``load_state_dict``. Called twice it does no harm."""
         optimizers = as_optimizers(optimizer)
         self._check_optimizers(optimizers)
         self._unhook()

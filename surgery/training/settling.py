@@ -56,7 +56,7 @@ class Settled:
             raise SurgeryValueError(f"Settled: latest ({self.latest}) is before earliest ({self.earliest})")
 
     def changes(self, history: Sequence[Mapping[str, Sequence[float]]]) -> list[float]:
-        """The mean relative change from each look to the next."""
+        """The mean relative change from each look of ``history`` (stable ranks by layer name) to the next."""
         found = []
         for before, after in pairwise(history):
             pairs = [(a, b) for name in after if name in before for a, b in zip(before[name], after[name], strict=True)]
@@ -64,7 +64,7 @@ class Settled:
         return found
 
     def has(self, position: int, history: Sequence[Mapping[str, Sequence[float]]]) -> bool:
-        """Whether it is time, at this position, after these looks."""
+        """Whether it is time, at this position, after the looks of ``history``."""
         if position < self.earliest:
             return False
         if self.latest is not None and position >= self.latest:

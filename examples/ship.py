@@ -1,0 +1,49 @@
+"""Cut a network to a budget, clean it up, export it beside the original, and time the two files' networks against each other.
+
+    python examples/ship.py [MODEL] [--budget 0.6] [--inputs FILE] [--out FOLDER]
+
+MODEL is written as on the command line (``surgery summary --help``). ``--inputs`` is a tensor (N, C, H, W) of real inputs, written by ``torch.save``;
+with it the factors are fitted to what the network sees, without labels. Everything is left in FOLDER: both ONNX files and the plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import surgery
+from surgery.cli import add_model_arguments, guarded, open_model
+
+
+def run(options: argparse.Namespace) -> None:
+    model, inputs = open_model(options)
+    seen = None if options.inputs is None else torch.load(options.inputs, weights_only=True).split(64)
+    net = surgery.decompose(model, surgery.Budget(macs=options.budget), example_inputs=inputs, calibration=seen, round_to=8)
+    print(surgery.report(net))
+
+    before, after = surgery.deploy(model, inputs), surgery.deploy(net, inputs)  # both cleaned up, so that the cut alone is compared
+    options.out.mkdir(parents=True, exist_ok=True)
+    for network, name in ((before, "before.onnx"), (after, "after.onnx")):
+        print(surgery.export_onnx(network, options.out / name, inputs, dynamic_batch=True, exporter=options.exporter))
+    surgery.exported_plan(options.out / "after.onnx").save(options.out / "plan.json")
+    print(surgery.benchmark(before, after, inputs, repeats=options.repeats))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser, default="surgery:resnet20")
+    parser.add_argument("--budget", type=float, default=0.6, help="share of the MACs that the network may take (default: %(default)s)")
+    parser.add_argument("--inputs", type=Path, help="real inputs to fit the factors to (default: the weights alone decide)")
+    parser.add_argument("--exporter", default="auto", help="torch's exporter: auto, dynamo or torchscript (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=30, help="pairs of samples a runtime (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("shipped"), help="folder (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    return guarded(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     for network, name in ((before, "before.onnx"), (after, "after.onnx")):
         print(surgery.export_onnx(network, options.out / name, inputs, dynamic_batch=True, exporter=options.exporter))
     surgery.exported_plan(options.out / "after.onnx").save(options.out / "plan.json")
-    print(surgery.benchmark(before, after, inputs, repeats=options.repeats))
+    print(surgery.benchmark(before, after, inputs, seconds=options.seconds))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=0.6, help="share of the MACs that the network may take (default: %(default)s)")
     parser.add_argument("--inputs", type=Path, help="real inputs to fit the factors to (default: the weights alone decide)")
     parser.add_argument("--exporter", default="auto", help="torch's exporter: auto, dynamo or torchscript (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=30, help="pairs of samples a runtime (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timing, at most, a runtime (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("shipped"), help="folder (default: %(default)s)")
     options = parser.parse_args(arguments)
     return guarded(lambda: run(options))

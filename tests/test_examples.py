@@ -33,7 +33,7 @@ def test_every_example_is_tested_and_told_of():
 
 def test_ship(tmp_path, capsys):
     torch.save(torch.randn(8, 3, 12, 12), tmp_path / "inputs.pt")
-    options = ["--budget", 0.7, "--inputs", tmp_path / "inputs.pt", "--exporter", "torchscript", "--repeats", 4, "--out", tmp_path / "out"]
+    options = ["--budget", 0.7, "--inputs", tmp_path / "inputs.pt", "--exporter", "torchscript", "--seconds", 0.2, "--out", tmp_path / "out"]
     assert run("ship", *SMALL, *options) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"before.onnx", "after.onnx", "plan.json"}
     assert any(not isinstance(decision, surgery.Keep) for decision in surgery.Plan.load(tmp_path / "out" / "plan.json").values())

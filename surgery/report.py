@@ -150,13 +150,13 @@ class Report:
         return json.dumps(self.to_data(), indent=1, ensure_ascii=False) + "\n"
 
     def to_html(self, title: str = "Surgery report") -> str:
-        """One self-contained page: totals, every layer with bars, what was kept and why. Nothing in it is fetched or run."""
+        """One self-contained page under this ``title``: totals, every layer with bars, what was kept and why. Nothing in it is fetched or run."""
         from surgery.page import page_of
 
         return page_of(self, title)
 
     def save_html(self, path: str | os.PathLike[str], title: str = "Surgery report") -> None:
-        """Write ``to_html`` to a file; an error leaves whatever was there. ``OSError`` passes through."""
+        """Write ``to_html`` with this ``title`` to the file ``path``; an error leaves whatever was there. ``OSError`` passes through."""
         write_atomically(Path(path), self.to_html(title).encode())
 
     def plot(self) -> Figure:

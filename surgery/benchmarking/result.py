@@ -171,10 +171,12 @@ class Benchmark:
         return _ratio(self.macs_before, self.macs_after)
 
     def to_data(self) -> dict[str, Any]:
+        """Plain data for JSON."""
         lists = {"rows": [row.to_data() for row in self.rows], "layers": [layer.to_data() for layer in self.layers]}
         return {"format": FORMAT, "version": VERSION} | asdict(self) | lists | {"flops_ratio": self.flops_ratio, "confidence": CONFIDENCE}
 
     def to_json(self) -> str:
+        """Deterministic text with format and version."""
         return json.dumps(self.to_data(), indent=1, ensure_ascii=False) + "\n"
 
     def _repr_html_(self) -> str:

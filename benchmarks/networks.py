@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.zoo import make
+from surgery.zoo.torchvision_ops import import_torchvision
 
 __all__ = ["NETWORKS", "UNet", "detector_backbone", "network"]
 
@@ -62,6 +63,7 @@ def _double(before: int, after: int) -> nn.Sequential:
 
 def detector_backbone() -> nn.Module:
     """What Faster R-CNN looks at pictures with: ResNet-50 with a feature pyramid, as torchvision builds it."""
+    import_torchvision()
     from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
     backbone: nn.Module = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).backbone

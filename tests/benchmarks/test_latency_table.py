@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ sys.path.insert(1, str(Path(__file__).parents[2] / "benchmarks"))
 
 import latency
 from latency_table import draw, markdown, recommended
-from networks import UNet
+from networks import UNet, network
 
 
 def row(policy="macs=0.5", ratio=1.5, spread=0.1, **more):
@@ -81,3 +82,11 @@ def test_the_u_net_keeps_the_size_and_looks_at_every_scale():
     assert y.shape == (1, 2, 16, 16)
     assert moved[0, 0] > 0
     assert (moved > 0).sum() > 25  # what the four convolutions at full resolution alone carry it to
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
+def test_the_backbone_of_the_detector_gives_a_pyramid():
+    with torch.device("meta"):
+        net, shape = network("fasterrcnn_backbone")
+        maps = net(torch.empty(shape))
+    assert [tuple(m.shape[1:]) for m in maps.values()] == [(256, 80, 80), (256, 40, 40), (256, 20, 20), (256, 10, 10), (256, 5, 5)]

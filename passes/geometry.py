@@ -18,7 +18,8 @@ __all__ = ["Geometry", "Piece", "PieceShape"]
 class Geometry:
     """A convolution of ``len(kernel)`` dimensions, or a linear layer (``kernel == ()``).
 
-    ``padding`` is one number a dimension, or the word ``"same"`` or ``"valid"`` as torch has it.
+    ``padding`` is one number a dimension, or the word ``"same"`` or ``"valid"`` as torch has it. ``padding_end`` is that at the end of each dimension
+    where it differs from the one at the beginning, as ONNX allows; empty for layers of torch.
     """
 
     in_channels: int
@@ -26,6 +27,7 @@ class Geometry:
     kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] | str = ()
+    padding_end: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
     padding_mode: str = "zeros"
@@ -127,6 +129,7 @@ class Geometry:
         def only(values: tuple[int, ...], otherwise: int) -> tuple[int, ...]:
             return tuple(value if axis in axes else otherwise for axis, value in enumerate(values))
 
+        padding, padding_end = self.padding if isinstance(self.padding, str) else only(self.padding, 0), only(self.padding_end, 0)
         return replace(
             self,
             in_channels=in_channels,
@@ -134,28 +137,33 @@ class Geometry:
             groups=groups,
             kernel=only(self.kernel, 1),
             stride=only(self.stride, 1),
-            padding=self.padding if isinstance(self.padding, str) else only(self.padding, 0),
+            padding=padding,
+            padding_end=() if padding_end == padding else padding_end,
             dilation=only(self.dilation, 1),
             output_padding=only(self.output_padding, 0),
         )
 
     def extends_in(self, axis: int) -> bool:
         """Whether the layer does more than to look at single pixels in this direction, so that the size there can change."""
-        padded = self.padding != "valid" if isinstance(self.padding, str) else self.padding[axis] > 0
+        padded = self.padding != "valid" if isinstance(self.padding, str) else any(self.pads(axis))
         return self.kernel[axis] > 1 or self.stride[axis] > 1 or padded
+
+    def pads(self, axis: int) -> tuple[int, int]:
+        """Padding at the beginning and the end of a direction, where it is given as numbers."""
+        return (0, 0) if isinstance(self.padding, str) else (self.padding[axis], (self.padding_end or self.padding)[axis])
 
     def output_size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial size of the output for a spatial size of the input."""
         if self.padding == "same":
-            return input_size
-        padding = (0,) * self.dims if isinstance(self.padding, str) else self.padding
+            return tuple(-(-n // s) for n, s in zip(input_size, self.stride, strict=True))
+        padding = [sum(self.pads(axis)) for axis in range(self.dims)]
         if self.transposed:
             return tuple(
-                (n - 1) * s - 2 * p + d * (k - 1) + o + 1
+                (n - 1) * s - p + d * (k - 1) + o + 1
                 for n, k, s, p, d, o in zip(input_size, self.kernel, self.stride, padding, self.dilation, self.output_padding, strict=True)
             )
         return tuple(
-            (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(input_size, self.kernel, self.stride, padding, self.dilation, strict=True)
+            (n + p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(input_size, self.kernel, self.stride, padding, self.dilation, strict=True)
         )
 
     def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:

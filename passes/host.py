@@ -50,8 +50,8 @@ class Host(Protocol):
     def drop(self, name: str) -> str | None:
         """Prepare the module ``name``, which gives its input back, to be called no more; or why that cannot be."""
 
-    def commit(self) -> nn.Module:
-        """Put everything that was prepared in its place and return the model; after an error the model is as before."""
+    def commit(self) -> Any:
+        """Put everything that was prepared in its place and return the model, whatever the host holds; after an error it is as before."""
 
     def rollback(self) -> None:
         """Undo the last commit, if there was one; not for a private host."""

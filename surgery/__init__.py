@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from surgery.checkpoint import load, save
     from surgery.deployment import deploy
     from surgery.export import ExportReport, export_onnx, export_openvino, export_program, export_torchscript, exported_plan
+    from surgery.onnx_files import OnnxResult, decompose_onnx, plan_onnx, reconstruct_onnx, report_onnx
     from surgery.refinement import Refine
     from surgery.training.decay import frobenius_decay
     from surgery.training.schedule import DecompositionSchedule
@@ -56,6 +57,11 @@ LATER = {
     "export_torchscript": "surgery.export",
     "exported_plan": "surgery.export",
     "frobenius_decay": "surgery.training.decay",
+    "decompose_onnx": "surgery.onnx_files",
+    "plan_onnx": "surgery.onnx_files",
+    "reconstruct_onnx": "surgery.onnx_files",
+    "report_onnx": "surgery.onnx_files",
+    "OnnxResult": "surgery.onnx_files",
     "load": "surgery.checkpoint",
     "save": "surgery.checkpoint",
 }
@@ -89,6 +95,7 @@ __all__ = [
     "Keep",
     "LayerReport",
     "MissingExtra",
+    "OnnxResult",
     "ParityError",
     "Plan",
     "RecordedGraph",
@@ -104,6 +111,7 @@ __all__ = [
     "benchmark",
     "capture",
     "decompose",
+    "decompose_onnx",
     "deploy",
     "explain",
     "export_onnx",
@@ -114,9 +122,12 @@ __all__ = [
     "frobenius_decay",
     "load",
     "plan",
+    "plan_onnx",
     "ranks",
     "reconstruct",
+    "reconstruct_onnx",
     "report",
+    "report_onnx",
     "save",
     "trace",
     "tradeoff",

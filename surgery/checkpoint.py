@@ -168,7 +168,8 @@ def with_empty_chains(model: nn.Module, plan: Plan, file: Path, undo: Undo | Non
             placed[name] = _replace_empty(host, sites[name], decision, file, placed)
     if undo is not None:
         undo.later(host.rollback)
-    return host.commit()
+    made: nn.Module = host.commit()
+    return made
 
 
 def _replace_empty(host: Host, site: Site, factorization: Factorization, file: Path, placed: Mapping[str, tuple[Piece, ...]]) -> tuple[Piece, ...]:

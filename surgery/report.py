@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import prod
 from pathlib import Path
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from surgery.cost.outcome import LatencyOutcome
     from surgery.flow import Flow
 
-__all__ = ["LayerReport", "Report", "report"]
+__all__ = ["LayerReport", "Report", "report", "report_of"]
 
 FORMAT = "surgery.report"
 VERSION = 1
@@ -201,28 +202,16 @@ def report(model: nn.Module, *, example_inputs: Any = None, before: nn.Module | 
     if not isinstance(model, nn.Module):
         raise SurgeryTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     inner = unwrap(model)
-    record, records = read_record(inner), records_by_name(inner)
-    rows = []
-    unknown = False
-    saved_params = saved_macs = 0
-    for site in host_for(inner).sites():
-        row = _row(site, records.get(site.name))
-        rows.append(row)
-        saved_params += row.params_before - row.params_after
-        if row.macs_before is None or row.macs_after is None:
-            unknown = unknown or row.status == "decomposed"
-        else:
-            saved_macs += row.macs_before - row.macs_after
-    params = sum(p.numel() for p in inner.parameters())
+    record = read_record(inner)
     fused_params, fused_macs = fused_in(inner)
-    macs = record.macs if record is not None and not unknown and fused_macs is not None else None
-    made = Report(
-        layers=tuple(rows),
-        params_before=params + saved_params + fused_params,
-        params_after=params,
-        macs_before=macs,
-        macs_after=None if macs is None else macs - saved_macs - (fused_macs or 0),
+    made = report_of(
+        host_for(inner).sites(),
+        records_by_name(inner),
+        params=sum(p.numel() for p in inner.parameters()),
+        macs=None if record is None else record.macs,
         passes=passes_of(inner),
+        fused_params=fused_params,
+        fused_macs=fused_macs,
         calibrated=0 if record is None else record.calibrated,
         functions=functions_of(inner),
         latency=None if record is None else record.latency,
@@ -236,6 +225,50 @@ def report(model: nn.Module, *, example_inputs: Any = None, before: nn.Module | 
 
         made = replace(made, tradeoff=tradeoff_before(before, inner, made, example_inputs))
     return made
+
+
+def report_of(
+    sites: Sequence[Site],
+    records: Mapping[str, SiteRecord],
+    *,
+    params: int,
+    macs: int | None,
+    passes: tuple[str, ...],
+    fused_params: int = 0,
+    fused_macs: int | None = 0,
+    calibrated: int = 0,
+    functions: tuple[FunctionUse, ...] = (),
+    latency: LatencyOutcome | None = None,
+) -> Report:
+    """The report of sites, and of what is known of them by name.
+
+    Args:
+        params: those that the network has now.
+        macs: those that the original network had.
+    """
+    rows = []
+    unknown = fused_macs is None
+    saved_params = saved_macs = 0
+    for site in sites:
+        row = _row(site, records.get(site.name))
+        rows.append(row)
+        saved_params += row.params_before - row.params_after
+        if row.macs_before is None or row.macs_after is None:
+            unknown = unknown or row.status == "decomposed"
+        else:
+            saved_macs += row.macs_before - row.macs_after
+    macs = None if unknown else macs
+    return Report(
+        layers=tuple(rows),
+        params_before=params + saved_params + fused_params,
+        params_after=params,
+        macs_before=macs,
+        macs_after=None if macs is None else macs - saved_macs - (fused_macs or 0),
+        passes=passes,
+        calibrated=calibrated,
+        functions=functions,
+        latency=latency,
+    )
 
 
 def _function_data(function: FunctionUse) -> dict[str, Any]:

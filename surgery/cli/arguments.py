@@ -21,20 +21,23 @@ Commands = Any
 """What ``ArgumentParser.add_subparsers`` gives."""
 
 MODEL_HELP = "torchvision:NAME, timm:NAME, surgery:NAME (bundled), package.module:factory, or a folder written by surgery.save"
+FILE_HELP = f"{MODEL_HELP}; or an ONNX file (.onnx)"
 
 
-def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-    """A command that takes MODEL and ``--json``."""
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str, *, files: bool = False
+) -> argparse.ArgumentParser:
+    """A command that takes MODEL, which may be an ONNX file if ``files``, and ``--json``."""
     made: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    add_model_arguments(made)
+    add_model_arguments(made, model_help=FILE_HELP if files else MODEL_HELP)
     made.add_argument("--json", action="store_true", help="print JSON for machines instead of a table")
-    made.set_defaults(run=run)
+    made.set_defaults(run=run, wrong=made.error)
     return made
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = None, model_help: str = MODEL_HELP) -> None:
     """MODEL, which need not be given where there is a default, and what is needed to run it."""
-    parser.add_argument("model", metavar="MODEL", nargs=None if default is None else "?", default=default, help=MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", nargs=None if default is None else "?", default=default, help=model_help)
     parser.add_argument("--architecture", metavar="NAME", help="what a saved folder is a checkpoint of, written like MODEL, where it does not say so")
     parser.add_argument("--weights", metavar="FILE", type=Path, help="state dict to fill the model with: .safetensors, or written by torch.save")
     parser.add_argument(
@@ -45,8 +48,15 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = N
     )
 
 
+def is_onnx_file(model: str) -> bool:
+    """Whether MODEL names an ONNX file."""
+    return Path(model).suffix == ".onnx"
+
+
 def open_model(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     """The model that MODEL and ``--weights`` name, and an input."""
+    if is_onnx_file(options.model):
+        raise surgery.SurgeryValueError(f"{options.model}: this command takes no ONNX file")
     import torch
 
     from surgery.zoo import load_weights, make

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 
 import surgery
-from surgery.cli.arguments import Commands, add_command, add_rank_arguments, open_model, rank_options, show
+from surgery.cli.arguments import Commands, add_command, add_rank_arguments, is_onnx_file, open_model, rank_options, show
+from surgery.cli.onnx_files import plan_file
 
 
 def add(commands: Commands) -> None:
-    plan = add_command(commands, "plan", _plan, "Choose ranks and print or save the plan; the model is not changed.")
+    plan = add_command(commands, "plan", _plan, "Choose ranks and print or save the plan; the model is not changed.", files=True)
     add_rank_arguments(plan)
     plan.add_argument("--out", metavar="FILE", type=Path, help="save the plan as JSON")
     plan.add_argument("--pareto", action="store_true", help="show the least error at every budget")
@@ -20,6 +21,9 @@ def add(commands: Commands) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    if is_onnx_file(options.model):
+        plan_file(options)
+        return
     model, inputs = open_model(options)
     plan = surgery.plan(model, options.ranks, example_inputs=inputs, progress=True, **rank_options(options))
     if options.out is not None:

@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 import surgery
-from surgery.cli.arguments import Commands, add_command, open_model, show, show_report
+from surgery.cli.arguments import Commands, add_command, is_onnx_file, open_model, show, show_report
+from surgery.cli.onnx_files import report_file
 from surgery.cli.pages import add_page_arguments, save_page
 
 if TYPE_CHECKING:
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    add_command(commands, "summary", _summary, "List the layers of a model: parameters, MACs, and whether anything was done to them.")
-    report = add_command(commands, "report", _report, "Show what was done to a saved network.")
+    text = "List the layers of a model: parameters, MACs, and whether anything was done to them."
+    add_command(commands, "summary", _summary, text, files=True)
+    report = add_command(commands, "report", _report, "Show what was done to a saved network or an ONNX file.", files=True)
     add_page_arguments(report)
     report.add_argument(
         "--before", metavar="MODEL", help="the network that it was made from, for the page (default: what the folder names, if it is that)"
@@ -23,6 +25,9 @@ def add(commands: Commands) -> None:
 
 
 def _summary(options: argparse.Namespace) -> None:
+    if is_onnx_file(options.model):
+        report_file(options, summary=True)
+        return
     model, inputs = open_model(options)
     found = surgery.report(surgery.decompose(model, {}, example_inputs=inputs))
     from surgery.tables import summary_table
@@ -31,6 +36,9 @@ def _summary(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    if is_onnx_file(options.model):
+        report_file(options, summary=False)
+        return
     model, inputs = open_model(options)
     if options.html is not None:
         save_page(options.html, model, inputs, _before(options, model), f"Surgery report: {options.model}")

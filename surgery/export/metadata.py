@@ -12,18 +12,22 @@ from torch import nn
 from passes.errors import SurgeryValueError
 from passes.factorization import Keep
 from surgery.plan import Plan
-from surgery.report import report
+from surgery.report import Report, report
 from surgery.version import __version__
 
-__all__ = ["KEYS", "exported_plan", "metadata_of"]
+__all__ = ["KEYS", "PASSES", "PLAN", "exported_plan", "metadata_from", "metadata_of"]
 
-PLAN = "surgery.plan"
-KEYS = (PLAN, "surgery.passes", "surgery.version")
+PLAN, PASSES = "surgery.plan", "surgery.passes"
+KEYS = (PLAN, PASSES, "surgery.version")
 
 
 def metadata_of(model: nn.Module) -> dict[str, str]:
     """The plan of what a model now is (``Plan.to_json``), the names of the passes that made it so, and this release, by ``KEYS``."""
-    found = report(model)
+    return metadata_from(report(model))
+
+
+def metadata_from(found: Report) -> dict[str, str]:
+    """As ``metadata_of``, from the report of the model."""
     plan = Plan({row.name: row.factorization or Keep(row.reason or "kept") for row in found.layers})
     return dict(zip(KEYS, (plan.to_json(), json.dumps(found.passes), __version__), strict=True))
 

@@ -207,3 +207,37 @@ def test_a_model_that_is_itself_a_layer(capsys, tmp_path, monkeypatch):
     (tmp_path / "bare.py").write_text("import torch\ndef make(): return torch.nn.Conv2d(8, 8, 3)")
     monkeypatch.syspath_prepend(tmp_path)
     assert "1 of 1 layers decomposed" in out(capsys, "decompose", "bare:make", "--ranks", "0.5", "--input-shape", "1,8,9,9")
+
+
+def test_onnx_files_in_and_out(capsys, tmp_path):
+    model, cut, back = (str(tmp_path / f"{name}.onnx") for name in ("model", "cut", "back"))
+    out(capsys, "export", MODEL, model, "--exporter", "torchscript", "--dynamic-batch")
+    assert "layer3.0.conv1  Conv2d 32->64 3x3/2" in out(capsys, "summary", model)
+    done = json.loads(out(capsys, "decompose", model, cut, "--ranks", "budget:macs=0.6", "--input-shape", "2,3,32,32", "--json"))
+    assert done["macs_before"] == 2 * 40_551_040
+    assert 0 < done["macs_after"] <= 0.6 * done["macs_before"]
+    assert done["file"]["rounding"] < 1e-4
+    assert json.loads(out(capsys, "report", cut, "--json"))["layers"] == done["layers"]
+    assert "back.onnx: 1.1" in out(capsys, "reconstruct", cut, back)
+    named = json.loads(out(capsys, "plan", model, "--ranks", '{"layer1.0.conv1": [4, 4]}', "--out", str(tmp_path / "plan.json"), "--json"))["sites"]
+    assert named["layer1.0.conv1"] == {"kind": "tucker", "rank_out": 4, "rank_in": 4}
+    assert main(["reconstruct", model, back]) == 1
+    assert "no chain that surgery made" in capsys.readouterr().err
+    assert main(["bench", model]) == 1
+    assert "takes no ONNX file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decompose", "a.onnx"], "name the ONNX file to write"),
+        (["decompose", MODEL, "b.onnx"], "OUT is for MODELs that are ONNX files"),
+        (["decompose", "a.onnx", "b.onnx", "--effective-weights"], "--effective-weights is not for ONNX files"),
+        (["reconstruct", MODEL], "--out FOLDER is required"),
+    ],
+)
+def test_wrong_usage_with_onnx_files(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

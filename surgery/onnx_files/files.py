@@ -1,0 +1,103 @@
+"""ONNX files in and out: read whole, written whole or not at all, refused where they are none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from passes.errors import SurgeryError, SurgeryValueError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+__all__ = ["check_valid", "has_external_data", "open_model", "usable_target", "write_model"]
+
+LARGEST = 2**31 - 2**20  # bytes that a message of protobuf can hold, with room for its frame
+
+
+def open_model(path: str | os.PathLike[str]) -> ModelProto:
+    """The model in a file, the data in files beside it included.
+
+    Raises:
+        SurgeryValueError: it is no ONNX file, or data that it names are not there.
+        OSError: it cannot be read.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    file = Path(path)
+    try:
+        model = onnx.load(str(file), format="protobuf", load_external_data=False)
+    except DecodeError as error:
+        raise SurgeryValueError(f"{file}: no ONNX file ({error})") from error
+    if not model.graph.node or not model.opset_import:
+        raise SurgeryValueError(f"{file}: no ONNX file, or one without a graph")
+    try:
+        onnx.load_external_data_for_model(model, str(file.parent))
+    except (onnx.checker.ValidationError, OSError, ValueError) as error:
+        raise SurgeryValueError(f"{file}: the data that it keeps in other files cannot be read ({error}); put them beside it") from error
+    if any(_has_layers(function.node) for function in model.functions):
+        from onnx import inliner
+
+        model = inliner.inline_local_functions(model)
+    return model
+
+
+def _has_layers(nodes: object) -> bool:
+    from surgery.onnx_files.nodes import LAYERS
+
+    return any(node.op_type in LAYERS for node in nodes)  # type: ignore[attr-defined]
+
+
+def has_external_data(path: str | os.PathLike[str]) -> bool:
+    """Whether a file keeps weights in others."""
+    import onnx
+
+    model = onnx.load(os.fspath(path), format="protobuf", load_external_data=False)
+    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
+
+
+def usable_target(path: str | os.PathLike[str]) -> Path:
+    """The file to write.
+
+    Raises:
+        SurgeryValueError: it is a folder, or its folder does not exist.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise SurgeryValueError(f"path: {target} is a folder; give the name of a file in it")
+    if not target.parent.is_dir():
+        raise SurgeryValueError(f"path: the folder {target.parent} does not exist; make it first")
+    return target
+
+
+def write_model(model: ModelProto, file: Path, *, external: bool) -> None:
+    """Write a model, with its weights in a second file beside it where that is asked for or needed."""
+    import onnx
+
+    if external or model.ByteSize() > LARGEST:
+        onnx.save(model, str(file), format="protobuf", save_as_external_data=True, location=f"{file.name}.data")
+    else:
+        onnx.save(model, str(file), format="protobuf")
+
+
+def check_valid(file: Path, source: Path) -> None:
+    """Refuse a file that ``onnx.checker`` refuses, unless it refuses the one that it was made from as well.
+
+    Raises:
+        SurgeryError: the file is not valid, while the source is.
+    """
+    refusal = _refusal(file)
+    if refusal is not None and _refusal(source) is None:
+        raise SurgeryError(f"{source}: the network that was made of it is not valid ONNX: {refusal}; check=False writes it unchecked")
+
+
+def _refusal(file: Path) -> str | None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(file))
+    except onnx.checker.ValidationError as error:
+        return str(error).strip().splitlines()[0]
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class Spectra:
         self.metrics: Mapping[str, Metric] = metrics or {}
         self._found: dict[tuple[str, str], tuple[Spectrum, ...]] = {}
         self._weighted: dict[tuple[str, str], Tensor] = {}
+        self._surfaces: dict[tuple[str, str], Tensor] = {}
         self._waiting: dict[tuple[object, ...], dict[str, tuple[Site, Blockwise]]] = {}
         self._room = 0
         for site, kind in wanted:
@@ -81,7 +83,10 @@ class Spectra:
 
     def error_surface(self, site: Site, kind: Blockwise) -> Tensor:
         """The kind's error surface of the site's weight, in its metric if it has one."""
-        return kind.error_surface(self.weight(site, kind), site.geometry, self.of(site, kind))
+        key = (site.name, kind.name)
+        if key not in self._surfaces:
+            self._surfaces[key] = kind.error_surface(self.weight(site, kind), site.geometry, self.of(site, kind))
+        return self._surfaces[key]
 
     def outlines(self, site: Site, kind: Blockwise | None = None) -> tuple[Outline, ...]:
         """What is known now of the site's spectra, in outline, one a mode: those of the kind, or of the first kind that was asked for."""
@@ -90,7 +95,8 @@ class Spectra:
 
     def let_go(self, site: Site) -> None:
         """Forget what is known of a site."""
-        for known in (self._found, self._weighted):
+        stores: tuple[dict[tuple[str, str], Any], ...] = (self._found, self._weighted, self._surfaces)
+        for known in stores:
             for key in [key for key in known if key[0] == site.name]:
                 del known[key]
 

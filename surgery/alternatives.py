@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from passes.errors import SurgeryError, SurgeryValueError, nearest
+from passes.errors import SurgeryValueError, nearest
 from passes.factorization import Decision, Keep
 from surgery.drafting import draft_of
 from surgery.inspection import usable_model
+from surgery.latency.families import Solved
 from surgery.options import Options
 from surgery.plan import Plan
 from surgery.planning import Draft
-from surgery.ranks.budget import Budget
-from surgery.ranks.candidates import Candidates
-from surgery.ranks.solve import solve
+from surgery.ranks.budget import RUNTIMES, Budget
 
 __all__ = ["Alternative", "Tradeoff", "TradeoffRow", "explain", "tradeoff"]
 
@@ -46,7 +47,7 @@ class TradeoffRow:
 
 @dataclass(frozen=True, slots=True)
 class Tradeoff:
-    """Budgets from large to small, down to the least that can be reached; ``unit`` is ``"macs"`` or ``"params"``.
+    """Budgets from large to small, down to the least that can be reached; ``unit`` is ``"macs"``, ``"params"`` or ``"latency:RUNTIME"``.
 
     ``layers`` are those that could be cut, over which errors are averaged; ``calibrated`` says that errors are weighted by what calibration saw.
     """
@@ -55,6 +56,11 @@ class Tradeoff:
     rows: tuple[TradeoffRow, ...]
     layers: tuple[str, ...] = ()
     calibrated: bool = False
+
+    @property
+    def words(self) -> str:
+        """The unit, for people."""
+        return {"macs": "MACs", "params": "parameters"}.get(self.unit, self.unit.replace("latency:", "time in "))
 
     def to_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -77,45 +83,57 @@ class Alternative:
 
     Attributes:
         decision: a factorization, or ``Keep``.
-        cost: MACs of all calls of the layer (parameters without example inputs).
+        cost: of all calls of the layer in the unit asked for: MACs, parameters, or seconds.
         error: |W - W'|_F / |W|_F; with calibration in the metric that was learnt.
         chosen: whether the plan does this.
     """
 
     decision: Decision
-    cost: int
+    cost: int | float
     error: float
     chosen: bool
 
 
-def tradeoff(model: nn.Module, *, example_inputs: Any = None, shares: Sequence[float] = SHARES, calibration: Any = None, **options: Any) -> Tradeoff:
-    """The least error at each budget: MACs with example inputs, else parameters. The model is not touched.
+def tradeoff(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    shares: Sequence[float] = SHARES,
+    by: str | None = None,
+    calibration: Any = None,
+    **options: Any,
+) -> Tradeoff:
+    """The least error at each budget. The model is not touched.
 
     Args:
         model: any module.
         example_inputs: as for ``decompose``.
         shares: of the whole network; those below what can be reached are left out.
+        by: ``"macs"``, ``"params"``, ``"latency"`` (in onnxruntime) or ``"latency:RUNTIME"``; MACs with example inputs, else parameters, where None.
+            Shares of time are foretold by the measured times of layers and chains; plans themselves are raced.
         calibration: as for ``decompose``.
         options: ``method``, ``include``, ``exclude``, ``guard``, ``round_to``, ``device``, ``effective_weights`` as for ``decompose``.
 
     Raises:
         SurgeryTypeError, SurgeryValueError: as for ``plan``.
     """
-    draft, unit = _draft(model, example_inputs, calibration, options)
-    total = getattr(draft.totals, unit)
-    rows = []
-    for share in shares:
-        budget = _share_of(unit, float(share))
-        try:
-            chosen = solve(budget, draft.candidates, draft.totals)
-        except SurgeryError:
-            break  # less cannot be reached
-        rows.append(_row(draft.candidates, chosen, float(share), total))
-    return Tradeoff(unit, tuple(rows), tuple(each.site.name for each in draft.candidates), calibration is not None)
+    unit = _unit(by, example_inputs)
+    draft = _draft(model, unit, example_inputs, calibration, options)
+    family = _family(draft, unit)
+    asked = [_checked(share) for share in shares]
+    rows = tuple(_row(family, share) for share in itertools.takewhile(lambda share: family.floor <= share, asked))
+    return Tradeoff(unit, rows, tuple(each.site.name for each in draft.candidates), calibration is not None)
 
 
 def explain(
-    model: nn.Module, site: str, plan: Plan, *, example_inputs: Any = None, calibration: Any = None, **options: Any
+    model: nn.Module,
+    site: str,
+    plan: Plan,
+    *,
+    example_inputs: Any = None,
+    by: str | None = None,
+    calibration: Any = None,
+    **options: Any,
 ) -> tuple[Alternative, ...]:
     """What a plan does with one layer, among its nearest alternatives by cost, each better in cost or error than all others that were possible.
 
@@ -132,39 +150,59 @@ def explain(
 
     Raises:
         SurgeryValueError: there is no such layer, or nothing can be done with it; the message says why.
+        MissingExtra: the runtime is not installed.
     """
     if site not in plan:
         raise SurgeryValueError(f"explain: {site!r} is no layer of this model: {nearest(site, plan)}")
-    draft, _ = _draft(model, example_inputs, calibration, options)
-    mine = next((c for c in draft.candidates if site in c.site.aliases), None)
-    if mine is None:
+    unit = _unit(by, example_inputs)
+    draft = _draft(model, unit, example_inputs, calibration, options)
+    if not any(site in each.site.aliases for each in draft.candidates):
         raise SurgeryValueError(f"explain: nothing can be done with {site!r}: {getattr(draft[site], 'reason', draft[site])}")
+    mine = next(each for each in _family(draft, unit).candidates if site in each.site.aliases)
     chosen = plan[site]
-    costs = mine.costs
     same = [i for i, decision in enumerate(mine.decisions) if decision == chosen or (isinstance(decision, Keep) and isinstance(chosen, Keep))]
-    place = same[0] if same else int(np.searchsorted(costs, draft.cost_of(mine.site, chosen)))
-    around = range(max(0, place - BESIDE), min(len(costs), place + BESIDE + 1))
-    found = [Alternative(mine.decisions[i], int(costs[i]), float(mine.errors[i]), i in same) for i in around]
-    return tuple(found)
+    sizes = np.array([draft.cost_of(mine.site, decision) for decision in mine.decisions])
+    place = same[0] if same else int(np.abs(sizes - draft.cost_of(mine.site, chosen)).argmin())
+    around = range(max(0, place - BESIDE), min(len(sizes), place + BESIDE + 1))
+    whole = int if unit in ("macs", "params") else float
+    return tuple(Alternative(mine.decisions[i], whole(mine.costs[i]), float(mine.errors[i]), i in same) for i in around)
 
 
-def _draft(model: nn.Module, example_inputs: Any, calibration: Any, options: dict[str, Any]) -> tuple[Draft, str]:
+def _unit(by: str | None, example_inputs: Any) -> str:
+    """What is counted."""
+    if by is None:
+        return "params" if example_inputs is None else "macs"
+    unit = f"latency:{RUNTIMES[0]}" if by == "latency" else by
+    known = ["macs", "params", *(f"latency:{runtime}" for runtime in RUNTIMES)]
+    if unit not in known:
+        raise SurgeryValueError(f"by: {by!r} is none of {known}; {nearest(str(by), known)}")
+    if example_inputs is None and unit != "params":
+        raise SurgeryValueError(f"by: {by!r} needs example_inputs: without them nothing can be counted or timed but parameters")
+    return unit
+
+
+def _draft(model: nn.Module, unit: str, example_inputs: Any, calibration: Any, options: dict[str, Any]) -> Draft:
     usable_model(model)
-    unit = "params" if example_inputs is None else "macs"
     with torch.inference_mode(False):
-        return draft_of(model, _share_of(unit, 1.0), Options(**options), example_inputs, calibration)[0], unit
+        budget = Budget(params=1.0) if unit == "params" else Budget(macs=1.0)
+        return draft_of(model, budget, Options(**options), example_inputs, calibration)[0]
 
 
-def _share_of(unit: str, share: float) -> Budget:
-    return Budget(macs=share) if unit == "macs" else Budget(params=share)
+def _family(draft: Draft, unit: str) -> Solved:
+    """All plans, by cost in a unit."""
+    if unit.startswith("latency:"):
+        with torch.inference_mode(False):
+            return draft.choices_by_time(unit.partition(":")[2])
+    return Solved(unit, "mean", draft.candidates, float(getattr(draft.totals, unit)))
 
 
-def _row(candidates: Sequence[Candidates], chosen: dict[str, Decision], share: float, total: int) -> TradeoffRow:
-    saved, lost, energy, cut = 0.0, 0.0, 0.0, 0
-    for each in candidates:
-        index = each.decisions.index(chosen[each.site.name])
-        saved += each.before - float(each.costs[index])
-        lost += float(each.losses[index])
-        energy += each.energy
-        cut += not isinstance(chosen[each.site.name], Keep)
-    return TradeoffRow(share=share, used=1 - saved / total, error=(lost / energy) ** 0.5 if energy else 0.0, cut=cut)
+def _checked(share: Any) -> float:
+    if not isinstance(share, Real) or isinstance(share, bool) or not 0 < float(share) <= 1:
+        raise SurgeryValueError(f"shares: each must be a share of the network in (0, 1], got {share!r}")
+    return float(share)
+
+
+def _row(family: Solved, share: float) -> TradeoffRow:
+    found = family.at_share(share)
+    energy = sum(each.energy for each in family.candidates)
+    return TradeoffRow(share=share, used=found.share, error=(found.loss / energy) ** 0.5 if energy else 0.0, cut=len(found.cuts))

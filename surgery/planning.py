@@ -26,6 +26,7 @@ from surgery.ranks.rules import Rule, fraction_of
 
 if TYPE_CHECKING:
     from surgery.latency import Stopwatch
+    from surgery.latency.families import Solved
     from surgery.latency.table import Table
     from surgery.ranks.candidates import Candidates, Pays
 
@@ -77,6 +78,7 @@ class Draft(Mapping[str, Decision]):
         self._replay = isinstance(request, Plan)
         self._table: Names | None = None
         self._rule: Rule | None = None
+        self._own: dict[str, Rule] = {}  # rules that a table gives single layers
         if isinstance(request, Plan):
             self._table = Names("ranks (the plan)", dict(request.items()), sites)
         elif isinstance(request, Mapping):
@@ -130,6 +132,9 @@ class Draft(Mapping[str, Decision]):
             return self._ruled_out(site, included)
         if named is None:
             return Keep("not in the plan" if self._replay else "not named")
+        if callable(named.value):
+            self._own[site.name] = named.value
+            return self._ruled_out(site, named)
         return self._explicit(site, named)
 
     def _explicit(self, site: Site, named: Named) -> Decision:
@@ -162,11 +167,8 @@ class Draft(Mapping[str, Decision]):
             return Keep(reason)
         most = most_ranks(site, kind)
         if isinstance(value, Real) and not isinstance(value, Integral):
-            share = float(value)
-            if not 0 < share <= 1:
-                raise SurgeryValueError(f"ranks: {named.key!r}: a fraction must be in (0, 1], got {value}")
-            unit = kind.unit(site.geometry)
-            return _settled(site, kind.from_ranks(site.geometry, [unit * fraction_of(m // unit, share) for m in most]))
+            equal = _fraction(float(value), most, kind.unit(site.geometry), f"ranks: {named.key!r}")
+            return _settled(site, kind.from_ranks(site.geometry, equal))
         ranks = _as_ranks(value, kind, f"ranks: {named.key!r} ({site})")
         for mode, rank, limit in zip(kind.modes, ranks, most, strict=True):
             if rank is not None and rank > limit:
@@ -183,7 +185,7 @@ class Draft(Mapping[str, Decision]):
         """Why a rule is not asked about this site, or None where it is."""
         if site.keep is not None:
             if included is not None and included.exact:
-                raise SurgeryValueError(f"include: {included.key!r} cannot be cut: {site.keep}")
+                raise SurgeryValueError(f"{'include' if self._table is None else 'ranks'}: {included.key!r} cannot be cut: {site.keep}")
             return Keep(site.keep)
         if site.geometry.is_linear and included is None and self._options.method != "svd":
             return Keep("linear layers are cut only where they are named")
@@ -252,12 +254,26 @@ class Draft(Mapping[str, Decision]):
 
         return self._stopwatch.decide(budget, free, self._kinds_for, self.spectra, guards, self._options.round_to, pays)
 
+    def choices_by_time(self, runtime: str) -> Solved:
+        """What could be done with the layers that a budget chose from, by measured time in a runtime.
+
+        Raises:
+            SurgeryValueError: no example inputs.
+            MissingExtra: the runtime is not installed.
+        """
+        if self._stopwatch is None:
+            raise SurgeryValueError("latency: needs the model and its example_inputs: without them there is nothing to time")
+        budget = Budget(latency=0.5, runtime=runtime)
+        guards = partial(_macs_and_params, guard=self._options.guard)
+        free = [each.site for each in self.candidates]
+        return self._stopwatch.choices(budget, free, self._kinds_for, self.spectra, guards, self._options.round_to)
+
     def _kinds_for(self, site: Site) -> Sequence[Blockwise]:
         return all_kinds() if self._options.method == AUTO else [self._kind(site)]
 
     def _by_rule(self, site: Site) -> Decision:
         kind = self._kind(site)
-        rule: Any = self._rule
+        rule: Any = self._own.get(site.name, self._rule)
         answer = rule(site, self.spectra.of(site, kind))
         decision = self._answer(site, kind, answer)
         if isinstance(decision, Factorization):
@@ -281,6 +297,8 @@ class Draft(Mapping[str, Decision]):
             return self._rounded_up(site, answer)
         what = f"the rank rule's answer for {site}"
         full, unit = kind.full_ranks(site.geometry), kind.unit(site.geometry)
+        if isinstance(answer, Real) and not isinstance(answer, Integral):
+            answer = _fraction(float(answer), full, unit, what)
         ranks: list[int | None] = []
         for rank, most in zip(_as_ranks(answer, kind, what, zero=True), full, strict=True):
             if rank is not None and rank > most:
@@ -320,6 +338,13 @@ class Draft(Mapping[str, Decision]):
 def _macs_and_params(site: Site, guard: str) -> list[Callable[[Factorization | None], int]]:
     """Costs that a chain chosen by time must lower as well."""
     return [] if guard != "macs" else [partial(macs_under, site), partial(params_under, site)]
+
+
+def _fraction(share: float, full: Sequence[int], unit: int, what: str) -> list[int]:
+    """In every mode this share of the full rank."""
+    if not 0 < share <= 1:
+        raise SurgeryValueError(f"{what}: a fraction must be in (0, 1], got {share}")
+    return [unit * fraction_of(most // unit, share) for most in full]
 
 
 def _as_ranks(value: Any, kind: Blockwise, what: str, *, zero: bool = False) -> list[int | None]:

@@ -70,12 +70,11 @@ def _cost_bars(axis: Any, report: Report) -> None:
 
 
 def _tradeoff_curve(axis: Any, found: Tradeoff, place: tuple[float, float] | None) -> None:
-    unit = "MACs" if found.unit == "macs" else "parameters"
     axis.plot([row.used for row in found.rows], [row.error for row in found.rows], marker="o", markersize=4, color=NOW)
     if place is not None:
         axis.plot(*place, marker="o", markersize=8, color=ERROR, linestyle="", label="this network")
         axis.legend(fontsize=7, frameon=False)
-    axis.set_xlabel(f"share of the network's {unit}")
+    axis.set_xlabel(f"share of the network's {found.words}")
     axis.set_ylabel("error")
     axis.grid(alpha=0.3)
 

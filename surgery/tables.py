@@ -112,7 +112,7 @@ def tradeoff_table(found: Tradeoff) -> RenderableType:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in (f"share of {found.unit}", "used", "error", "layers cut"):
+    for heading in (f"share of {found.words}", "used", "error", "layers cut"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in found.rows:
         table.add_row(f"{row.share:.2f}", f"{row.used:.3f}", f"{row.error:.3f}", str(row.cut))
@@ -132,7 +132,8 @@ def explain_table(near: Sequence[Alternative]) -> RenderableType:
         data: dict[str, Any] = one.decision.to_json()
         kind = data.pop("kind")
         data.pop("reason", None)
-        table.add_row("->" if one.chosen else "", kind, _ranks(tuple(data.values()) or None), f"{one.cost:,}", f"{one.error:.3f}")
+        cost = f"{one.cost:,}" if isinstance(one.cost, int) else f"{1e3 * one.cost:.3g} ms"
+        table.add_row("->" if one.chosen else "", kind, _ranks(tuple(data.values()) or None), cost, f"{one.error:.3f}")
     return table
 
 

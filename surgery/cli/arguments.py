@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from torch import Tensor, nn
 
+RULES = ("evbmf", "energy", "stable", "budget")  # that may have options after a colon
 Commands = Any
 """What ``ArgumentParser.add_subparsers`` gives."""
 
@@ -68,7 +69,7 @@ def open_model(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
 
 
 def parse_ranks_text(text: str) -> Any:
-    """``--ranks`` as ``surgery.decompose`` takes it: a fraction, a JSON object of layers, the name of a rule, or the path of a plan."""
+    """``--ranks`` as ``surgery.decompose`` takes it: a fraction, a JSON object of layers, a rule by name or package.module:name, a plan's path."""
     if text.lstrip().startswith("{"):
         try:
             return json.loads(text, object_pairs_hook=no_duplicates)
@@ -77,13 +78,26 @@ def parse_ranks_text(text: str) -> Any:
     try:
         value = float(text)
     except ValueError:
+        module, _, name = text.partition(":")
+        if name.isidentifier() and module not in RULES:
+            return own_rule(module, name)
         return text
     return int(text) if text.strip().lstrip("+-").isdigit() else value
 
 
+def own_rule(module: str, name: str) -> Callable[..., Any]:
+    """A rank rule of the user's own."""
+    from surgery.naming import callable_named
+
+    try:
+        return callable_named(module, name, "--ranks", f"rule of that name ({', '.join(RULES)})")
+    except surgery.SurgeryError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
-    ranks_help = "evbmf, evbmf:weaken=W, energy:P, stable, a fraction in (0, 1], a JSON object of layers, a plan's file, or budget:macs=SHARE, "
-    ranks_help += "budget:latency=SHARE,runtime=NAME and the like (default: %(default)s)"
+    ranks_help = "evbmf, evbmf:weaken=W, energy:P, stable, a fraction in (0, 1], a JSON object of layers, a plan's file, budget:macs=SHARE, "
+    ranks_help += "budget:latency=SHARE,runtime=NAME and the like, or package.module:function, a rule of your own (default: %(default)s)"
     parser.add_argument("--ranks", type=parse_ranks_text, default="evbmf", help=ranks_help)
     parser.add_argument(
         "--method",

@@ -18,6 +18,8 @@ def add(commands: Commands) -> None:
     plan.add_argument("--pareto", action="store_true", help="show the least error at every budget")
     plan.add_argument("--picture", metavar="FILE", type=Path, help="draw that")
     plan.add_argument("--explain", metavar="LAYER", help="show what the plan does with a layer among its nearest alternatives")
+    plan.add_argument("--by", metavar="UNIT", help="what both count: macs (the default), params, latency or latency:RUNTIME")
+    plan.add_argument("--diff", metavar="FILE", type=Path, help="show what changes from a saved plan to this one")
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -34,15 +36,19 @@ def _plan(options: argparse.Namespace) -> None:
     if options.pareto or options.picture is not None:
         from surgery.alternatives import tradeoff
 
-        found = tradeoff(model, example_inputs=inputs, **chosen)
+        found = tradeoff(model, example_inputs=inputs, by=options.by, **chosen)
         if options.picture is not None:
             found.save_picture(options.picture)
         show(options, lambda: tradeoff_table(found), lambda: json.dumps(found.to_data(), indent=1))
     elif options.explain is not None:
         from surgery.alternatives import explain
 
-        near = explain(model, options.explain, plan, example_inputs=inputs, **chosen)
+        near = explain(model, options.explain, plan, example_inputs=inputs, by=options.by, **chosen)
         as_data = [{"decision": a.decision.to_json(), "cost": a.cost, "error": a.error, "chosen": a.chosen} for a in near]
         show(options, lambda: explain_table(near), lambda: json.dumps(as_data, indent=1))
+    elif options.diff is not None:
+        changes = surgery.Plan.load(options.diff).diff(plan)
+        rows = [{"site": c.site, "before": c.before and c.before.to_json(), "after": c.after and c.after.to_json()} for c in changes]
+        show(options, lambda: "\n".join(map(str, changes)) or "nothing changes", lambda: json.dumps(rows, indent=1))
     else:
         show(options, lambda: plan_table(plan), plan.to_json)

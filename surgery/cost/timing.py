@@ -35,8 +35,10 @@ REFERENCE_INPUT = (1, 64, 28, 28)
 TOGETHER = 40  # networks called in turn; that many keep each other's weights out of the caches, as the layers of a network do
 WEIGHTS_TOGETHER = 60_000_000
 ROUNDS = (5, 25)
+FEWEST_ROUNDS = 3  # where even the least number of rounds takes twice as long as it may
 SLOW_SECONDS = 5e-3  # calls that take longer are not repeated before they count
 GROUP_SECONDS = 4.0  # no further rounds are begun after this long
+TOTAL_SECONDS = 240.0  # in all; the later groups get what the earlier ones have left
 SURE = 0.015  # standard error, as a share of the time, at which no further rounds are needed
 SAMPLE_SECONDS = 2e-4  # shorter calls are repeated
 NUMBER_TYPES = {"float16": 10, "float32": 1, "float64": 11}  # of ONNX
@@ -59,6 +61,7 @@ def time_shapes(shapes: Sequence[TimedShape], conditions: Conditions) -> tuple[d
 
     Calls go in turn, one of each shape a round, so that other work on the machine falls on all alike, and weights come from where they come from in
     a network. Each time is taken relative to the reference layer, which is called again and again in between, and the median of the ratios counts.
+    On a slow or busy machine there are fewer rounds, and the spread says so.
 
     Raises:
         MissingExtra: the runtime is not installed.
@@ -73,9 +76,11 @@ def time_shapes(shapes: Sequence[TimedShape], conditions: Conditions) -> tuple[d
         reference = _prepared(reference_shape, conditions)
         typical = _loops_and_time(reference)[1]
         references: list[float] = []
-        for group in _groups(shapes):
+        groups, began = list(_groups(shapes)), time.perf_counter()
+        for number, group in enumerate(groups):
+            left = max(TOTAL_SECONDS - (time.perf_counter() - began), 0.0)
             calls = [_prepared(shape, conditions) for shape in group]
-            entries, seen = _in_turn(calls, reference, _pause(conditions))
+            entries, seen = _in_turn(calls, reference, _pause(conditions), min(GROUP_SECONDS, left / (len(groups) - number)))
             references += seen
             found |= {shape.key: entry for shape, entry in zip(group, entries, strict=True)}
         base = median(references) if references else typical
@@ -134,8 +139,8 @@ def _pause(conditions: Conditions) -> float:
     return 0.002 if conditions.threads > 1 and conditions.runtime == "onnxruntime" else 0.0
 
 
-def _in_turn(calls: Sequence[Call], reference: Call, pause: float) -> tuple[list[Entry], list[float]]:
-    """Times relative to the reference's, and those of the reference in seconds."""
+def _in_turn(calls: Sequence[Call], reference: Call, pause: float, seconds: float = GROUP_SECONDS) -> tuple[list[Entry], list[float]]:
+    """Times relative to the reference's, and those of the reference in seconds; after so many seconds as few rounds as may be."""
     from statistics import median
 
     loops = [_loops_and_time(call)[0] for call in calls]
@@ -150,11 +155,13 @@ def _in_turn(calls: Sequence[Call], reference: Call, pause: float) -> tuple[list
             times = [_sample(call, n, pause) for call, n in zip(calls[start : start + 8], loops[start : start + 8], strict=True)]
             following = _sample(reference, often, pause)
             seen.append(following)
-            for index, seconds in enumerate(times):
-                ratios[start + index].append(2 * seconds / (beside + following))
+            for index, mine in enumerate(times):
+                ratios[start + index].append(2 * mine / (beside + following))
             beside = following
-        late = time.perf_counter() - began > GROUP_SECONDS
-        if number + 1 >= ROUNDS[0] and (late or all(_standard_error(values) < SURE for values in ratios)):
+        taken = time.perf_counter() - began
+        if number + 1 >= ROUNDS[0] and (taken > seconds or all(_standard_error(values) < SURE for values in ratios)):
+            break
+        if number + 1 >= FEWEST_ROUNDS and taken > 2 * seconds:
             break
     return [Entry(median(values), _standard_error(values)) for values in ratios], seen
 

@@ -79,6 +79,8 @@ class Solved:
         return self._share([int(c.costs.argmin()) for c in self.candidates])
 
     def at_share(self, share: float) -> Proposal:
+        if not self.candidates:
+            return Proposal({}, 1.0, 0.0)
         rest = self.total - sum(float(c.before) for c in self.candidates)
         least = sum(float(c.costs.min()) for c in self.candidates)
         solver = least_loss if self.criterion == "mean" else least_worst

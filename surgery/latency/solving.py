@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -82,23 +83,45 @@ class Task:
     def solve(self) -> tuple[dict[str, Decision], LatencyOutcome]:
         """Decisions by name, and what came of them."""
         times = self.times
-        self._tables = {site.name: Table(site, self.kinds(site), times, self.round_to) for site in self.free}
-        times.measure([shape for table in self._tables.values() for shape in table.shapes])
-        if times.foreign and (lacking := [shape for table in self._tables.values() for shape in table.lacking]):
-            raise times.lacks(lacking)
-        candidates = self._candidates(rivals=not times.foreign)
+        candidates = self._timed(rivals=not times.foreign)
         if all(nothing_to_cut(c) for c in candidates):
             slow = no_faster(times.conditions.runtime)
             return {c.site.name: slow for c in candidates}, self._nothing("no chain was measured faster than its layer")
         if times.foreign:
             return self._by_profile_alone(candidates)
+        with self._racing() as race:
+            return self._by_racing(candidates, race)
+
+    def choices(self) -> Solved:
+        """All that could be done, whatever the share that is asked for."""
+        candidates = self._timed(rivals=False)
+        with self._racing() as race:
+            return self._by_time(candidates, race)
+
+    def _timed(self, *, rivals: bool) -> list[Candidates]:
+        """Choices of each layer, when all times that they need are there."""
+        times = self.times
+        self._tables = {site.name: Table(site, self.kinds(site), times, self.round_to) for site in self.free}
+        times.measure([shape for table in self._tables.values() for shape in table.shapes])
+        if times.foreign and (lacking := [shape for table in self._tables.values() for shape in table.lacking]):
+            raise times.lacks(lacking)
+        return self._candidates(rivals=rivals)
+
+    @contextmanager
+    def _racing(self) -> Iterator[Race]:
         with (
-            threads_set(times.conditions.threads),
+            threads_set(self.times.conditions.threads),
             kept_random_states(),
             torch.no_grad(),
             race_against(self.model, self.inputs, self.runtime, self.free) as race,
         ):
-            return self._by_racing(candidates, race)
+            yield race
+
+    def _by_time(self, candidates: Sequence[Candidates], race: Race) -> Solved:
+        """Plans by time, where the network takes as many times as long as these layers alone as it does now."""
+        layers = [shape for c in candidates for shape in timed_layer(c.site, self.times.conditions.runtime)]
+        in_layers = in_terms_of_layers(race.before, layers, self.times.conditions)
+        return self._family(candidates, in_layers * sum(float(c.before) for c in candidates))
 
     def _candidates(self, *, rivals: bool) -> list[Candidates]:
         """Choices of each layer by their times; and, for plans to compare with, by their MACs and by one fraction."""
@@ -132,18 +155,14 @@ class Task:
 
     def _by_racing(self, candidates: Sequence[Candidates], race: Race) -> tuple[dict[str, Decision], LatencyOutcome]:
         """Plan, measure, and correct what the cuts are taken to save by what they did save; then see whether other sorts of plans are better."""
-        layers = [shape for c in candidates for shape in timed_layer(c.site, self.times.conditions.runtime)]
-
-        def by_time(choices: Sequence[Candidates]) -> Solved:
-            return self._family(choices, in_terms_of_layers(race.before, layers, self.times.conditions) * sum(float(c.before) for c in choices))
 
         def mended(proposal: Proposal) -> Family:
             resting = [shape for name, cut in proposal.cuts if isinstance(cut, Factorization) for shape in self._tables[name].around(cut)]
             self.times.measure(resting, anew=True)
-            return by_time(self._candidates(rivals=False))
+            return self._by_time(self._candidates(rivals=False), race)
 
         search = Search(self._asked, race.against)
-        family = by_time(candidates)
+        family = self._by_time(candidates, race)
         replans = search.aim(family, mended)
         for rival in self._rivals() if self.runtime != "compile" else ():  # where to prepare a network takes minutes
             search.challenge(rival)

@@ -19,6 +19,7 @@ from passes.spectra import Spectra
 from surgery.cost.outcome import LatencyOutcome
 from surgery.cost.profile import Entry
 from surgery.cost.timing import Conditions, need, timed_in
+from surgery.latency.families import Solved
 from surgery.latency.solving import Task
 from surgery.latency.table import MARGIN, Table
 from surgery.latency.times import Times, timed_chain, timed_layer, together
@@ -85,6 +86,31 @@ class Stopwatch:
             SurgeryValueError: no example inputs; another device's profile lacks shapes; or the share is out of reach, with the least that is not.
             MissingExtra: the runtime is not installed.
         """
+        decisions, self.outcome = self._task(budget, free, kinds, spectra, guards, round_to, pays).solve()
+        return decisions
+
+    def choices(
+        self,
+        budget: Budget,
+        free: Sequence[Site],
+        kinds: Callable[[Site], Sequence[Blockwise]],
+        spectra: Spectra,
+        guards: Callable[[Site], Sequence[Cost]],
+        round_to: int,
+    ) -> Solved:
+        """All that could be done with these sites under the conditions of a latency budget, whatever its share."""
+        return self._task(budget, free, kinds, spectra, guards, round_to, lambda site: None).choices()
+
+    def _task(
+        self,
+        budget: Budget,
+        free: Sequence[Site],
+        kinds: Callable[[Site], Sequence[Blockwise]],
+        spectra: Spectra,
+        guards: Callable[[Site], Sequence[Cost]],
+        round_to: int,
+        pays: Callable[[Site], Pays | None],
+    ) -> Task:
         runtime = budget.runtime or "onnxruntime"
         if self.example_inputs is None:
             raise SurgeryValueError(f"ranks: {budget} needs example_inputs: without them there is nothing to time")
@@ -92,8 +118,7 @@ class Stopwatch:
         inputs, calls = self._batched(budget.batch)
         free = [site if calls is None else replace(site, calls=calls.get(site.name)) for site in free]
         conditions = Conditions(runtime=timed_in(runtime), threads=budget.threads or torch.get_num_threads(), device=_device_of(inputs))
-        times = Times.of(conditions, budget.profile)
-        task = Task(
+        return Task(
             model=self.model,
             inputs=inputs,
             budget=budget,
@@ -104,10 +129,8 @@ class Stopwatch:
             guards=guards,
             round_to=round_to,
             pays=pays,
-            times=times,
+            times=Times.of(conditions, budget.profile),
         )
-        decisions, self.outcome = task.solve()
-        return decisions
 
     def _times_in(self, runtime: str) -> Times:
         runtime = timed_in(runtime)

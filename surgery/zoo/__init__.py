@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 
 from passes.errors import MissingExtra, SurgeryTypeError, SurgeryValueError, nearest
 from surgery.checkpoint import PLAN_FILE, load, read_architecture
+from surgery.naming import callable_named
 from surgery.record import SurgeryRecord, write_record
 from surgery.zoo.densenet_cifar import densenet40
 from surgery.zoo.resnet_cifar import resnet20, resnet56
@@ -166,28 +166,8 @@ def _timm(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     return model, (1, *size)
 
 
-def _import_failed(module_name: str, factory_name: str, error: BaseException) -> SurgeryValueError:
-    return SurgeryValueError(f"{module_name}:{factory_name}: importing {module_name} failed: {type(error).__name__}: {error}")
-
-
 def _from_factory(module_name: str, factory_name: str) -> nn.Module:
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as ``python -m`` does: modules beside the user's work are found
-    if not all(part.isidentifier() for part in module_name.split(".")):
-        raise SurgeryValueError(f"MODEL: {module_name!r} is no name of a module or registry")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise _import_failed(module_name, factory_name, error) from error
-        raise SurgeryValueError(
-            f"{module_name}:{factory_name}: there is no module {module_name!r}, and no registry of that name (torchvision, timm, surgery)"
-        ) from error
-    except (Exception, SystemExit) as error:  # the user's own code runs here: it may raise anything
-        raise _import_failed(module_name, factory_name, error) from error
-    factory = getattr(module, factory_name, None)
-    if not callable(factory):
-        raise SurgeryValueError(f"{module_name}:{factory_name}: {module_name} has no callable of that name; {nearest(factory_name, dir(module))}")
+    factory = callable_named(module_name, factory_name, "MODEL", "registry of that name (torchvision, timm, surgery)")
     try:
         model = factory()
     except (Exception, SystemExit) as error:  # the user's own code runs here: it may raise anything

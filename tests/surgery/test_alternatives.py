@@ -42,8 +42,27 @@ def test_shares_that_cannot_be_reached_are_left_out(model):
 
 
 def test_a_share_that_means_nothing_is_an_error(model):
-    with pytest.raises(surgery.SurgeryValueError, match="must be an int, or a share"):
+    with pytest.raises(surgery.SurgeryValueError, match=r"each must be a share of the network in \(0, 1\]"):
         surgery.tradeoff(model, shares=(2.0,))
+
+
+@pytest.mark.parametrize(
+    ("by", "inputs", "message"),
+    [("time", X, "did you mean|is none of"), ("latency", None, "needs example_inputs"), ("macs", None, "needs example_inputs")],
+)
+def test_units_that_cannot_be_counted(model, by, inputs, message):
+    with pytest.raises(surgery.SurgeryValueError, match=message):
+        surgery.tradeoff(model, by=by, example_inputs=inputs)
+
+
+def test_parameters_can_be_counted_where_macs_are_known(model):
+    found = surgery.tradeoff(model, by="params", example_inputs=X, shares=(0.5,))
+    assert found.unit == "params"
+    assert found.rows[0].used <= 0.5
+    plan = surgery.plan(model, 0.5, example_inputs=X)
+    params = {a.decision: a.cost for a in surgery.explain(model, "layer2.1.conv1", plan, by="params", example_inputs=X)}
+    macs = {a.decision: a.cost for a in surgery.explain(model, "layer2.1.conv1", plan, by="macs", example_inputs=X)}
+    assert all(params[decision] < macs[decision] for decision in set(params) & set(macs))
 
 
 @pytest.mark.parametrize("ranks", [0.5, Budget(macs=0.5)])
@@ -73,3 +92,12 @@ def test_on_the_command_line(capsys, tmp_path):
     assert main(["plan", "surgery:resnet20", "--ranks", "budget:macs=0.5", "--explain", "layer3.0.conv2"]) == 0
     assert "->" in capsys.readouterr().out
     assert main(["plan", "surgery:resnet20", "--explain", "nothing"]) == 1
+    surgery.plan(make("surgery:resnet20")[0], 0.5, example_inputs=X).save(tmp_path / "half.json")
+    capsys.readouterr()
+    assert main(["plan", "surgery:resnet20", "--ranks", "0.5", "--diff", str(tmp_path / "half.json")]) == 0
+    assert capsys.readouterr().out == "nothing changes\n"
+    assert main(["plan", "surgery:resnet20", "--ranks", "0.4", "--diff", str(tmp_path / "half.json"), "--json"]) == 0
+    changes = json.loads(capsys.readouterr().out)
+    change = next(change for change in changes if change["site"] == "layer3.1.conv2")
+    assert change["before"] == {"kind": "tucker", "rank_out": 32, "rank_in": 32}
+    assert change["after"] == {"kind": "tucker", "rank_out": 26, "rank_in": 26}

@@ -65,6 +65,14 @@ def test_export_and_bench(capsys, tmp_path):
     assert measured["flops_ratio"] > 2
 
 
+def keep_all(site, spectra):
+    return surgery.Keep(f"{len(spectra)} spectra seen")
+
+
+def test_a_rule_of_your_own(capsys):
+    assert out(capsys, "plan", MODEL, "--ranks", f"{__name__}:keep_all").count("2 spectra seen") == 19
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -94,7 +102,17 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_1(capsys, arguments, mess
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["plan"], ["summary", MODEL, "--input-shape", "a"], ["plan", MODEL, "--ranks", "{"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["plan"],
+        ["summary", MODEL, "--input-shape", "a"],
+        ["plan", MODEL, "--ranks", "{"],
+        ["plan", MODEL, "--ranks", "no_such_module:rule"],
+    ],
+)
 def test_wrong_usage_is_exit_code_2(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

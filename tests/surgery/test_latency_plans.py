@@ -28,6 +28,7 @@ from surgery.latency.race import Raced, race_against, with_noise
 from surgery.latency.replan import Attempt, Search, corrected_share
 from surgery.latency.times import timed_chain, timed_layer
 from surgery.options import runtime_of
+from surgery.tables import explain_table, render, tradeoff_table
 from tests.surgery.test_latency import Clock, X, resnet
 
 
@@ -264,6 +265,27 @@ def test_under_a_budget_cuts_that_do_not_pay_are_left_to_others(noisy):
         surgery.SurgeryValueError, match=r"the least that these layers can reach.*no chain was measured faster \(guard='latency:openvino'\)"
     ):
         surgery.plan(model, budget, example_inputs=X, guard="latency:openvino")
+
+
+def test_the_tradeoff_and_the_alternatives_by_measured_time(noisy, tmp_path):
+    pytest.importorskip("matplotlib")
+    device, model = noisy(0.001), two_layers()
+    found = surgery.tradeoff(model, by="latency", example_inputs=X)
+    assert found.unit == "latency:onnxruntime"
+    assert len(found.rows) >= 4
+    assert all(row.used <= row.share for row in found.rows)
+    assert all(a.error < b.error for a, b in itertools.pairwise(found.rows))
+    assert device.races == 0  # by the times of layers; only plans are raced
+    found.save_picture(tmp_path / "p.png")
+    assert "share of time in onnxruntime" in render(tradeoff_table(found))
+    plan = surgery.plan(model, Budget(latency=0.6), example_inputs=X)
+    near = surgery.explain(model, "2", plan, by="latency:onnxruntime", example_inputs=X)
+    assert all(a.cost < b.cost and a.error > b.error for a, b in itertools.pairwise(near))
+    (mine,) = [one for one in near if one.chosen]
+    site = next(site for site in host_for(model, observed=observe(model, X)).sites() if site.name == "2")
+    truth = sum(device.seconds(shape) for shape in timed_chain(site, plan["2"], "onnxruntime"))
+    assert mine.cost == pytest.approx(truth, rel=0.05)
+    assert " ms" in render(explain_table(near))
 
 
 def test_torch_compile_is_timed_by_layers_in_eager_mode_and_raced_as_it_is(monkeypatch):

@@ -172,6 +172,20 @@ def test_a_rule_of_your_own():
     assert cuts(Small(), lambda site, spectra: Tucker(3, 3) if site.name == "conv2" else None) == {"conv2": Tucker(3, 3)}
 
 
+def test_a_rule_of_your_own_for_single_layers():
+    def rule(site, spectra):
+        return Keep("mine") if site.name == "mix" else 0.5
+
+    plan = surgery.plan(Small(), {"re:conv.*|mix": rule, "tail.1": None})
+    assert plan["conv2"] == surgery.plan(Small(), 0.5)["conv2"]
+    assert plan["mix"].reason == "mine"
+    assert plan["tail.1"].reason == "asked to keep it"
+    guarded = surgery.plan(Small(), {"conv1": lambda site, spectra: (15, 3)})
+    assert "would take" in guarded["conv1"].reason  # guards apply to rules, wherever they are
+    with pytest.raises(SurgeryValueError, match="a fraction must be in"):
+        surgery.plan(Small(), lambda site, spectra: 1.5)
+
+
 def test_a_rule_sees_the_spectra():
     seen = {}
     surgery.plan(Small(), lambda site, spectra: seen.setdefault(site.name, spectra) and None)

@@ -22,7 +22,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,19 +128,9 @@ def measure(case: Case, runtime: str, options: argparse.Namespace) -> dict[str, 
     sampling = {"threads": options.threads, "precision": options.precision, "seconds": options.seconds}
     if runtime in FILES:
         (row,) = surgery.benchmark(*case.written(), case.inputs, runtimes=[runtime], **sampling).rows
-        with torch.no_grad():
-            row = replace(row, macs_before=macs(case.before, case.inputs), macs_after=macs(case.after, case.inputs))
     else:
         (row,) = surgery.benchmark(case.before, case.after, case.inputs, runtimes=[runtime], **sampling).rows
     return row.to_data()
-
-
-def macs(net: nn.Module, inputs: Tensor) -> int:
-    from surgery.cost import count_macs
-
-    with count_macs() as counter:
-        net(inputs)
-    return counter.macs
 
 
 def rows(name: str, wanted: list[tuple[str, str]], options: argparse.Namespace) -> Iterator[dict[str, Any]]:

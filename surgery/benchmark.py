@@ -143,22 +143,24 @@ def _timed(runtime: Runtime, before: Ready, after: Ready, inputs: Any, sampling:
 def _of_files(
     before: Path, after: Path, example_inputs: Any, runtimes: Sequence[Runtime], threads: int | None, sampling: Mapping[str, Any]
 ) -> Benchmark:
-    from surgery.benchmarking.files import inputs_for
+    from surgery.benchmarking.files import inputs_for, macs_of_file
 
     for runtime in runtimes:
         if runtime.opens is None:
             raise SurgeryValueError(f"runtimes: {runtime.name!r} reads no ONNX files; onnxruntime and openvino do")
     inputs = inputs_for(before, after, example_inputs)
+    macs = [macs_of_file(file, inputs) for file in (before, after)]
     rows = []
     with threads_set(threads), torch.no_grad():
         for runtime in runtimes:
             if runtime.opens is not None:
-                rows.append(_timed(runtime, runtime.opens(before, inputs), runtime.opens(after, inputs), inputs, sampling))
+                row = _timed(runtime, runtime.opens(before, inputs), runtime.opens(after, inputs), inputs, sampling)
+                rows.append(replace(row, macs_before=macs[0], macs_after=macs[1]))
         used = torch.get_num_threads()
     return Benchmark(
         rows=tuple(rows),
-        macs_before=None,
-        macs_after=None,
+        macs_before=macs[0],
+        macs_after=macs[1],
         threads=used,
         input_shapes=tuple(tuple(t.shape) for t in inputs.values()),
         environment=environment([runtime.name for runtime in runtimes]),

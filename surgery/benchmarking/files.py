@@ -17,7 +17,7 @@ from passes.running import first_line
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["FileInput", "file_inputs", "inputs_for", "made_up"]
+__all__ = ["FileInput", "file_inputs", "inputs_for", "macs_of_file", "made_up"]
 
 TYPES = {1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool}
 TYPES |= {10: torch.float16, 11: torch.float64, 16: torch.bfloat16}  # of onnx.TensorProto
@@ -142,3 +142,14 @@ def inputs_for(before: Path, after: Path, example_inputs: Any) -> dict[str, Tens
                 got = f"{tuple(by_name[one.name].shape)} {by_name[one.name].dtype}"
                 raise SurgeryValueError(f"example_inputs: {file} takes {one}; got {got}")
     return by_name
+
+
+def macs_of_file(file: Path, inputs: Mapping[str, Tensor]) -> int | None:
+    """Of one call with these inputs, by shape inference; None where some shape cannot be told."""
+    from surgery.onnx_files.shapes import network_macs, value_shapes
+
+    model = opened(file)
+    try:
+        return network_macs(model, value_shapes(model, {name: tuple(tensor.shape) for name, tensor in inputs.items()}))
+    except SurgeryError:  # a file whose shapes do not fit together may run all the same
+        return None

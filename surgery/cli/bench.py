@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import surgery
-from surgery.cli.arguments import Commands, add_command, add_rank_arguments, open_model, rank_options, shape, show
+from surgery.cli.arguments import Commands, add_command, add_rank_arguments, is_onnx_file, open_model, rank_options, shape, show
 
 if TYPE_CHECKING:
     from surgery.benchmark import Benchmark
@@ -36,11 +36,15 @@ def add(commands: Commands) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from surgery.benchmarking.table import benchmark_table
 
+    if options.after is not None and not is_onnx_file(options.model):
+        options.wrong(f"{options.after}: MODEL must be an ONNX file too; leave it out to time MODEL against its cut")
     measured = _of_a_cut(options) if options.after is None else _of_files(options)
     show(options, lambda: benchmark_table(measured), measured.to_json)
 
 
 def _of_a_cut(options: argparse.Namespace) -> Benchmark:
+    if is_onnx_file(options.model):
+        options.wrong(f"{options.model}: name the ONNX file to time it against after it")
     if options.size:
         raise surgery.SurgeryValueError("--size: it is for two ONNX files; give --input-shape")
     model, inputs = open_model(options)

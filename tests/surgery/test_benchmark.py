@@ -325,6 +325,9 @@ def test_two_onnx_files(two_files):
     assert row.file_bytes_before == two_files[0].stat().st_size
     assert row.file_bytes_after == two_files[1].stat().st_size
     assert measured.input_shapes == (tuple(X.shape),)
+    model = Small().eval()
+    report = surgery.report(surgery.decompose(model, {"conv2": (2, 2)}, example_inputs=X))
+    assert (row.macs_before, row.macs_after) == (report.macs_before, report.macs_after)
 
 
 def test_what_two_files_refuse(two_files, tmp_path):
@@ -368,6 +371,11 @@ def test_the_command_takes_two_files(two_files, capsys):
     command = ["bench", *map(str, two_files), "--repeats", "8"]
     assert cli.main(command) == 1
     assert "--size batch=N" in capsys.readouterr().err
+    for wrong, message in [(["bench", command[1]], "to time it against"), (["bench", "surgery:resnet20", command[2]], "MODEL must be an ONNX file")]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(wrong)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
     assert cli.main([*command, "--size", "batch=2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["batch"] == 2
     assert cli.main([*command, "--input-shape", "1,3,12,12"]) == 0

@@ -176,11 +176,16 @@ class _Trainer:
             **{name: round(before.get(name, 0.0) + value, 3) for name, value in spent.items()},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "macs": self._count_macs(),
-            "surgery": None if done is None else "decomposed" if any(r.status == "decomposed" for r in done.layers) else "whole",
+            "surgery": None if done is None else self._what_was_done(done),
             "load_average": os.getloadavg()[0],
         }
         self.rows.append(row)
         return row
+
+    def _what_was_done(self, done: surgery.Report) -> str:
+        if self.schedule is not None and self.schedule.whole_again:
+            return "reconstructed"
+        return "decomposed" if any(row.status == "decomposed" for row in done.layers) else "nothing cut"
 
     def _train(self) -> float:
         """One step a batch; the mean loss."""

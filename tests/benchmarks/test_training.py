@@ -132,7 +132,7 @@ def test_scenarios_train_once_what_they_share(pictures, tmp_path):
     assert small < whole
     assert [row["parameters"] for row in cut] == [whole, small, small, small]
     assert [row["parameters"] for row in back] == [whole, small, small, whole]
-    assert [row["surgery"] for row in back] == [None, "decomposed", None, "whole"]
+    assert [row["surgery"] for row in back] == [None, "decomposed", None, "reconstructed"]
     assert cut[1]["macs"] < original[1]["macs"] == back[3]["macs"]
     for rows in (original, cut, back, after):
         assert rows == read_log(folder_of(tmp_path, NETWORK, ALL[(original, cut, back, after).index(rows)], 0))
@@ -182,6 +182,12 @@ def test_runs_of_two_recipes_do_not_mix(pictures, tmp_path):
     with pytest.raises(surgery.SurgeryValueError, match=r"ranks 0\.4, not 0\.9"):
         run(replace(RECIPE, ranks=0.9), ALL[1], pictures, tmp_path)
     run(replace(RECIPE, ranks=0.9), ALL[1], pictures, tmp_path, label="wide", until=2)
+
+
+def test_a_rule_that_keeps_everything_is_told_apart(pictures, tmp_path):
+    rows = run(replace(RECIPE, ranks=1.0), ALL[2], pictures, tmp_path)
+    assert [row["surgery"] for row in rows] == [None, "nothing cut", None, "reconstructed"]
+    assert len({row["parameters"] for row in rows}) == 1
 
 
 def test_a_run_that_diverges_says_so(pictures, tmp_path):

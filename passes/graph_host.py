@@ -12,12 +12,12 @@ from torch import fx, nn
 from passes.chain import Chain, ChainInfo, changed_since_cut, cut_chain, cut_layer, has_hooks, merge, original_layer, pieces_of
 from passes.effective import effective_layer
 from passes.factorization import Factorization
-from passes.fusing import Fusion, layers_of_chains
 from passes.geometry import Geometry, Piece
 from passes.graph_meta import CHAINS
 from passes.host import Host, Undo, site_of
 from passes.kinds import kind_of
 from passes.neighbours import Neighbour, read_neighbours
+from passes.placing import Fusion, layers_of_chains
 from passes.site import Call, Found, Site, find_layers, kept_together
 from passes.watching import Observation, observe_graph
 

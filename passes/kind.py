@@ -21,7 +21,8 @@ class Kind(Protocol):
     """A way to factorize. It knows tensors and geometries only: no modules, no data, no costs.
 
     It sees one group of a layer in forward direction: weights are (C_out, C_in, *kernel) also of transposed layers, and ``geometry.groups`` is 1.
-    ``passes.blockwise`` does the rest. A new kind is one file with one such object, added to ``passes.kinds.KINDS``.
+    ``passes.blockwise`` does the rest. A new kind is one file with one such object, added to ``passes.kinds.KINDS``; or, in a program of one's own,
+    given to ``passes.register_kind``. Weights and MACs of ``shapes`` grow linearly with each rank: budgets count them at few ranks only.
 
     Attributes:
         factorization: the dataclass that holds this kind's ranks.

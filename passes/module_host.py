@@ -13,13 +13,13 @@ from passes.chain import Chain, ChainInfo, chain_module, cut_chain, cut_layer, o
 from passes.effective import effective_layer
 from passes.errors import SurgeryError, SurgeryValueError
 from passes.factorization import Factorization
-from passes.fusing import Fusion, layers_of_chains, place_in_modules
 from passes.geometry import Piece
 from passes.graph_host import GraphHost
 from passes.graph_meta import decomposed_graphs
 from passes.host import Host, Undo, site_of
 from passes.neighbours import Neighbour, read_neighbours, sequence_graph, unproved
 from passes.parity import assert_parity
+from passes.placing import Fusion, layers_of_chains, place_in_modules
 from passes.running import outputs_in_a_row, proof_runs
 from passes.site import Call, Found, Site, find_layers, kept_together, named_groups
 from passes.watching import Observation, observe_module

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from passes.chain import in_format_of, plain_layer
-from passes.fusing import known_calls
 from passes.fusion import batch_norm_piece, fuse, refuses
 from passes.geometry import Geometry, Piece, PieceShape
 from passes.host import Host
 from passes.neighbours import BATCH_NORMS, Neighbour, is_norm
+from passes.placing import known_calls
 from passes.result import Outcome, PassResult
 from passes.site import is_layer
 

@@ -41,15 +41,18 @@ def _cost(site: Site, factorization: Factorization) -> int:
 
 
 def _largest_within(site: Site, kind: Blockwise, budget: int, round_to: int) -> Factorization | None:
-    """The largest rank of a kind with one mode, by bisection: cost grows with rank."""
-    (full,) = kind.full_ranks(site.geometry)
+    """The largest rank of a kind, of several modes the largest share of all, by bisection: cost grows with rank."""
     step = lcm(round_to, kind.unit(site.geometry))
-    low, high = 0, full // step
+    steps = [full // step for full in kind.full_ranks(site.geometry)]
+    low, high = 0, max(steps) if min(steps) else 0
+
+    def at(count: int) -> Factorization:
+        return kind.from_ranks(site.geometry, [step * max(1, own * count // max(steps)) for own in steps])
+
     while low < high:
         middle = (low + high + 1) // 2
-        within = _cost(site, kind.from_ranks(site.geometry, [middle * step])) <= budget
-        low, high = (middle, high) if within else (low, middle - 1)
-    return kind.from_ranks(site.geometry, [low * step]) if low else None
+        low, high = (middle, high) if _cost(site, at(middle)) <= budget else (low, middle - 1)
+    return at(low) if low else None
 
 
 def _error(site: Site, factorization: Factorization, spectra: Spectra) -> float:

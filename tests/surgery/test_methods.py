@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
 import surgery
+from passes import kinds
 from passes.errors import SurgeryError, SurgeryValueError
-from passes.kinds import KINDS, kind_named, kind_of
+from passes.geometry import Geometry
+from passes.kinds import KINDS, kind_named, kind_of, register_kind
 from passes.parity import assert_parity
 from surgery import CP, SVD, Channel, Depthwise, Keep, Spatial, Tucker
 from surgery.cost import chain_macs
@@ -163,6 +166,26 @@ def test_auto_is_never_worse_nor_dearer_than_tucker(inputs):
             assert best.error <= usual.error + 1e-9
             assert best.macs_after <= usual.macs_after if inputs is not None else best.params_after <= usual.params_after
     assert len(kinds) > 2
+
+
+def test_auto_takes_kinds_of_several_modes_too(monkeypatch):
+    tucker = kind_named("tucker")
+
+    @dataclass(frozen=True, slots=True)
+    class Twin(Tucker):
+        kind = "twin"
+
+    monkeypatch.setattr(kinds, "_registered", {})
+    register_kind(type("TwinKind", (type(tucker.kind),), {"factorization": Twin})())
+    monkeypatch.setattr(kinds, "KINDS", (kind_named("svd"),))  # and without Tucker's among those to choose from
+    monkeypatch.setattr(kinds, "_registered", kinds._registered | {"tucker": tucker})
+    conv = nn.Conv2d(24, 32, 3)
+    for ranks in ((20, 10), (10, 20), (1, 1)):
+        asked = Tucker(*ranks)
+        (found,) = surgery.plan(nn.Sequential(conv), lambda site, spectra, asked=asked: asked.ranks, method="auto", guard="none").values()
+        assert found.kind in ("tucker", "twin")
+        cost = [sum(s.params for s in kind_of(f).shapes(Geometry.of(conv), f, False)) for f in (found, asked)]
+        assert cost[0] <= cost[1]
 
 
 def test_auto_leaves_explicit_ranks_to_tucker_and_rounds():

@@ -106,14 +106,15 @@ def test_the_reference_is_up_to_date():
 
 
 def test_public_names_say_what_they_take():
-    """Every parameter of a public function or method is spoken of in its docstring, or is one of ``decompose``'s where the docstring points there."""
-    shared = set(inspect.signature(surgery.decompose).parameters)
+    """Every parameter of a public function or method is spoken of in its docstring, or in that of a verb to which the docstring points."""
     for name, item in public():
         for where, function, text in documented(name, item):
             if not text:
                 assert where.endswith("__call__") or item in (passes.GraphHost, passes.ModuleHost), where
                 continue
-            words = set(re.findall(r"\w+", text)) | (shared if "``decompose``" in text else set())
+            verbs = [getattr(surgery, word, None) for word in re.findall(r"``(\w+)``", text)]
+            shared = [parameter for verb in verbs if inspect.isfunction(verb) for parameter in inspect.signature(verb).parameters]
+            words = {*re.findall(r"\w+", text), *shared}
             given = [p for p in inspect.signature(function).parameters.values() if p.name not in ("self", "cls")]
             assert not {p.name for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - words, where
 

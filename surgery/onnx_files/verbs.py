@@ -145,7 +145,10 @@ def plan_onnx(
     round_to: int = DEFAULT.round_to,
     device: torch.device | str | None = DEFAULT.device,
 ) -> Plan:
-    """What ``decompose_onnx`` would do with the same arguments, as a ``Plan``: to read, edit, save, and give it as ``ranks``."""
+    """What ``decompose_onnx`` would do with the same arguments, as a ``Plan``: to read, edit, save, and give it as ``ranks``.
+
+    All arguments are those of ``decompose_onnx``, and so are the errors.
+    """
     options = Options(method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device)
     work = _opened(path, example_inputs, ranks, options, check=False)
     draft, chosen = work.draft(ranks, options), Plan()

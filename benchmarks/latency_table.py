@@ -12,6 +12,16 @@ __all__ = ["draw", "markdown", "recommended"]
 
 Row = dict[str, Any]
 MARKERS = "osD^v<>PX*"
+BY_MACS, BY_TIME = ("macs=0.5 round_to=8",), ("macs=0.5 round_to=8 guard=latency", "latency=0.7")
+BARS = {
+    ("resnet18", BY_MACS): 0.80,
+    ("resnet50", BY_MACS): 0.68,
+    ("vgg16", BY_MACS): 0.72,
+    ("resnet18", BY_TIME): 0.85,
+    ("resnet50", BY_TIME): 0.75,
+    ("vgg16", BY_TIME): 0.85,
+}
+"""What time/FLOPs in onnxruntime should come to at least, by the better of the policies."""
 
 
 def recommended(rows: Iterable[Row]) -> list[Row]:
@@ -41,7 +51,23 @@ def markdown(rows: Sequence[Row]) -> str:
         lines += ["| network | policy | layers cut | FLOPs ratio | time ratio | time/FLOPs | verdict | RMS error | ms before | ms after |"]
         lines += ["|---|---|---:|---:|---:|---:|---|---:|---:|---:|"]
         lines += [_line(row, id(row) in chosen) for row in sorted(group, key=lambda row: row["network"])]
+        lines += _accepted(group) if runtime == "onnxruntime" else []
     return "\n".join(lines) + "\n"
+
+
+def _accepted(group: Sequence[Row]) -> list[str]:
+    """A line for each bar whose rows are there. A row counts where it is faster: one that cuts nothing has a quotient of 1 too."""
+    lines = []
+    for (network, policies), least in BARS.items():
+        rows = [row for row in group if row["network"] == network and row["policy"] in policies]
+        faster = [row for row in rows if row.get("verdict") == "faster"]
+        best = max(faster, key=lambda row: row["quotient"], default=None)
+        if best is not None:
+            reached = "reached" if best["quotient"] >= least else "missed"
+            lines.append(f"- {network}, {' or '.join(policies)}: at least {least:.2f} {reached}: {best['quotient']:.2f} by {best['policy']}")
+        elif rows:
+            lines.append(f"- {network}, {' or '.join(policies)}: at least {least:.2f} missed: no row is faster")
+    return ["", *lines] if lines else []
 
 
 def _conditions(group: Sequence[Row]) -> list[str]:

@@ -16,8 +16,11 @@ __all__ = ["Attempt", "Search", "corrected_share"]
 REPLANS = 3
 NEAR = 0.03  # of the share asked for: closer than this nothing is corrected
 SURPRISING = 0.5  # of what was foretold to be saved: where the race differs by more, the times are not to be trusted
+HOPELESS = 0.10  # of the share asked for: what is foretold to be slower than the best by more is not raced, where what was foretold came true
 SURE = 4.0  # standard errors below the original's time: nearer than this the winner runs once more
 
+Foretold = Callable[[Proposal], float]
+"""The share of time that any plan takes by the times of its layers."""
 Mended = Callable[[Proposal], Family]
 """The family anew, after the times that a plan rests on were measured again."""
 
@@ -79,11 +82,16 @@ class Search:
                 points.append(attempt)
         return max(len(self.tried) - before - 1, 0)
 
-    def challenge(self, family: Family) -> None:
-        """Race a plan of another family that loses no more than the best so far; where it is faster, one that takes the share asked for."""
+    def challenge(self, family: Family, foretold: Foretold | None = None) -> None:
+        """Race a plan of another family that loses no more than the best so far; where it is faster, one that takes the share asked for.
+
+        Where the best plan's race was as the times of layers foretell (``foretold``), they are right, and what is far slower by them need not run.
+        """
         best = self.best
         proposal = family.at_loss(best.proposal.loss) if best.raced.faster else family.at_share(self.asked)
         if proposal is None or not proposal.cuts or self._known(proposal) is not None:
+            return
+        if foretold is not None and self._hopeless(proposal, foretold):
             return
         attempt = self._run(proposal, family)
         if attempt.raced.share >= best.raced.share or attempt.raced.share >= (1 - NEAR) * self.asked:
@@ -114,7 +122,15 @@ class Search:
         return Attempt(best.proposal, best.raced.slower_of(self.race(best.proposal.decisions)), best.family)
 
     def _hit(self, attempt: Attempt) -> bool:
-        return abs(attempt.raced.share - self.asked) <= NEAR * self.asked
+        return self._near(attempt.raced.share, self.asked)
+
+    def _hopeless(self, proposal: Proposal, foretold: Foretold) -> bool:
+        best = self.best
+        right = best.raced.faster and self._near(foretold(best.proposal), best.raced.share)
+        return right and foretold(proposal) > best.raced.share + HOPELESS * self.asked
+
+    def _near(self, one: float, other: float) -> bool:
+        return abs(one - other) <= NEAR * self.asked
 
     def _known(self, proposal: Proposal) -> Attempt | None:
         return next((attempt for attempt in self.tried if attempt.proposal.cuts == proposal.cuts), None)

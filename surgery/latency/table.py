@@ -17,6 +17,7 @@ import numpy as np
 from passes.blockwise import Blockwise
 from passes.factorization import Factorization
 from passes.kind import Rank
+from passes.kinds import kind_of
 from passes.site import Site
 from surgery.cost.profile import TimedShape
 from surgery.latency.times import Times, timed_chain, timed_layer, together
@@ -96,6 +97,10 @@ class Table:
         doubt = interpolated(points.axes, _filled(noise, np.ones_like(noise)), wanted)
         faster = layer.seconds - seconds > np.maximum(BEYOND * doubt, MARGIN * layer.seconds)
         return np.where(faster, seconds + doubt, np.inf)
+
+    def saving(self, factorization: Factorization) -> float:
+        """Seconds that a chain saves, minus infinity where it is not faster beyond noise."""
+        return self.layer(None) - float(self(kind_of(factorization), [[rank] for rank in factorization.ranks]).min())
 
     def pays(self, kind: Blockwise, ranks: Sequence[Sequence[Rank]]) -> Numbers:
         """Which choices of these ranks are faster than the layer beyond noise."""

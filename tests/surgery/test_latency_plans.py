@@ -143,6 +143,17 @@ def test_another_sort_of_plan_that_is_slower_costs_one_race():
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize(("saves", "races"), [(1.0, 1), (0.6, 4)], ids=["the times are right", "the times are wrong"])
+def test_what_is_far_slower_by_times_that_came_true_is_not_raced(saves, races):
+    mine, other = Line(real=lambda s: 1 - saves * (1 - s)), Line("MACs", real=lambda s: 0.3 + 0.7 * s)
+    run, seen = racing(mine, other)
+    search = Search(0.7, run)
+    search.aim(mine, never)
+    search.challenge(other, lambda proposal: proposal.share + 0.2 * (mine.name not in proposal.decisions))
+    assert len(seen) == races
+    assert ("MACs" in dict(seen)) == (saves < 1)
+
+
 def test_where_nothing_is_faster_the_others_are_tried_at_the_share_itself():
     mine, other = Line(real=lambda s: 1.1), Line("MACs", real=lambda s: s)
     run, _ = racing(mine, other)

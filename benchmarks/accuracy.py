@@ -148,7 +148,8 @@ def main() -> None:
                     file.write(json.dumps(row) + "\n")
     if not options.choosing:
         rows = read(options.out)
-        options.out.with_suffix(".md").write_text(table(rows))
+        done = {tuple(row[k] for k in KEY) for row in rows}
+        options.out.with_suffix(".md").write_text(table(rows, ["/".join(map(str, row)) for row in rows_wanted() if row not in done]))
         draw(options.out.with_suffix(".png"), rows)
 
 

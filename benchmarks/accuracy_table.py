@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def groups(rows: Rows) -> list[tuple[str, float]]:
     return [group for group in MOST_LOST if any((row["network"], row["share"]) == group and "score" in row for row in rows)]
 
 
-def table(rows: Rows) -> str:
-    """Markdown: a line for each network, budget and way, means over the draws."""
+def table(rows: Rows, missing: Sequence[str] = ()) -> str:
+    """Markdown: a line for each network, budget and way, means over the draws; and the names of rows that are still to be measured."""
     lines = ["# Accuracy before any training", ""]
     lines += ["| network | MACs | way | score | lost | accepted | parameters | draws | CPU seconds |", "|---|---|---|---|---|---|---|---|---|"]
     for network, share in groups(rows):
@@ -57,6 +58,8 @@ def table(rows: Rows) -> str:
         lines += ["", f"Planning {row['network']} by MACs took {row['cpu_seconds']:.1f} s of CPU time ({row['seconds']:.1f} s by the clock, "]
         lines[-1] += f"load average {row['load_average']:.1f}, threads: {row['threads']})."
     lines += ["", "Means over disjoint draws of calibration examples, in brackets the least and the most; seconds of everything the surgery does."]
+    if missing:
+        lines += ["", f"Still to be measured ({len(missing)}): {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -68,7 +71,7 @@ def draw(out: Path, rows: Rows) -> None:
     """What was lost, for each network and budget, a bar a way: the mean over draws, with the least and the most."""
     from matplotlib.figure import Figure
 
-    panels = groups(rows)
+    panels = [(network, share) for network, share in groups(rows) if any(lost(rows, network, share, way) for way in TITLES)]
     if not panels:
         return
     figure = Figure(figsize=(2.7 * len(panels), 3.8), layout="constrained")

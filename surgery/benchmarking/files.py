@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FileInput", "file_inputs", "inputs_for", "macs_of_file", "made_up"]
 
-TYPES = {1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool}
-TYPES |= {10: torch.float16, 11: torch.float64, 16: torch.bfloat16}  # of onnx.TensorProto
-
 
 @dataclass(frozen=True, slots=True)
 class FileInput:
@@ -47,19 +44,22 @@ def file_inputs(file: Path) -> tuple[FileInput, ...]:
         SurgeryError: it takes something that is no tensor of numbers, or says nothing of a shape.
         OSError: it cannot be read.
     """
+    from surgery.onnx_files.graph import tensor_dtype, true_inputs
+
     graph = opened(file).graph
-    constants = {tensor.name for tensor in graph.initializer}
+    given = true_inputs(graph)
     found = []
     for value in graph.input:
-        if value.name in constants:
+        if value.name not in given:
             continue
         kind = value.type.tensor_type
-        if not value.type.HasField("tensor_type") or kind.elem_type not in TYPES or not kind.HasField("shape"):
+        dtype = tensor_dtype(kind.elem_type)
+        if dtype is None or not kind.HasField("shape"):
             raise SurgeryError(
                 f"{file}: its input {value.name!r} is no tensor of numbers with a known count of dimensions; nothing can be made up for it"
             )
         named = ((dim.dim_value, dim.dim_param or f"{value.name}[{index}]") for index, dim in enumerate(kind.shape.dim))
-        found.append(FileInput(value.name, TYPES[kind.elem_type], tuple(size if size > 0 else name for size, name in named)))
+        found.append(FileInput(value.name, dtype, tuple(size if size > 0 else name for size, name in named)))
     return tuple(found)
 
 

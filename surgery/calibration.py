@@ -24,7 +24,7 @@ from passes.refit import rows
 from passes.running import arguments, kept_random_states, model_errors, private_copy
 from passes.site import Site
 
-__all__ = ["Calibration", "batches_of", "calibrate"]
+__all__ = ["Calibration", "Moments", "batches_of", "calibrate"]
 
 SEED = 0
 
@@ -58,7 +58,7 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
     twin = private_copy(model).eval()
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
-    seen = {site.name: _Moments(site.geometry) for site in sites if site.chain is None and site.keep is None}
+    seen = {site.name: Moments(site.geometry) for site in sites if site.chain is None and site.keep is None}
     handles = [twin.get_submodule(name).register_forward_hook(partial(_note, moments), with_kwargs=True) for name, moments in seen.items()]
     examples = 0
     with kept_random_states(), torch.enable_grad():
@@ -99,7 +99,7 @@ def _without_labels(batch: Any) -> Any:
 
 
 @dataclass(slots=True, eq=False)
-class _Moments:
+class Moments:
     """Sums over what one layer saw and gave."""
 
     geometry: Geometry
@@ -124,7 +124,7 @@ class _Moments:
         return Metric(inputs=inputs, outputs=None if self.outputs is None else self.outputs / max(self.examples, 1))
 
 
-def _note(moments: _Moments, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _note(moments: Moments, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     given, got = next(tensors_in((args, kwargs)), None), next(tensors_in(output), None)
     if given is None or got is None or not moments.geometry.fits(tuple(given.shape)):
         return output

@@ -89,6 +89,10 @@ class OnnxHost(Host):
             sites.append(self._site(layer, None if first == layer.name else first))
         return kept_together(sites) + tuple(self._inner_sites())
 
+    def reads(self) -> dict[str, str]:
+        """By name of a layer or chain, the value that it reads."""
+        return {name: self._graph.nodes[layer.nodes[0]].input[0] for name, layer in self._layers.items()}
+
     def replace(self, site: Site, factorization: Factorization, pieces: Sequence[Piece]) -> tuple[Piece, ...]:
         layer = self._layers[site.name]
         placed = tuple(self._placed(piece, f"{site.name}.{piece.name}.weight", site.dtype) for piece in pieces)

@@ -16,7 +16,9 @@ import torch
 from passes import Decompose, Reconstruct, name_of
 from passes.errors import SurgeryError, SurgeryValueError
 from passes.factorization import Keep
+from passes.metric import Metric
 from passes.site import Site
+from surgery.calibration import Calibration
 from surgery.decompose import DEFAULT, Ranks
 from surgery.export.common import installed, need
 from surgery.inspection import saved_macs
@@ -88,6 +90,7 @@ def decompose_onnx(
     exclude: Any = DEFAULT.exclude,
     guard: str = DEFAULT.guard,
     round_to: int = DEFAULT.round_to,
+    calibration: Any = None,
     device: torch.device | str | None = DEFAULT.device,
     check: bool = True,
     progress: bool = False,
@@ -109,6 +112,8 @@ def decompose_onnx(
         exclude: names or patterns of layers to keep.
         guard: ``"macs"`` or ``"none"``.
         round_to: a rule's ranks are rounded up to a multiple of this.
+        calibration: batches of inputs, each as ``example_inputs``: ranks and factors are then chosen for what these make the layers see, and errors
+            are those of the layers' outputs. (Chains are not corrected for one another, as ``decompose`` does.)
         device: where to compute.
         check: run the file in onnxruntime against the network with its chains merged into single layers, and compare it with the original.
         progress: show progress on stderr where that is a terminal.
@@ -122,13 +127,15 @@ def decompose_onnx(
     options = Options(method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device)
     target = usable_target(out)
     work = _opened(path, example_inputs, ranks, options, check=check)
+    learnt = work.learn(calibration)
     with site_progress(len(work.sites), "decomposing") if progress else nullcontext() as step:
-        draft = work.draft(ranks, options)
+        draft = work.draft(ranks, options, learnt.metrics)
         result = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)(work.host)
     record = read_file_record(work.model)
     reasons = {o.site: o.reason for o in result.outcomes if o.status == "kept" and o.reason is not None}
     chains = {site.name: site.chain for site in work.host.sites()}
     record.plan = Plan({name: chain or Keep(reasons.get(name, "kept")) for name, chain in chains.items()})
+    record.calibrated = learnt.examples if result.modified else record.calibrated
     record.errors |= {o.site: o.error for o in result.outcomes if o.error is not None}
     return _finished(work, record, name_of(Decompose(assignment={})) if result.modified else None, target, cut=True, check=check)
 
@@ -143,6 +150,7 @@ def plan_onnx(
     exclude: Any = DEFAULT.exclude,
     guard: str = DEFAULT.guard,
     round_to: int = DEFAULT.round_to,
+    calibration: Any = None,
     device: torch.device | str | None = DEFAULT.device,
 ) -> Plan:
     """What ``decompose_onnx`` would do with the same arguments, as a ``Plan``: to read, edit, save, and give it as ``ranks``.
@@ -151,7 +159,7 @@ def plan_onnx(
     """
     options = Options(method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device)
     work = _opened(path, example_inputs, ranks, options, check=False)
-    draft, chosen = work.draft(ranks, options), Plan()
+    draft, chosen = work.draft(ranks, options, work.learn(calibration).metrics), Plan()
     for site in work.sites:
         decision = draft[site.name]
         chosen[site.name] = site.chain if site.chain is not None and isinstance(decision, Keep) else decision
@@ -210,9 +218,18 @@ class _Work:
     sites: tuple[Site, ...]
     shapes: Mapping[str, tuple[int, ...]]
 
-    def draft(self, ranks: Ranks, options: Options) -> Draft:
+    def learn(self, calibration: Any) -> Calibration:
+        """What the layers see of batches of inputs; nothing where there are none."""
+        if calibration is None:
+            return Calibration()
+        from surgery.onnx_files.calibrate import calibrate_file
+
+        need("onnxruntime", "calibration of an ONNX file", "export")
+        return calibrate_file(self.model, calibration, self.sites, self.host.reads(), external=has_external_data(self.source))
+
+    def draft(self, ranks: Ranks, options: Options, metrics: Mapping[str, Metric]) -> Draft:
         totals = Totals(params=_params(self.model), macs=self.macs())
-        return Draft(self.sites, ranks, options, totals)
+        return Draft(self.sites, ranks, options, totals, metrics=metrics)
 
     def macs(self) -> int | None:
         return network_macs(self.model, self.shapes) if self.shapes else None

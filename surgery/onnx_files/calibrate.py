@@ -1,0 +1,49 @@
+"""What the layers of an ONNX file see, from batches of inputs: second moments, by onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from passes.errors import SurgeryValueError
+from passes.site import Site
+from surgery.calibration import Calibration, Moments, batches_of
+from surgery.onnx_files.feeds import example_feed
+from surgery.onnx_files.watch import watched
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+__all__ = ["calibrate_file"]
+
+
+def calibrate_file(model: ModelProto, calibration: Any, sites: Sequence[Site], reads: Mapping[str, str], *, external: bool) -> Calibration:
+    """Second moments of what each layer sees. What the output makes of the layers' is not known: a file cannot be differentiated.
+
+    Args:
+        model: the file's; left as it is.
+        calibration: batches, each as ``example_inputs`` of ``decompose_onnx``.
+        sites: those to look at; chains and kept layers are left out.
+        reads: by name of a site the value that it reads.
+        external: write weights in a file of their own.
+
+    Raises:
+        SurgeryValueError, SurgeryTypeError: the batches do not fit, or give numbers that are not finite.
+        SurgeryError: onnxruntime cannot run the file on them.
+    """
+    batches = [calibration] if isinstance(calibration, numpy.ndarray) else batches_of(calibration)
+    seen = {site.name: Moments(site.geometry) for site in sites if site.chain is None and site.keep is None}
+    examples = 0
+    with watched(model, list(dict.fromkeys(reads[name] for name in seen)), external=external) as run:
+        for batch in batches:
+            if batch is None:
+                raise SurgeryValueError("calibration: a batch is None")
+            feed = example_feed(model, batch) or {}
+            values = run(feed)
+            for name, moments in seen.items():
+                if moments.geometry.fits(tuple(values[reads[name]].shape)):
+                    moments.saw(values[reads[name]])
+            examples += next((len(tensor) for tensor in feed.values() if tensor.ndim), 0)
+    return Calibration(metrics={name: moments.metric(name) for name, moments in seen.items() if moments.positions}, examples=examples)

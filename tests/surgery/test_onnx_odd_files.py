@@ -1,0 +1,418 @@
+"""What is in ONNX files that nobody wrote for us: each is handled, or kept with a reason."""
+
+from __future__ import annotations
+
+import numpy
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+import surgery
+from passes import Decompose, Reconstruct
+from passes.errors import SurgeryError, SurgeryValueError
+from passes.kinds import KINDS, usual_kind
+from passes.parity import assert_parity
+from surgery.onnx_files import OnnxHost
+
+DRAW = numpy.random.default_rng(0)
+EVERYTHING = {"re:.*": 1.0}
+
+
+def draw(*shape, dtype=numpy.float32):
+    return DRAW.standard_normal(shape).astype(dtype)
+
+
+def conv(x, weight, y, name="conv", op="Conv", **attributes):
+    return helper.make_node(op, [x, weight], [y], name=name, **attributes)
+
+
+def model_of(nodes, weights, shape=(2, 4, 9, 10), *, out="y", ir=8, elem=TensorProto.FLOAT, opset=17, more=(), also=()):
+    graph = helper.make_graph(
+        nodes,
+        "odd",
+        [helper.make_tensor_value_info("x", elem, shape), *more],
+        [onnx.ValueInfoProto(name=name) if name != out else helper.make_tensor_value_info(out, elem, None) for name in (out, *also)],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, ir_version=ir, opset_imports=[helper.make_opsetid("", opset)])
+
+
+def run(model, **feed):
+    content = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(y) for y in session.run(None, feed)]
+
+
+def cut(model, method="tucker", only=None):
+    """Every site at full rank (3 where a kind has no spectra)."""
+    host = OnnxHost(model)
+    found = {}
+    for site in host.sites():
+        kind = usual_kind(site.geometry, method)
+        if site.keep is None and kind.refuses(site.geometry) is None and (only is None or site.name in only):
+            ranks = kind.full_ranks(site.geometry) if kind.has_spectra else [3 * kind.unit(site.geometry)]
+            found[site.name] = kind.from_ranks(site.geometry, ranks)
+    return {o.site: o.reason for o in Decompose(assignment=found)(host).outcomes if o.status == "kept"}, found
+
+
+def there_and_back(model, method="tucker", **feed):
+    """Cut, compare, fuse back, compare; what was kept and why."""
+    before = run(model, **feed)
+    kept, found = cut(model, method)
+    assert found
+    made = run(model, **feed)
+    exact = method != "cp"
+    if exact:
+        assert_parity(made, before, tolerance=1e-4)
+    assert {s.name: s.chain for s in OnnxHost(model).sites() if s.chain is not None} == found
+    Reconstruct()(OnnxHost(model))
+    assert_parity(run(model, **feed), made, tolerance=1e-4)
+    return kept
+
+
+def reasons(model):
+    return {site.name: site.keep for site in OnnxHost(model).sites()}
+
+
+PADDINGS = {
+    "odd": {"pads": [0, 1, 2, 3]},
+    "upper": {"auto_pad": "SAME_UPPER", "strides": [2, 3]},
+    "lower": {"auto_pad": "SAME_LOWER", "strides": [2, 1]},
+    "valid": {"auto_pad": "VALID", "dilations": [2, 1]},
+    "nothing said": {},
+    "wide": {"pads": [2, 0, 2, 0], "strides": [2, 1], "dilations": [1, 2], "group": 2},
+}
+
+
+@pytest.mark.parametrize("kind", [k.name for k in KINDS if k.name != "svd"])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_every_padding_in_every_kind(padding, kind):
+    attributes = dict(PADDINGS[padding])
+    into = 4 // attributes.get("group", 1)
+    model = model_of([conv("x", "w", "y", **attributes)], {"w": draw(6, into, 3, 4)})
+    x = draw(2, 4, 9, 10)
+    shape = run(model, x=x)[0].shape
+    host = OnnxHost(model, {"x": (2, 4, 9, 10), "y": tuple(shape)})
+    assert host.sites()[0].geometry.output_shape((2, 4, 9, 10)) == tuple(shape)
+    assert there_and_back(model, kind, x=x) == {}
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "attributes"), [((2, 3, 11), (5, 3, 3), {"pads": [2, 0]}), ((1, 2, 5, 6, 7), (4, 2, 3, 2, 3), {"strides": [1, 2, 1]})]
+)
+def test_one_and_three_dimensions(shape, weight, attributes):
+    model = model_of([conv("x", "w", "y", **attributes)], {"w": draw(*weight)}, shape)
+    assert there_and_back(model, x=draw(*shape)) == {}
+
+
+@pytest.mark.parametrize("kind", [k.name for k in KINDS if k.name != "svd"])
+def test_transposed_layers(kind):
+    attributes = {"strides": [2, 2], "pads": [1, 0, 0, 1], "output_padding": [1, 0], "group": 2}
+    model = model_of([conv("x", "w", "y", op="ConvTranspose", **attributes)], {"w": draw(4, 3, 3, 3)})
+    x = draw(2, 4, 9, 10)
+    assert OnnxHost(model).sites()[0].geometry.output_shape((2, 4, 9, 10)) == tuple(run(model, x=x)[0].shape)
+    assert there_and_back(model, kind, x=x) == {}
+
+
+@pytest.mark.parametrize(
+    ("node", "reason"),
+    [
+        (conv("x", "w", "y", op="ConvTranspose", auto_pad="SAME_UPPER", strides=[2, 2]), "auto_pad=SAME_UPPER"),
+        (conv("x", "w", "y", op="ConvTranspose", output_shape=[20, 21], strides=[2, 2]), "output_shape"),
+    ],
+)
+def test_transposed_layers_that_are_told_their_size_are_kept(node, reason):
+    assert reason in reasons(model_of([node], {"w": draw(4, 3, 3, 3)}))["conv"]
+
+
+def test_linear_layers():
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["m"], name="batched"),
+        helper.make_node("Reshape", ["m", "flat"], ["f"]),
+        helper.make_node("Gemm", ["f", "b", "c"], ["g"], name="biased"),
+        helper.make_node("Gemm", ["g", "d", "one"], ["h"], name="odd_bias", transB=1),
+        helper.make_node("Gemm", ["h", "e"], ["i"], name="shared", transB=1),
+        helper.make_node("Gemm", ["i", "e"], ["y"], name="scaled", alpha=0.5),
+        helper.make_node("MatMul", ["e", "e2"], ["const"], name="const"),
+    ]
+    weights = {"a": draw(6, 5), "b": draw(5, 8), "c": draw(8), "d": draw(7, 8), "e": draw(7, 7), "e2": draw(7, 3), "one": draw(1, 1)}
+    model = model_of(nodes, weights | {"flat": numpy.array([-1, 5])}, (2, 3, 6))
+    assert {name: reason for name, reason in reasons(model).items() if reason} == {
+        "shared": "its weight is shared with scaled (Gemm)",
+        "scaled": "it scales its product or its bias (alpha, beta)",
+    }
+    there_and_back(model, x=draw(2, 3, 6))
+    rows = {site.name: site for site in OnnxHost(model).sites()}
+    assert (rows["biased"].bias is not None, rows["odd_bias"].bias) == (True, None)
+    assert_parity(rows["odd_bias"].weight, torch.from_numpy(weights["d"]))
+
+
+def test_nodes_with_one_weight_are_decided_once_and_share_the_factors(tmp_path):
+    nodes = [conv("x", "w", "a", "first", pads=[1, 1, 1, 1]), conv("a", "w", "b", "second", strides=[2, 2]), conv("b", "v", "y", "third")]
+    model = model_of(nodes, {"w": draw(4, 4, 3, 3), "v": draw(4, 4, 3, 3)})
+    onnx.save(model, tmp_path / "in.onnx")
+    done = surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", {"first": (2, 3), "third": (2, 2)})
+    assert [row.ranks for row in done.report.layers] == [(2, 3), (2, 3), (2, 2)]
+    written = onnx.load(tmp_path / "out.onnx")
+    assert len(written.graph.initializer) == 6
+    assert done.report.params_after == sum(numpy_helper.to_array(t).size for t in written.graph.initializer)
+    with pytest.raises(SurgeryValueError, match="shares its weight"):
+        Decompose(assignment={"first": surgery.Tucker(2, 2), "second": surgery.Tucker(3, 3)})(OnnxHost(model))
+    surgery.reconstruct_onnx(tmp_path / "out.onnx", tmp_path / "out.onnx")
+    back = onnx.load(tmp_path / "out.onnx")
+    assert {t.name: list(t.dims) for t in back.graph.initializer} == {t.name: list(t.dims) for t in model.graph.initializer}
+    assert [list(n.input) for n in back.graph.node] == [list(n.input) for n in model.graph.node]
+
+
+def test_weights_in_constant_nodes_and_behind_identities():
+    tensor = numpy_helper.from_array(draw(6, 4, 3, 3))
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=tensor),
+        helper.make_node("Identity", ["c"], ["i"]),
+        conv("x", "i", "a"),
+        helper.make_node("Identity", ["w"], ["j"]),
+        conv("a", "j", "y", "other"),
+    ]
+    model = model_of(nodes, {"w": draw(5, 6, 3, 3)})
+    x = draw(2, 4, 9, 10)
+    before = run(model, x=x)
+    assert cut(model)[0] == {}
+    assert [n.op_type for n in model.graph.node] == ["Conv"] * 6
+    assert_parity(run(model, x=x), before, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("ir", [3, 8])
+def test_initializers_that_are_inputs_as_well(ir, tmp_path):
+    weights = {"w": draw(6, 4, 3, 3), "b": draw(6)}
+    more = [helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape) for name, value in weights.items()]
+    model = model_of([helper.make_node("Conv", ["x", "w", "b"], ["y"], name="conv")], weights, ir=ir, more=more, opset=8)
+    onnx.save(model, tmp_path / "in.onnx")
+    surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", EVERYTHING)
+    written = onnx.load(tmp_path / "out.onnx")
+    inputs, held = [v.name for v in written.graph.input], [t.name for t in written.graph.initializer]
+    assert "w" not in inputs
+    assert set(inputs) == ({"x", *held} if ir == 3 else {"x", "b"})
+    x = draw(2, 4, 9, 10)
+    assert_parity(run(written, x=x), run(model, x=x), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [numpy.float16, numpy.float64])
+def test_other_dtypes(dtype, tmp_path):
+    elem = helper.np_dtype_to_tensor_dtype(numpy.dtype(dtype))
+    model = model_of([conv("x", "w", "y")], {"w": draw(6, 4, 3, 3, dtype=dtype)}, elem=elem)
+    onnx.save(model, tmp_path / "in.onnx")
+    half = dtype is numpy.float16  # onnxruntime has no convolution in float64
+    done = surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", EVERYTHING, check=half)
+    assert done.report["conv"].error < (1e-2 if half else 1e-12)
+    assert not half or done.difference < 2e-2
+    assert {t.data_type for t in onnx.load(tmp_path / "out.onnx").graph.initializer} == {elem}
+
+
+def test_bfloat16_weights_are_cut_and_written_as_such():
+    model = model_of([conv("x", "w", "y")], {}, elem=TensorProto.BFLOAT16)
+    numbers = torch.randn(6, 4, 3, 3).bfloat16()
+    content = numbers.view(torch.int16).numpy().tobytes()
+    model.graph.initializer.append(helper.make_tensor("w", TensorProto.BFLOAT16, numbers.shape, content, raw=True))
+    assert torch.equal(OnnxHost(model).sites()[0].weight, numbers)
+    assert cut(model)[0] == {}
+    assert {t.data_type for t in model.graph.initializer} == {TensorProto.BFLOAT16}
+    assert float((OnnxHost(model).sites()[0].weight.float() - numbers.float()).norm() / numbers.float().norm()) < 0.02
+
+
+def test_weights_that_are_computed_quantized_or_read_otherwise_are_kept():
+    scale = {"s": numpy.float32(0.1).reshape(()), "z": numpy.zeros((), dtype=numpy.int8)}
+    weights = {"a": draw(4, 4, 1, 1), "b": draw(4, 4, 3, 3), "q": DRAW.integers(-9, 9, (4, 4, 3, 3)).astype(numpy.int8), "e": draw(4, 4, 3, 3)}
+    nodes = [
+        helper.make_node("Mul", ["a", "b"], ["ab"], name="product"),
+        conv("x", "ab", "1", "computed", pads=[1] * 4),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["dq"]),
+        conv("1", "dq", "2", "quantized", pads=[1] * 4),
+        conv("2", "e", "3", "read", pads=[1] * 4),
+        helper.make_node("ReduceSum", ["e"], ["sum"], keepdims=0, name="norm"),
+        helper.make_node("Add", ["3", "sum"], ["4"]),
+        conv("4", "given", "5", "asked", pads=[1] * 4),
+        conv("5", "out", "y", "told", pads=[1] * 4),
+    ]
+    more = [helper.make_tensor_value_info("given", TensorProto.FLOAT, [4, 4, 3, 3])]
+    model = model_of(nodes, weights | scale | {"out": draw(4, 4, 3, 3)}, more=more, also=["out"])
+    shapes = dict.fromkeys(("ab", "dq", "given"), (4, 4, 3, 3))
+    assert {site.name: site.keep for site in OnnxHost(model, shapes).sites()} == {
+        "computed": "its weight is computed by product (Mul)",
+        "quantized": "its weight is quantized (DequantizeLinear)",
+        "read": "its weight is shared with norm (ReduceSum)",
+        "asked": "its weight is an input of the graph",
+        "told": "its weight is shared with an output of the graph",
+    }
+
+
+def test_quantized_and_fused_layers_are_kept():
+    weight = DRAW.integers(0, 9, (4, 4, 3, 3)).astype(numpy.uint8)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["xi"], to=TensorProto.UINT8),
+        helper.make_node("ConvInteger", ["xi", "w"], ["a"], name="integers"),
+        helper.make_node("Cast", ["a"], ["b"], to=TensorProto.FLOAT),
+        helper.make_node("FusedConv", ["b", "v"], ["y"], name="fused", domain="com.microsoft", activation="Relu"),
+    ]
+    assert reasons(model_of(nodes, {"w": weight, "v": draw(4, 4, 3, 3)})) == {
+        "integers": "it is quantized (ConvInteger)",
+        "fused": "it is fused with what follows it (FusedConv)",
+    }
+
+
+def branches(weight):
+    """Two bodies for an If: one convolves what is outside with a weight of its own or of outside, one hands it on."""
+    out = helper.make_tensor_value_info("o", TensorProto.FLOAT, None)
+    inner = {} if weight == "w" else {weight: draw(4, 4, 3, 3)}
+    held = [numpy_helper.from_array(value, name) for name, value in inner.items()]
+    one = helper.make_graph([conv("a", weight, "o", "deep", pads=[1] * 4)], "then", [], [out], held)
+    other = helper.make_graph([helper.make_node("Identity", ["a"], ["o"])], "else", [], [out])
+    return {"then_branch": one, "else_branch": other}
+
+
+@pytest.mark.parametrize("weight", ["own", "w"])
+def test_layers_in_the_bodies_of_other_nodes_are_kept(weight):
+    nodes = [
+        conv("x", "w", "a", "plain", pads=[1] * 4),
+        helper.make_node("ReduceSum", ["a"], ["s"], keepdims=0),
+        helper.make_node("Greater", ["s", "zero"], ["c"]),
+        helper.make_node("If", ["c"], ["y"], name="choice", **branches(weight)),
+    ]
+    model = model_of(nodes, {"w": draw(4, 4, 3, 3), "zero": numpy.float32(0).reshape(())})
+    found = reasons(model)
+    assert found["choice/deep"] == "it is in the body of choice (If)"
+    if weight == "w":
+        assert found["plain"] == "its weight is shared with a graph inside choice (If)"
+    else:
+        x = draw(2, 4, 9, 10)
+        assert there_and_back(model, x=x) == {"choice/deep": "not assigned"}
+
+
+def test_functions_of_the_file_are_opened(tmp_path):
+    body = helper.make_function("own", "Block", ["a", "b"], ["o"], [conv("a", "b", "o", "inside")], [helper.make_opsetid("", 17)])
+    model = model_of([helper.make_node("Block", ["x", "w"], ["y"], name="block", domain="own")], {"w": draw(6, 4, 3, 3)})
+    model.functions.append(body)
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    onnx.save(model, tmp_path / "in.onnx")
+    done = surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", EVERYTHING)
+    assert [row.status for row in done.report.layers] == ["decomposed"]
+
+
+def test_nodes_without_names_or_with_the_same():
+    nodes = [conv("x", "u", "a", ""), conv("a", "v", "b", "twin", pads=[1] * 4), conv("b", "w", "y", "twin", pads=[1] * 4)]
+    model = model_of(nodes, {name: draw(4, 4, 3, 3) for name in "uvw"})
+    assert list(reasons(model)) == ["a", "twin", "twin#2"]
+    cut(model, only=["a", "twin#2"])
+    assert {s.name: s.chain is not None for s in OnnxHost(model).sites()} == {"a": True, "twin": False, "twin#2": True}
+    x = draw(2, 4, 9, 10)
+    made = run(model, x=x)  # which refuses two nodes of one name
+    Reconstruct()(OnnxHost(model))
+    assert [list(node.input) for node in model.graph.node] == [list(node.input) for node in nodes]
+    model.graph.node[2].name = "other"
+    assert_parity(run(model, x=x), made, tolerance=1e-4)
+
+
+def test_weights_in_a_file_of_their_own(tmp_path):
+    model = model_of([conv("x", "w", "y")], {"w": draw(64, 4, 3, 3)})
+    (tmp_path / "in").mkdir()
+    source = tmp_path / "in" / "net.onnx"
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    onnx.save(copy, source, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    done = surgery.decompose_onnx(source, tmp_path / "out.onnx", EVERYTHING)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out.onnx", "out.onnx.data"]
+    assert done.size_bytes == sum((tmp_path / name).stat().st_size for name in ("out.onnx", "out.onnx.data"))
+    x = draw(2, 4, 9, 10)
+    assert_parity(run(tmp_path / "out.onnx", x=x), run(model, x=x), tolerance=1e-4)
+    surgery.reconstruct_onnx(tmp_path / "out.onnx", tmp_path / "out.onnx")
+    assert_parity(run(tmp_path / "out.onnx", x=x), run(model, x=x), tolerance=1e-4)
+    (tmp_path / "in" / "weights.bin").unlink()
+    with pytest.raises(SurgeryValueError, match="in other files cannot be read"):
+        surgery.decompose_onnx(source, tmp_path / "again.onnx", EVERYTHING)
+    assert not (tmp_path / "again.onnx").exists()
+
+
+def test_open_sizes_need_an_example(tmp_path):
+    model = model_of([conv("x", "w", "y")], {"w": draw(6, 4, 3, 3)}, ("batch", 4, "height", None))
+    path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(model, path)
+    for ranks in (surgery.Budget(macs=0.7), EVERYTHING):
+        with pytest.raises(SurgeryValueError, match=r"open the sizes of x \(\? x 4 x \? x \?\)"):
+            surgery.decompose_onnx(path, out, ranks)
+    unchecked = surgery.decompose_onnx(path, out, EVERYTHING, check=False)
+    assert (unchecked.rounding, unchecked.report.macs_before) == (None, None)
+    done = surgery.decompose_onnx(path, out, surgery.Budget(macs=0.7), example_inputs=draw(1, 4, 20, 30))
+    assert done.report.macs_before == 6 * 4 * 9 * 18 * 28
+    assert surgery.report_onnx(out).macs_before == done.report.macs_before  # the sizes are in the file
+    assert surgery.reconstruct_onnx(out, tmp_path / "back.onnx").rounding < 1e-5
+    assert run(out, x=draw(3, 4, 7, 8))[0].shape == (3, 6, 5, 6)
+
+
+def test_several_inputs_of_several_types(tmp_path):
+    nodes = [conv("x", "w", "a"), helper.make_node("Gather", ["t", "n"], ["s"]), helper.make_node("Add", ["a", "s"], ["y"])]
+    more = [helper.make_tensor_value_info("n", TensorProto.INT64, [])]
+    model = model_of(nodes, {"w": draw(6, 4, 3, 3), "t": draw(5)}, more=more)
+    path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(model, path)
+    assert surgery.decompose_onnx(path, out, EVERYTHING).difference < 1e-4
+    assert surgery.decompose_onnx(path, out, EVERYTHING, example_inputs={"n": torch.tensor(4), "x": draw(2, 4, 9, 10)}).difference < 1e-4
+    assert surgery.decompose_onnx(path, out, EVERYTHING, example_inputs=(draw(2, 4, 9, 10), numpy.array(3))).difference < 1e-4
+    with pytest.raises(SurgeryValueError, match="has 2 inputs"):
+        surgery.decompose_onnx(path, out, EVERYTHING, example_inputs=draw(2, 4, 9, 10))
+    with pytest.raises(SurgeryError, match="give example_inputs that the network takes"):
+        surgery.decompose_onnx(path, out, EVERYTHING, example_inputs=(draw(2, 4, 9, 10), numpy.array(9)))
+
+
+def test_shapes_that_inference_does_not_tell_are_measured(tmp_path):
+    nodes = [
+        helper.make_node("NonZero", ["mask"], ["places"]),
+        helper.make_node("Shape", ["places"], ["two"]),
+        helper.make_node("Gather", ["two", "last"], ["n"], axis=0),
+        helper.make_node("Concat", ["front", "n"], ["size"], axis=0),
+        helper.make_node("Resize", ["x", "", "", "size"], ["big"], mode="nearest"),
+        conv("big", "w", "y"),
+    ]
+    held = {"mask": numpy.array([1, 0, 1, 1, 1, 1, 1], dtype=numpy.float32), "last": numpy.array([1]), "front": numpy.array([2, 4, 8])}
+    onnx.save(model_of(nodes, held | {"w": draw(6, 4, 3, 3)}), tmp_path / "in.onnx")
+    done = surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", surgery.Budget(macs=0.8))
+    assert done.report.macs_before == 2 * 6 * 4 * 9 * 6 * 4
+    assert surgery.report_onnx(tmp_path / "out.onnx").macs_after == done.report.macs_after
+
+
+def test_ranks_by_what_the_layers_see(tmp_path):
+    """Inputs of which three channels are made from one: a rank that loses much of the weight loses nothing of the outputs."""
+    model = model_of([conv("x", "w", "y")], {"w": draw(16, 4, 3, 3)})
+    onnx.save(model, tmp_path / "in.onnx")
+    few = [numpy.repeat(draw(2, 1, 9, 10), 4, axis=1) for _ in range(2)]
+    how = {"ranks": {"conv": (None, 1)}, "example_inputs": few[0]}
+    blind = surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "blind.onnx", **how)
+    seeing = surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "seeing.onnx", calibration=few, **how)
+    assert blind.report["conv"].error > 0.3
+    assert (seeing.report.calibrated, blind.report.calibrated) == (4, 0)
+    x = numpy.repeat(draw(2, 1, 9, 10), 4, axis=1)
+    expected = run(model, x=x)
+    assert_parity(run(tmp_path / "seeing.onnx", x=x), expected, tolerance=1e-3)
+    with pytest.raises(AssertionError):
+        assert float((run(tmp_path / "blind.onnx", x=x)[0] - expected[0]).norm() / expected[0].norm()) < 0.1
+    with pytest.raises(SurgeryValueError, match="the file takes 2 x 4 x 9 x 10"):
+        surgery.plan_onnx(tmp_path / "in.onnx", 0.5, calibration=[draw(2, 3, 9, 10)])
+
+
+def test_metadata_of_ours_that_cannot_be_read_are_named():
+    model = model_of([conv("x", "w", "y")], {"w": draw(6, 4, 3, 3)})
+    model.metadata_props.add(key="surgery.record", value="[1, 2]")
+    with pytest.raises(SurgeryValueError, match=r"'surgery\.record' of this ONNX file cannot be read"):
+        OnnxHost(model)
+
+
+def test_an_optimized_file_is_no_longer_taken_for_its_chains(tmp_path):
+    onnx.save(model_of([conv("x", "w", "y")], {"w": draw(6, 4, 3, 3)}), tmp_path / "in.onnx")
+    surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "cut.onnx", EVERYTHING)
+    model = onnx.load(tmp_path / "cut.onnx")
+    for number, node in enumerate(model.graph.node):
+        node.name = f"node_{number}"
+    onnx.save(model, tmp_path / "renamed.onnx")
+    assert [row.status for row in surgery.report_onnx(tmp_path / "renamed.onnx").layers] == ["kept"] * 3
+    with pytest.raises(SurgeryValueError, match="its plan names 1, but the nodes"):
+        surgery.reconstruct_onnx(tmp_path / "renamed.onnx", tmp_path / "back.onnx")

@@ -12,6 +12,7 @@ __all__ = [
     "SurgeryTypeError",
     "SurgeryValueError",
     "nearest",
+    "true_or_false",
 ]
 
 
@@ -33,6 +34,16 @@ class ParityError(SurgeryError, RuntimeError):
 
 class MissingExtra(SurgeryError, ImportError):
     """An optional dependency is needed and absent; the message names the extra to install."""
+
+
+def true_or_false(argument: str, value: object) -> None:
+    """Refuse what is no bool: a text such as ``"no"`` would count as true.
+
+    Raises:
+        SurgeryTypeError: it is none.
+    """
+    if not isinstance(value, bool):
+        raise SurgeryTypeError(f"{argument}: expected True or False, got {value!r}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,6 +11,8 @@ from passes.errors import SurgeryTypeError, SurgeryValueError
 
 __all__ = ["Decision", "Factorization", "Keep"]
 
+LARGEST = 2**31 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Factorization:
@@ -29,6 +31,8 @@ class Factorization:
                 raise SurgeryTypeError(f"{type(self).__name__}: {field.name} must be {expected}, got {rank!r}")
             if rank < 1:
                 raise SurgeryValueError(f"{type(self).__name__}: {field.name} must be at least 1, got {rank}")
+            if int(rank) > LARGEST:
+                raise SurgeryValueError(f"{type(self).__name__}: {field.name} is larger than any layer ({LARGEST:,} at most)")
             object.__setattr__(self, field.name, int(rank))
         if all(rank is None for rank in self.ranks):
             raise SurgeryValueError(f"{type(self).__name__}: at least one rank must be given; to leave a layer whole use Keep")

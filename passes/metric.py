@@ -21,6 +21,8 @@ __all__ = ["Metric", "unweighted", "weighted"]
 
 FLOOR = 1e-6  # of the mean eigenvalue, added to all: directions that were never seen still have a root
 
+NOTHING = 1e-60  # a mean eigenvalue so small that factors would overflow by its inverse root
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Metric:
@@ -67,7 +69,8 @@ def _root(moment: Tensor, like: Tensor, *, inverse: bool = False) -> Tensor:
     moment = moment.to(like.device, torch.float64)
     values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
     mean = values.mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    roots = (values.clamp(min=0) + FLOOR * mean).sqrt()
+    seen = mean > NOTHING  # where nothing was seen (a dead layer) all directions count alike
+    roots = torch.where(seen, (values.clamp(min=0) + FLOOR * mean).sqrt(), 1.0)
     root: Tensor = (vectors * (roots.reciprocal() if inverse else roots).unsqueeze(-2)) @ vectors.mT
     return root
 

@@ -26,6 +26,7 @@ from passes.site import is_layer, named_groups
 __all__ = [
     "arguments",
     "callable_of",
+    "callers_code",
     "check_initialized",
     "first_line",
     "kept_random_states",
@@ -39,12 +40,14 @@ __all__ = [
     "random_state",
     "run",
     "seed_all",
+    "shorten",
     "tensor_metadata",
     "watch",
 ]
 
 T = TypeVar("T")
 
+LONGEST = 400  # characters of somebody else's error in ours
 SEEDS = (20, 31)  # one a run of a proof
 
 
@@ -155,23 +158,42 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @contextmanager
-def model_errors(model: nn.Module, example_inputs: Any) -> Iterator[None]:
-    """Whatever the model's own code raises on these inputs becomes one error that says so."""
+def model_errors(model: nn.Module, example_inputs: Any, argument: str = "example_inputs") -> Iterator[None]:
+    """Whatever the model's own code raises on these inputs becomes one error that says so, and which argument they were."""
     try:
         yield
     except SurgeryError:
         raise
     except Exception as error:  # the model's own code runs here: it may raise anything
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors_in(example_inputs))
-        raise SurgeryValueError(
-            f"example_inputs: {type(model).__name__} fails on them ({shapes or repr(example_inputs)}): {first_line(error)}"
-        ) from error
+        given = shapes or f"no tensor but {type(example_inputs).__name__}"
+        raise SurgeryValueError(f"{argument}: {type(model).__name__} fails on them ({given}): {first_line(error)}") from error
+
+
+def shorten(text: str) -> str:
+    """The beginning of it: torch's errors may hold whole graphs."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
+
+
+@contextmanager
+def callers_code(what: str) -> Iterator[None]:
+    """Whatever code that the caller gave raises becomes one error that says so. Errors of the file system pass through.
+
+    Raises:
+        SurgeryError: it failed; its own error is the cause.
+    """
+    try:
+        yield
+    except (SurgeryError, OSError):
+        raise
+    except Exception as error:  # code of others: it may raise anything
+        raise SurgeryError(f"{what}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of its text: below it torch lists all overloads of a function."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line}"
+    return f"{type(error).__name__}: {line.removesuffix(', but expected one of:')}"
 
 
 def check_initialized(model: nn.Module) -> None:

@@ -241,7 +241,7 @@ def computes_weight(layer: nn.Module, name: str) -> str | None:
     """
     parameters = [p for p in layer._parameters.values() if p is not None]
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in parameters):
-        raise SurgeryValueError(f"{name or 'the model'}: {type(layer).__name__} has no shape yet; run the model once, then decompose")
+        raise SurgeryValueError(f"{name or 'the model'}: {type(layer).__name__} has no shape yet; run the model once, then come back")
     if parametrize.is_parametrized(layer):
         return "its weight is computed by a parametrization"
     if layer._parameters.get("weight") is None:
@@ -264,6 +264,9 @@ def _unusable(layer: nn.Module) -> str | None:
     weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
     if weight.numel() == 0:
         return "its weight is empty"
+    needed = Geometry.of(layer).weight_shape
+    if tuple(weight.shape) != needed:
+        return f"its weight has the shape {tuple(weight.shape)}, a {type(layer).__name__} of its attributes has {needed}"
     if weight.dtype not in COMPUTING_DTYPES:
         return f"its weight is {weight.dtype}, not floating point of 16 bits or more"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import Any
 
@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from passes.errors import SurgeryValueError, nearest
+from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Decision, Keep
 from surgery.drafting import draft_of
+from surgery.files import as_path, replacing
 from surgery.inspection import usable_model
 from surgery.latency.families import Solved
 from surgery.options import Options
@@ -67,14 +68,21 @@ class Tradeoff:
         return {"unit": self.unit, "rows": [asdict(row) for row in self.rows]}
 
     def save_picture(self, path: Any) -> None:
-        """Error against share, as a picture.
+        """Error against share, as a picture in the format that the file's ending names.
 
         Raises:
             MissingExtra: Matplotlib is not installed.
+            SurgeryValueError: it knows no such format.
+            OSError: the file cannot be written.
         """
         from surgery.plots import tradeoff_figure
 
-        tradeoff_figure(self).savefig(path, dpi=130)
+        file, figure = as_path("path", path), tradeoff_figure(self)
+        known = figure.canvas.get_supported_filetypes()
+        if file.suffix.lower().removeprefix(".") not in known:
+            raise SurgeryValueError(f"path: {file}: the ending names the format, one of {', '.join(f'.{ending}' for ending in sorted(known))}")
+        with replacing(file) as work:
+            figure.savefig(work, dpi=130)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +125,8 @@ def tradeoff(
     Raises:
         SurgeryTypeError, SurgeryValueError: as for ``plan``.
     """
+    if isinstance(shares, str) or not isinstance(shares, Sequence) or not shares:
+        raise SurgeryTypeError(f"shares: expected a list of numbers in (0, 1], got {shares!r}")
     unit = _unit(by, example_inputs)
     draft = _draft(model, unit, example_inputs, calibration, options)
     family = _family(draft, unit)
@@ -152,6 +162,8 @@ def explain(
         SurgeryValueError: there is no such layer, or nothing can be done with it; the message says why.
         MissingExtra: the runtime is not installed.
     """
+    if not isinstance(plan, Plan) or not isinstance(site, str):
+        raise SurgeryTypeError(f"explain: expected the name of a layer and a plan, got {type(site).__name__} and {type(plan).__name__}")
     if site not in plan:
         raise SurgeryValueError(f"explain: {site!r} is no layer of this model: {nearest(site, plan)}")
     unit = _unit(by, example_inputs)
@@ -185,7 +197,15 @@ def _draft(model: nn.Module, unit: str, example_inputs: Any, calibration: Any, o
     usable_model(model)
     with torch.inference_mode(False):
         budget = Budget(params=1.0) if unit == "params" else Budget(macs=1.0)
-        return draft_of(model, budget, Options(**options), example_inputs, calibration)[0]
+        return draft_of(model, budget, _options(options), example_inputs, calibration)[0]
+
+
+def _options(given: dict[str, Any]) -> Options:
+    known = [field.name for field in fields(Options)]
+    for name in given:
+        if name not in known:
+            raise SurgeryTypeError(f"there is no argument {name!r}; beside its own there are {', '.join(known)}")
+    return Options(**given)
 
 
 def _family(draft: Draft, unit: str) -> Solved:

@@ -78,7 +78,8 @@ def benchmark(
 
     Raises:
         SurgeryTypeError: a model is no module, or wrapped, or cannot be copied.
-        SurgeryValueError: an argument is none of those allowed, a network does not accept the inputs, or there is no CUDA device.
+        SurgeryValueError: an argument is none of those allowed, a network does not accept the inputs or gives outputs of other shapes than the
+            other, or there is no CUDA device.
         MissingExtra: a runtime is not installed.
         SurgeryError: a runtime cannot run a network; the message names the runtime or the exporter.
     """
@@ -100,6 +101,7 @@ def benchmark(
         check_runtimes(runtimes)
     with threads_set(threads), torch.no_grad():
         networks = [conditions.network(model) for model in models]
+        _check_alike(networks, conditions.cast(example_inputs))
         rows = tuple(_row(runtime, networks, inputs, sampling) for inputs in conditions.inputs(example_inputs) for runtime in chosen)
         macs = [_macs(network, conditions.cast(example_inputs)) for network in networks]
         told = layer_results(networks[0], networks[1], conditions.cast(example_inputs), runtimes) if layers else ()
@@ -132,6 +134,13 @@ def _model(model: Any) -> nn.Module:
     usable_model(model)
     found: nn.Module = model
     return found
+
+
+def _check_alike(networks: Sequence[nn.Module], example_inputs: Any) -> None:
+    """Times of networks that give different things compare nothing; their numbers may differ, that is what a cut does."""
+    shapes = [[tuple(t.shape) for t in tensors_in(run(network, example_inputs))] for network in networks]
+    if shapes[0] != shapes[1]:
+        raise SurgeryValueError(f"after: its outputs have the shapes {shapes[1]}, those of before {shapes[0]}; give two forms of one network")
 
 
 def _timed(runtime: Runtime, before: Ready, after: Ready, inputs: Any, sampling: Mapping[str, Any]) -> RuntimeResult:

@@ -8,7 +8,7 @@ changes what the network says little, wherever the layer is: so errors of differ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from passes.geometry import Geometry
 from passes.metric import Metric
 from passes.parity import private_inputs, tensors_in
 from passes.refit import rows
-from passes.running import arguments, kept_random_states, model_errors, private_copy
+from passes.running import arguments, callers_code, kept_random_states, model_errors, private_copy
 from passes.site import Site
 
 __all__ = ["Calibration", "Moments", "batches_of", "calibrate"]
@@ -63,9 +63,9 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
     examples = 0
     with kept_random_states(), torch.enable_grad():
         generator = torch.Generator().manual_seed(SEED)
-        for batch in batches:
+        for index, batch in enumerate(batches):
             args, kwargs = arguments(private_inputs(batch))
-            with model_errors(model, batch):
+            with model_errors(model, batch, f"calibration: batch {index}"):
                 output = twin(*args, **kwargs)
             _project(output, generator)
             examples += next((len(t) for t in tensors_in(batch) if t.ndim), 0)
@@ -74,20 +74,26 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
     return Calibration(metrics={name: moments.metric(name) for name, moments in seen.items() if moments.positions}, examples=examples)
 
 
-def batches_of(calibration: Any) -> list[Any]:
+def batches_of(calibration: Any, argument: str = "calibration") -> list[Any]:
     """The batches of what a user gave as ``calibration``: a tensor or a mapping is one batch; in ``(inputs, labels)`` of a loader labels are dropped.
 
     Raises:
         SurgeryTypeError: it cannot be iterated.
-        SurgeryValueError: it holds no batch.
+        SurgeryValueError: it holds no batch, or one without examples.
+        SurgeryError: it fails on the way.
     """
     if isinstance(calibration, Tensor | Mapping):
         return [calibration]
     if not isinstance(calibration, Iterable) or isinstance(calibration, str | bytes):
-        raise SurgeryTypeError(f"calibration: expected batches to iterate over, got {type(calibration).__name__}")
-    batches = [_without_labels(batch) for batch in calibration]
+        raise SurgeryTypeError(f"{argument}: expected batches to iterate over, got {type(calibration).__name__}")
+    with callers_code(f"{argument}: iterating over it failed"):
+        batches = [_without_labels(batch) for batch in calibration]
     if not batches:
-        raise SurgeryValueError("calibration: there is no batch in it")
+        used = "; it is an iterator that was used up: give a list, a DataLoader, or a function" if isinstance(calibration, Iterator) else ""
+        raise SurgeryValueError(f"{argument}: there is no batch in it{used}")
+    for index, batch in enumerate(batches):
+        if any(t.numel() == 0 for t in tensors_in(batch)) and all(t.numel() == 0 for t in tensors_in(batch)):
+            raise SurgeryValueError(f"{argument}: batch {index} holds no example")
     return batches
 
 

@@ -24,9 +24,9 @@ from passes.running import private_copy
 from passes.site import Call, Site
 from passes.watching import FunctionUse
 from surgery.cost.outcome import LatencyOutcome
-from surgery.files import temporary_beside
+from surgery.files import as_path, naming, temporary_beside
 from surgery.inspection import usable_model
-from surgery.plan import Plan
+from surgery.plan import Plan, no_duplicates
 from surgery.record import SiteRecord, SurgeryRecord, passes_of, records_by_name, whole_record, write_record
 from surgery.report import NOT_DECOMPOSED
 from surgery.undoing import Undo, undone_on_error
@@ -36,6 +36,7 @@ __all__ = ["PLAN_FILE", "WEIGHTS_FILE", "load", "read_architecture", "record_fro
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "model.safetensors"
 METADATA = "surgery"
+LARGEST = 2**63 - 1  # of a count: what torch can hold
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -50,12 +51,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         SurgeryValueError: ``path`` exists and is not a folder that ``save`` wrote, or clean-up passes have changed the model's architecture.
         OSError: the folder cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     usable_model(model)
     _check_architecture(model)
-    folder = Path(path).resolve()
-    _check_replaceable(folder)
+    given = as_path("path", path)
+    _check_replaceable(given)
+    folder = given.resolve()
     records = records_by_name(model)
     plan = Plan()
     for site in host_for(model).sites():
@@ -63,11 +66,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         plan[site.name] = site.chain or Keep((known.reason if known else None) or NOT_DECOMPOSED)
     tensors = _tensors_to_write(model)
     metadata = {METADATA: json.dumps(record_to_data(whole_record(model) or SurgeryRecord()))}
-    with temporary_beside(folder) as work:
+    with temporary_beside(folder) as work, naming(given):
         new = work / folder.name
         new.mkdir()
         plan.save(new / PLAN_FILE)
-        save_file(tensors, new / WEIGHTS_FILE, metadata)
+        try:
+            save_file(tensors, new / WEIGHTS_FILE, metadata)
+        except SafetensorError as error:  # of the file system: what is in the tensors was checked
+            raise OSError(f"{given}: its weights cannot be written ({error})") from error
         with undone_on_error() as undo:
             if folder.exists():
                 undo.later(lambda: None if folder.exists() else os.rename(work / "old", folder))
@@ -90,7 +96,7 @@ def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:
         OSError: a file is missing or cannot be read.
     """
     usable_model(fresh_model)
-    folder = Path(path)
+    folder = as_path("path", path)
     plan = Plan.load(folder / PLAN_FILE)
     tensors, metadata = _read_weights(folder / WEIGHTS_FILE)
     record = record_from_text(metadata.get(METADATA, "{}"), folder / WEIGHTS_FILE)
@@ -190,6 +196,8 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
 def _open(file: Path, read: Any) -> Any:
     from safetensors import SafetensorError, safe_open
 
+    with file.open("rb"):  # what the system has against it is said in its own words
+        pass
     try:
         with safe_open(file, framework="pt") as opened:
             return read(opened)
@@ -210,6 +218,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
             if target.shape != tensors[name].shape:
                 shapes = f"{tuple(tensors[name].shape)}, the model needs {tuple(target.shape)}"
                 raise SurgeryValueError(f"{file}: {name!r} has shape {shapes}")
+            if _sort(target.dtype) != _sort(tensors[name].dtype):
+                raise SurgeryValueError(f"{file}: {name!r} is {tensors[name].dtype}, the model needs {target.dtype}")
             if target.is_meta:
                 raise SurgeryValueError(
                     f"fresh_model: its {name!r} is on the meta device and cannot be filled; call fresh_model.to_empty(device=...) first"
@@ -217,6 +227,11 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
             if id(target) not in held:
                 raise SurgeryValueError(f"{file}: {type(model).__name__}.state_dict() gives a copy of {name!r}, so it cannot be filled")
             target.copy_(tensors[name])
+
+
+def _sort(dtype: torch.dtype) -> tuple[bool, bool]:
+    """Between dtypes of one sort numbers can be copied and are what they were, but for rounding."""
+    return dtype.is_floating_point, dtype.is_complex
 
 
 def _check_calls(model: nn.Module, record: SurgeryRecord, file: Path) -> None:
@@ -262,7 +277,9 @@ def record_to_data(record: SurgeryRecord) -> dict[str, Any]:
 def record_from_text(text: str, file: Path) -> SurgeryRecord:
     """The record in a weights file. Its values are only ever shown, so wrong types are all that must be caught."""
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=no_duplicates)
+        if type(data.get("version", 1)) is not int or data.get("version", 1) != 1:
+            raise ValueError(f"version {data['version']!r} is not one that this release reads (1)")
         return SurgeryRecord(
             sites=tuple(
                 SiteRecord(
@@ -308,6 +325,8 @@ def _outline(item: Any) -> Outline:
 def _of(kind: type, value: Any) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"expected {kind.__name__}, got {value!r}")
+    if isinstance(value, int) and not 0 <= value <= LARGEST:
+        raise ValueError(f"expected a count, got {value:.3g}")
     return value
 
 

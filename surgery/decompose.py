@@ -13,14 +13,14 @@ from torch import nn
 
 from passes import Decompose, host_for
 from passes.chain import Chain
-from passes.errors import SurgeryValueError
+from passes.errors import SurgeryValueError, true_or_false
 from passes.factorization import Keep
 from passes.result import PassResult
 from passes.running import private_copy
 from passes.site import Site, is_layer
 from surgery.drafting import draft_of, stopwatch_of
 from surgery.fitting import learn, mend, usable_batches
-from surgery.inspection import look, saved_macs, totals_of, usable_model
+from surgery.inspection import check_not_quantized, look, saved_macs, totals_of, usable_model
 from surgery.options import Options
 from surgery.plan import Plan
 from surgery.planning import Draft
@@ -129,6 +129,8 @@ def decompose(
     options = Options(
         method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device, effective_weights=effective_weights
     )
+    for argument, value in (("inplace", inplace), ("balanced", balanced), ("progress", progress)):
+        true_or_false(argument, value)
     if refine is not None and calibration is None:
         raise SurgeryValueError("refine: needs calibration, batches to polish the factors on")
     batches = None if calibration is None else usable_batches(calibration, refine)
@@ -141,6 +143,7 @@ def decompose(
         target = model if inplace else private_copy(model)
         host = host_for(target, observed=seen.observed, private=not inplace, effective_weights=effective_weights)
         sites = host.sites()
+        check_not_quantized(model, sites)
         metrics, examples = ({}, 0) if batches is None else learn(model, batches, sites)
         teacher = None if batches is None else private_copy(model)
         stopwatch = stopwatch_of(model, example_inputs)
@@ -203,6 +206,8 @@ def plan(
             found by bisection; ``plan.trials`` has what was tried. Replay it with the same ``calibration``.
         max_drop: how far the metric may fall, in its own unit.
     """
+    if evaluate is None and max_drop != 0.0:
+        raise SurgeryValueError("max_drop: it says how far a metric may fall; give the metric as evaluate")
     if evaluate is not None:
         from surgery.gate import gated_plan
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["learn", "mend", "usable_batches"]
 
 
-def usable_batches(calibration: Any, refine: Any = None) -> list[Any]:
+def usable_batches(calibration: Any, refine: Any = None, argument: str = "calibration") -> list[Any]:
     """The batches that a user gave.
 
     Raises:
@@ -34,7 +34,7 @@ def usable_batches(calibration: Any, refine: Any = None) -> list[Any]:
 
     if refine is not None and not isinstance(refine, Refine):
         raise SurgeryTypeError(f"refine: expected surgery.Refine(epochs=..., rate=...), got {refine!r}")
-    return batches_of(calibration)
+    return batches_of(calibration, argument)
 
 
 def learn(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> tuple[Mapping[str, Metric], int]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.factorization import Keep
+from passes.running import callers_code
 from surgery.plan import Plan
 from surgery.ranks.budget import Budget
 
@@ -80,12 +81,13 @@ def _checked(budget: Any, evaluate: Any, max_drop: Any) -> tuple[str, float]:
     shares = {unit: getattr(budget, unit) for unit in ("macs", "params") if isinstance(budget, Budget)}
     unit = next((unit for unit, share in shares.items() if isinstance(share, float)), None)
     if unit is None:
-        raise SurgeryValueError(f"ranks: with evaluate give the least share that is wanted, for example Budget(macs=0.4); got {budget!r}")
+        raise SurgeryValueError(f"ranks: with evaluate give the least share that is wanted, for example Budget(macs=0.4); got {budget}")
     return unit, shares[unit]
 
 
 def _score(evaluate: Callable[[nn.Module], Any], net: nn.Module) -> float:
-    value = evaluate(net)
+    with callers_code("evaluate: it failed"):
+        value = evaluate(net)
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise SurgeryTypeError(f"evaluate: must give a number, gave {value!r}")
     score = float(value)

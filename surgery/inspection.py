@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,16 +10,16 @@ import torch
 from torch import nn
 
 from passes import Observation, observe
-from passes.errors import SurgeryTypeError
+from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.kinds import kind_of
 from passes.parity import tensors_in
-from passes.running import output_of, private_copy
+from passes.running import check_initialized, output_of, private_copy
 from passes.site import Site
 from surgery.cost import chain_macs, count_macs, site_macs
 from surgery.ranks.budget import Totals
 from surgery.record import unwrap
 
-__all__ = ["Seen", "look", "saved_macs", "totals_of", "usable_model"]
+__all__ = ["Seen", "check_not_quantized", "look", "saved_macs", "totals_of", "usable_model"]
 
 
 def usable_model(model: Any) -> None:
@@ -26,6 +27,7 @@ def usable_model(model: Any) -> None:
 
     Raises:
         SurgeryTypeError: not a module, compiled, wrapped for parallel training, sharded, or TorchScript.
+        SurgeryValueError: it holds itself, or a lazy module of it was never run.
     """
     if not isinstance(model, nn.Module):
         raise SurgeryTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -42,6 +44,22 @@ def usable_model(model: Any) -> None:
             "model: its parameters are shared out over several processes, and a cut needs all of a weight; do the surgery before fully_shard, or "
             "gather them (torch.distributed.checkpoint.state_dict.get_state_dict, full_state_dict=True) into a fresh model, cut that, and shard it"
         )
+    try:
+        check_initialized(model)
+    except RecursionError as error:
+        raise SurgeryValueError("model: a module holds itself, directly or further down, and torch cannot even set its mode; take it out") from error
+
+
+def check_not_quantized(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse a model all of whose layers torch has quantized: silence about layers that are not even listed would mislead.
+
+    Raises:
+        SurgeryTypeError: it is one.
+    """
+    packed = [(name, module) for name, module in model.named_modules() if ".quantized" in type(module).__module__ and hasattr(module, "_weight_bias")]
+    if packed and not sites:
+        name, module = packed[0]
+        raise SurgeryTypeError(f"model: {name or 'it'} ({type(module).__name__}) is quantized, its weight packed; do the surgery before that")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +75,9 @@ def look(model: nn.Module, example_inputs: Any) -> Seen:
     """Run the model once on the example inputs, if there are any: on a copy, which is gone before any other is made."""
     if example_inputs is None:
         return Seen()
+    sizes = [t.numel() for t in tensors_in(example_inputs)]
+    if sizes and not any(sizes):
+        raise SurgeryValueError("example_inputs: they hold no example, all their tensors are empty")
     with count_macs() as counter:
         observed = observe(model, example_inputs)
     if observed.gradients:  # the run without them, which failed, was counted as well

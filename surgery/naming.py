@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from passes.errors import SurgeryValueError, nearest
@@ -38,9 +39,13 @@ def callable_named(module_name: str, name: str, argument: str, other: str) -> Ca
         raise _failed(module_name, name, error) from error
     found = getattr(module, name, None)
     if not callable(found):
-        raise SurgeryValueError(f"{module_name}:{name}: {module_name} has no callable of that name; {nearest(name, dir(module))}")
+        raise SurgeryValueError(f"{module_name}:{name}: {module_name} has no callable of that name; {nearest(name, _callables(module))}")
     made: Callable[..., Any] = found
     return made
+
+
+def _callables(module: ModuleType) -> list[str]:
+    return [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
 
 
 def _failed(module_name: str, name: str, error: BaseException) -> SurgeryValueError:

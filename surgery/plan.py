@@ -6,13 +6,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.factorization import Decision, Factorization, Keep
 from passes.kinds import decision_from_json
-from surgery.files import write_atomically
+from surgery.files import as_path, write_atomically
 
 if TYPE_CHECKING:
     from surgery.cost.outcome import LatencyOutcome
@@ -50,6 +49,8 @@ class Plan(MutableMapping[str, Decision]):
         self._decisions: dict[str, Decision] = {}
         self.latency: LatencyOutcome | None = None  # what a latency budget came to; of the moment, so not saved
         self.trials: tuple[Trial, ...] = ()  # what was tried where a metric of one's own decided; likewise
+        if not isinstance(decisions, Mapping | None):
+            raise SurgeryTypeError(f"plan: expected a mapping from layer names to factorizations, got {type(decisions).__name__}")
         self.update(decisions or {})
 
     def __getitem__(self, name: str) -> Decision:
@@ -86,6 +87,8 @@ class Plan(MutableMapping[str, Decision]):
 
     def diff(self, other: Plan) -> tuple[Change, ...]:
         """What changes from this plan to ``other``, in this plan's order, then the layers that only ``other`` names; empty where nothing does."""
+        if not isinstance(other, Mapping):
+            raise SurgeryTypeError(f"diff: expected another plan, got {type(other).__name__}")
         names = list(dict.fromkeys([*self, *other]))
         return tuple(Change(n, self.get(n), other.get(n)) for n in names if self.get(n) != other.get(n))
 
@@ -101,6 +104,8 @@ class Plan(MutableMapping[str, Decision]):
         Raises:
             SurgeryValueError: not such a text; the message names the layer and field that are wrong.
         """
+        if not isinstance(text, str | bytes | bytearray):
+            raise SurgeryTypeError(f"plan: expected JSON text, got {type(text).__name__}")
         try:
             data = json.loads(text, object_pairs_hook=no_duplicates)
         except (ValueError, RecursionError) as error:
@@ -116,7 +121,7 @@ class Plan(MutableMapping[str, Decision]):
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise SurgeryValueError(f'plan: expected an object with "format": "{FORMAT}"')
-        if data.get("version") != VERSION:
+        if type(data.get("version")) is not int or data["version"] != VERSION:
             raise SurgeryValueError(f"plan: version {data.get('version')!r} is not one that this release reads ({VERSION})")
         if set(data) != {"format", "version", "sites"} or not isinstance(data["sites"], dict):
             raise SurgeryValueError(f'plan: expected the fields "format", "version" and "sites" (an object), got {sorted(data)}')
@@ -130,7 +135,7 @@ class Plan(MutableMapping[str, Decision]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``to_json`` to the file ``path``; an error (``OSError``) leaves whatever was there."""
-        write_atomically(Path(path), self.to_json().encode())
+        write_atomically(as_path("path", path), self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -141,7 +146,7 @@ class Plan(MutableMapping[str, Decision]):
             OSError: it cannot be read.
         """
         try:
-            return cls.from_json(Path(path).read_bytes())
+            return cls.from_json(as_path("path", path).read_bytes())
         except SurgeryValueError as error:
             raise SurgeryValueError(f"{path}: {error}") from error
 

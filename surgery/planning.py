@@ -15,6 +15,7 @@ from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.factorization import Decision, Factorization, Keep
 from passes.kinds import all_kinds, kind_named, kind_of, usual_kind
 from passes.metric import Metric
+from passes.running import callers_code
 from passes.site import Site
 from passes.spectra import Spectra
 from surgery.cost import chain_macs, chain_params, macs_under, params_under, site_macs, site_params
@@ -90,7 +91,12 @@ class Draft(Mapping[str, Decision]):
             )
         elif not isinstance(request, Budget):
             self._rule = request
-        self._include = None if options.include is None else Names("include", as_names("include", options.include), sites, linear_too=linear_too)
+        if self._replay and not request and sites:
+            raise SurgeryValueError(f"ranks: the plan is empty, but the model has {len(sites)} layers; make it by surgery.plan, or name some of them")
+        included = None if options.include is None else as_names("include", options.include)
+        if included == {}:
+            raise SurgeryValueError("include: it names no layer; leave it out to have all looked at")
+        self._include = None if included is None else Names("include", included, sites, linear_too=linear_too)
         self._exclude = None if options.exclude is None else Names("exclude", as_names("exclude", options.exclude), sites, linear_too=True)
         self._decided = {site.name: decision for site in sites if (decision := self._at_once(site)) is not None}
         decisions = [(site, self._decided.get(site.name)) for site in sites]
@@ -190,6 +196,8 @@ class Draft(Mapping[str, Decision]):
         if site.geometry.is_linear and included is None and self._options.method != "svd":
             return Keep("linear layers are cut only where they are named")
         reason = self._kind(site).refuses(site.geometry)
+        if reason is not None and included is not None and included.exact:
+            raise SurgeryValueError(f"include: {included.key!r} cannot be cut: {reason}")
         if reason is None and site.calls == ():
             reason = "the example inputs do not reach it"
         return None if reason is None else Keep(reason)
@@ -274,7 +282,9 @@ class Draft(Mapping[str, Decision]):
     def _by_rule(self, site: Site) -> Decision:
         kind = self._kind(site)
         rule: Any = self._own.get(site.name, self._rule)
-        answer = rule(site, self.spectra.of(site, kind))
+        spectra = self.spectra.of(site, kind)
+        with callers_code(f"ranks: the rank rule fails for {site}"):
+            answer = rule(site, spectra)
         decision = self._answer(site, kind, answer)
         if isinstance(decision, Factorization):
             decision = self._guard(site, decision)
@@ -351,11 +361,12 @@ def _as_ranks(value: Any, kind: Blockwise, what: str, *, zero: bool = False) -> 
     """One rank a mode: an int where the kind has one mode, else a sequence of ints and None."""
     modes = kind.modes
     name = kind.name
+    given = value
     if isinstance(value, Integral) and not isinstance(value, bool):
         value = [value]
     if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) != len(modes):
         expected = "an int" if len(modes) == 1 else f"{len(modes)} ranks ({', '.join('rank_' + m for m in modes)})"
-        raise SurgeryTypeError(f"{what}: {name} takes {expected}, a fraction, a factorization or None, got {value!r}")
+        raise SurgeryTypeError(f"{what}: {name} takes {expected}, a fraction, a factorization or None, got {given!r}")
     least = 0 if zero else 1
     for rank in value:
         if rank is None and len(modes) > 1:

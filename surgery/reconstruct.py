@@ -12,7 +12,7 @@ from torch import nn
 
 from passes import PassResult, Reconstruct, host_for, name_of
 from passes.chain import Chain
-from passes.errors import SurgeryValueError
+from passes.errors import SurgeryValueError, true_or_false
 from passes.result import Outcome
 from passes.running import private_copy
 from surgery.decompose import DEFAULT_STATE, following
@@ -67,6 +67,8 @@ def reconstruct(
 
     Source: Elhoushi et al. 2019, section 3, step 5.
     """
+    true_or_false("foreign", foreign)
+    true_or_false("inplace", inplace)
     usable_model(model)
     if inplace and isinstance(model, Chain):
         raise SurgeryValueError("inplace=True: the model itself is a chain and has no parent to hold its layer; use the layer that is returned")

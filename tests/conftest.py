@@ -14,8 +14,13 @@ from tests.networks import Small
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("SURGERY_DATA", ROOT.parent / "shared" / "data"))
 
+LONG = "SURGERY_LONG" in os.environ  # tries more of what is drawn by chance, and what is slow
 settings.register_profile(
-    "suite", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    "suite",
+    deadline=None,
+    max_examples=2000 if LONG else 40,
+    derandomize=not LONG,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 settings.load_profile("suite")
 

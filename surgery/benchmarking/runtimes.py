@@ -74,7 +74,7 @@ def known(names: Sequence[str]) -> list[Runtime]:
         SurgeryValueError: there is none of a name, no name at all, or no CUDA device.
         MissingExtra: a runtime is not installed.
     """
-    if isinstance(names, str) or not names:
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise SurgeryValueError(f"runtimes: expected a list of names such as ['eager', 'onnxruntime'], got {names!r}")
     for name in names:
         if name not in RUNTIMES:

@@ -43,13 +43,16 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _of_a_cut(options: argparse.Namespace) -> Benchmark:
+    from surgery.benchmarking.runtimes import known
+
     if is_onnx_file(options.model):
         options.wrong(f"{options.model}: name the ONNX file to time it against after it")
     if options.size:
         raise surgery.SurgeryValueError("--size: it is for two ONNX files; give --input-shape")
+    runtimes = (options.runtimes or "eager,onnxruntime").split(",")
+    known(runtimes)  # before minutes are spent on a model
     model, inputs = open_model(options)
     net = surgery.decompose(model, options.ranks, example_inputs=inputs, progress=True, **rank_options(options))
-    runtimes = (options.runtimes or "eager,onnxruntime").split(",")
     return surgery.benchmark(surgery.reconstruct(model), net, inputs, runtimes=runtimes, **_conditions(options))
 
 

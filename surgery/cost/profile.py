@@ -16,7 +16,7 @@ from typing import Any
 
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.geometry import Geometry
-from surgery.files import write_atomically
+from surgery.files import as_path, write_atomically
 from surgery.plan import no_duplicates
 
 __all__ = ["Entry", "Profile", "TimedShape", "cache_file", "read_shapes", "write_shapes"]
@@ -160,13 +160,13 @@ class Profile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``to_json`` to a file, whole or not at all."""
-        write_atomically(Path(path), self.to_json().encode())
+        write_atomically(as_path("path", path), self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """Read a profile's file. ``OSError`` passes through."""
         try:
-            return cls.from_json(Path(path).read_bytes())
+            return cls.from_json(as_path("path", path).read_bytes())
         except SurgeryValueError as error:
             raise SurgeryValueError(f"{path}: {error}") from error
 
@@ -209,7 +209,7 @@ def _opened(text: str | bytes, kind: str) -> dict[str, Any]:
         raise SurgeryValueError(f"profile: not JSON ({error})") from error
     if not isinstance(data, dict) or data.get("format") != kind:
         raise SurgeryValueError(f'profile: expected an object with "format": "{kind}"')
-    if data.get("version") != VERSION:
+    if type(data.get("version")) is not int or data["version"] != VERSION:
         raise SurgeryValueError(f"profile: version {data.get('version')!r} is not one that this release reads ({VERSION})")
     return data
 

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryValueError
+from passes.errors import MissingExtra, ParityError, SurgeryError, SurgeryTypeError, SurgeryValueError, true_or_false
 from passes.parity import assert_parity, difference, private_inputs, tensors_in
-from passes.running import first_line, kept_random_states, private_copy, run, seed_all
+from passes.running import first_line, kept_random_states, private_copy, run, seed_all, shorten
 from surgery.export.inputs import DynamicSize, Openings, Shapes, filled, fresh_inputs, input_names, openings, shapes_of
 from surgery.export.metadata import metadata_of
-from surgery.files import temporary_beside
+from surgery.files import as_path, naming, temporary_beside
 from surgery.inspection import usable_model
 from surgery.undoing import undone_on_error
 
@@ -38,12 +38,10 @@ __all__ = [
     "need",
     "prepare",
     "quiet",
-    "shorten",
     "torch_errors",
     "written",
 ]
 
-LONGEST = 400
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
@@ -134,7 +132,13 @@ def exporting() -> Iterator[None]:
 
 
 def prepare(
-    model: nn.Module, path: str | os.PathLike[str], example_inputs: Any, *, dynamic_batch: bool = False, dynamic_size: DynamicSize = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    check: bool = True,
+    dynamic_batch: bool = False,
+    dynamic_size: DynamicSize = False,
 ) -> Job:
     """All that is wrong with the arguments is found here, before anything is written.
 
@@ -143,11 +147,18 @@ def prepare(
         SurgeryValueError: no such folder; the model does not take the inputs, or no others where dimensions are to be open; they hold no tensor.
     """
     usable_model(model)
-    target = Path(path)
+    target = as_path("path", path)
+    true_or_false("check", check)
+    true_or_false("dynamic_batch", dynamic_batch)
+    if not isinstance(dynamic_size, bool | Mapping):
+        raise SurgeryTypeError(f'dynamic_size: expected True, False or the dimensions of each input, as {{"x": [2, 3]}}, got {dynamic_size!r}')
     if target.is_dir():
         raise SurgeryValueError(f"path: {target} is a folder; give the name of a file in it")
+    if target.exists() and not target.is_file():
+        raise SurgeryValueError(f"path: {target} is a device or a pipe; give the name of a file")
     if not target.parent.is_dir():
         raise SurgeryValueError(f"path: the folder {target.parent} does not exist; make it first")
+    check_numbers(model)
     if next(tensors_in(example_inputs), None) is None:
         raise SurgeryValueError("example_inputs: they hold no tensor, so nothing can be exported")
     twin = private_copy(model, share_parameters=True).eval()
@@ -174,6 +185,17 @@ def prepare(
         layers=layers,
         metadata=metadata_of(model),
     )
+
+
+def check_numbers(model: nn.Module) -> None:
+    """Refuse a model on the meta device.
+
+    Raises:
+        SurgeryValueError: it holds no numbers.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise SurgeryValueError(f"model: {name} is on the meta device and has no numbers; load weights first")
 
 
 def _observed(network: nn.Module, inputs: Any) -> tuple[Any, dict[str, tuple[int, ...]]]:
@@ -298,11 +320,6 @@ def torch_errors(job: Job, to: str) -> Iterator[None]:
         raise SurgeryError(f"torch cannot export {job.title} to {to}: {shorten(first_line(inner))}") from error
 
 
-def shorten(text: str) -> str:
-    """The beginning of it: torch's errors may hold whole graphs."""
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what torch's exporters print, log and warn of: their own deprecations, progress and internals."""
@@ -325,7 +342,7 @@ def installed(target: Path) -> Iterator[Path]:
 
     Either all of them move or none: files that were there before come back where a later one cannot be moved.
     """
-    with temporary_beside(target) as folder:
+    with temporary_beside(target) as folder, naming(target):
         work = folder / target.name
         yield work
         _move([*sorted(p for p in folder.iterdir() if p != work), work], target)

@@ -11,6 +11,7 @@ from torch import nn
 
 from passes.errors import SurgeryValueError
 from passes.factorization import Keep
+from surgery.files import as_path
 from surgery.plan import Plan
 from surgery.report import Report, report
 from surgery.version import __version__
@@ -19,6 +20,7 @@ __all__ = ["KEYS", "PASSES", "PLAN", "exported_plan", "metadata_from", "metadata
 
 PLAN, PASSES = "surgery.plan", "surgery.passes"
 KEYS = (PLAN, PASSES, "surgery.version")
+LONGEST = 1 << 26  # bytes of one of them; plans of the largest networks take a hundredth of it
 
 
 def metadata_of(model: nn.Module) -> dict[str, str]:
@@ -42,12 +44,15 @@ def exported_plan(path: str | os.PathLike[str]) -> Plan:
         SurgeryValueError: the file holds no plan.
         OSError: it cannot be read.
     """
-    file = Path(path)
+    file = as_path("path", path)
     reader = {".onnx": _onnx, ".xml": _openvino, ".pt2": _archive}.get(file.suffix, _archive)
     text = reader(file).get(PLAN)
     if text is None:
         raise SurgeryValueError(f"{file}: it holds no plan; only files that surgery exported do")
-    return Plan.from_json(text)
+    try:
+        return Plan.from_json(text)
+    except SurgeryValueError as error:
+        raise SurgeryValueError(f"{file}: {error}") from error
 
 
 def _onnx(file: Path) -> Mapping[str, str]:
@@ -74,10 +79,19 @@ def _openvino(file: Path) -> Mapping[str, str]:
 
 def _archive(file: Path) -> Mapping[str, str]:
     """TorchScript files and exported programs are zip archives, with what was added to them under ``extra``."""
-    from zipfile import BadZipFile, ZipFile
+    from zipfile import ZipFile
 
+    found = {}
     try:
         with ZipFile(file) as archive:
-            return {key: archive.read(name).decode() for name in archive.namelist() for key in KEYS if name.endswith(f"extra/{key}")}
-    except BadZipFile as error:
+            for entry in archive.infolist():
+                key = next((key for key in KEYS if entry.filename.endswith(f"extra/{key}")), None)
+                if key is not None and entry.file_size > LONGEST:
+                    raise ValueError(f"{key} claims to be of {entry.file_size:,} bytes")
+                if key is not None:
+                    found[key] = archive.read(entry).decode()
+    except OSError:
+        raise
+    except Exception as error:  # zipfile, zlib and the decoders have no family of errors of their own
         raise SurgeryValueError(f"{file}: neither TorchScript nor an exported program ({error})") from error
+    return found

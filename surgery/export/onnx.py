@@ -13,10 +13,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from passes.errors import SurgeryError, SurgeryValueError
+from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import tensors_in
-from passes.running import first_line
-from surgery.export.common import ExportReport, Job, exporting, installed, need, prepare, shorten, torch_errors, written
+from passes.running import first_line, shorten
+from surgery.export.common import ExportReport, Job, exporting, installed, need, prepare, torch_errors, written
 from surgery.export.inputs import DynamicSize, Flat, tensor_names, unique
 from surgery.export.onnx_layers import check_chains, name_layers
 from surgery.export.program import exported_program
@@ -26,6 +26,7 @@ __all__ = ["Exporter", "export_onnx", "needs", "onnx_session", "run_session", "s
 Exporter = Literal["auto", "dynamo", "torchscript"]
 
 NO_KERNEL = ("NOT_IMPLEMENTED", "Type Error")  # how onnxruntime says that it cannot compute in a dtype
+OLDEST_OPSET = 7  # that torch writes
 BRANCH = "GuardOnDataDependentSymNode"  # how torch.export says that the network's way depends on numbers
 
 
@@ -66,7 +67,8 @@ def export_onnx(
         SurgeryValueError: the arguments do not fit the model.
         OSError: the file cannot be written.
     """
-    job = prepare(model, path, example_inputs, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+    _check_opset(opset)
+    job = prepare(model, path, example_inputs, check=check, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
     needs(exporter, "ONNX export", "export")
     if check:
         need("onnxruntime", "the check of an ONNX file", "export")
@@ -78,6 +80,18 @@ def export_onnx(
             return written(job, work, "onnx", exporter=name, load=load, what="onnxruntime", opset=written_opset)
 
     return with_exporter(exporter, attempt, check=check)
+
+
+def _check_opset(opset: Any) -> None:
+    """Before minutes are spent: whether there is such an operator set at all."""
+    from onnx.defs import onnx_opset_version
+
+    if opset is None:
+        return
+    if not isinstance(opset, int) or isinstance(opset, bool):
+        raise SurgeryTypeError(f"opset: expected an int, got {opset!r}")
+    if not OLDEST_OPSET <= opset <= onnx_opset_version():
+        raise SurgeryValueError(f"opset: torch and this onnx know the operator sets {OLDEST_OPSET} to {onnx_opset_version()}, got {opset}")
 
 
 def needs(exporter: Exporter, what: str, extra: str) -> None:

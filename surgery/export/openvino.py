@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from passes.errors import SurgeryError, SurgeryValueError
 from passes.parity import tensors_in
-from passes.running import first_line
-from surgery.export.common import ExportReport, Job, exporting, installed, need, prepare, quiet, shorten, written
+from passes.running import first_line, shorten
+from surgery.export.common import ExportReport, Job, exporting, installed, need, prepare, quiet, written
 from surgery.export.inputs import DynamicSize
 from surgery.export.onnx import Exporter, needs, with_exporter, write_onnx
+from surgery.files import as_path
 
 __all__ = ["export_openvino", "openvino_errors", "openvino_tensor"]
 
@@ -58,9 +59,9 @@ def export_openvino(
         SurgeryValueError: the arguments do not fit the model.
         OSError: the files cannot be written.
     """
-    if Path(path).suffix != ".xml":
+    if as_path("path", path).suffix != ".xml":
         raise SurgeryValueError(f"path: {path} must end in .xml; the weights go into a .bin of the same name")
-    job = prepare(model, path, example_inputs, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+    job = prepare(model, path, example_inputs, check=check, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
     needs(exporter, "OpenVINO export", "openvino")
     need("openvino", "OpenVINO export", "openvino")
 

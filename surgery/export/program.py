@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
@@ -56,14 +57,15 @@ def export_program(
         SurgeryValueError: the arguments do not fit the model.
         OSError: the file cannot be written.
     """
-    job = prepare(model, path, example_inputs, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+    job = prepare(model, path, example_inputs, check=check, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
     args, kwargs = arguments(private_inputs(job.example_inputs))
     network = job.network if _is_plain(job.output) else _PlainOutput(job.network)
     program = exported_program(job, network, args, kwargs, "a torch.export program")
     with installed(job.target) as work:
         with torch_errors(job, "a torch.export program"):
-            torch.export.save(program, _pt2(work), extra_files=job.metadata)
-            _pt2(work).rename(work)
+            content = io.BytesIO()  # where the disk is full, torch's own writing of a file ends the whole process
+            torch.export.save(program, content, extra_files=job.metadata)
+        work.write_bytes(content.getbuffer())
         load = (lambda: _loaded(work)) if check else None
         return written(job, work, "program", exporter="dynamo", load=load, what="the exported program")
 
@@ -103,11 +105,6 @@ def _all_open(job: Job, program: ExportedProgram, to: str) -> None:
                     f"torch cannot export {job.title} to {to} with an open {word}: torch.export fixed dimension {index} of {name!r} at "
                     f"{tensor.shape[index]}, as the network computes with it as with a plain number"
                 )
-
-
-def _pt2(file: Path) -> Path:
-    """The file under a name that ends as torch.export wants it."""
-    return file if file.suffix == ".pt2" else file.with_name(file.name + ".pt2")
 
 
 def _loaded(file: Path) -> Callable[[Any], Any]:

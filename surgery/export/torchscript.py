@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ def export_torchscript(
         SurgeryValueError: the arguments do not fit the model.
         OSError: the file cannot be written.
     """
-    job = prepare(model, path, example_inputs, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+    job = prepare(model, path, example_inputs, check=check, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
     args, kwargs = arguments(private_inputs(job.example_inputs))
     natural = only_tensors([*args, *kwargs.values()]) and _holds(job.output)
     traced = job.network if natural else Flat(job.network, job.example_inputs)
@@ -57,7 +58,9 @@ def export_torchscript(
     with installed(job.target) as work:
         with torch_errors(job, "TorchScript"):
             script: Any = torch.jit.trace(traced, args or None, example_kwarg_inputs=kwargs or None, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
-            torch.jit.save(script, str(work), _extra_files=job.metadata)  # type: ignore[no-untyped-call]
+            content = io.BytesIO()  # where the disk is full, torch's own writing of a file ends the whole process
+            torch.jit.save(script, content, _extra_files=job.metadata)  # type: ignore[no-untyped-call]
+        work.write_bytes(content.getbuffer())
         load = (lambda: _loaded(work, natural=natural)) if check else None
         return written(job, work, "torchscript", exporter="torchscript", load=load, what="the TorchScript file")
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,11 @@ def as_names(argument: str, names: Any) -> dict[str, None]:
         names = [names]
     if not isinstance(names, Iterable):
         raise SurgeryTypeError(f'{argument}: expected layer names or "re:..." patterns, got {type(names).__name__}')
-    return dict.fromkeys(names)
+    several = list(names)
+    for name in several:
+        if not isinstance(name, str):
+            raise SurgeryTypeError(f"{argument}: layer names are strings, got {name!r}")
+    return dict.fromkeys(several)
 
 
 def _parse_text(text: str) -> Request:
@@ -144,7 +149,9 @@ def _parse_text(text: str) -> Request:
         return _parse_budget(option, text)
     if text.endswith(".json") or Path(text).is_file():
         return Plan.load(text)
-    raise SurgeryValueError(f"{HELP}; got {text!r}, which is no rule and no file")
+    near = get_close_matches(name, ("evbmf", "stable", "energy", "budget"), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise SurgeryValueError(f"{HELP}; got {text!r}, which is no rule and no file{hint}")
 
 
 def _parse_evbmf(options: str, whole: str) -> Evbmf:

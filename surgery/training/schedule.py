@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
@@ -15,10 +15,10 @@ from torch import nn
 
 from passes import host_for
 from passes.decompose import ALREADY
-from passes.errors import SurgeryTypeError, SurgeryValueError
+from passes.errors import SurgeryTypeError, SurgeryValueError, true_or_false
 from passes.factorization import Factorization, Keep
 from passes.kinds import kind_of
-from passes.running import output_of
+from passes.running import callers_code, output_of
 from passes.site import Site
 from surgery.checkpoint import record_from_text, record_to_data, with_empty_chains
 from surgery.decompose import DEFAULT_STATE, Ranks, decompose, plan
@@ -128,6 +128,10 @@ class DecompositionSchedule:
         if decay not in DECAYS:
             raise SurgeryValueError(f"decay: {decay!r} is none of {list(DECAYS)}")
         as_rules(state)
+        true_or_false("balanced", balanced)
+        for argument, batches in (("calibration", calibration), ("batch_norm", batch_norm)):
+            if batches is not None and (isinstance(batches, str) or not (callable(batches) or isinstance(batches, Iterable))):
+                raise SurgeryTypeError(f"{argument}: expected batches to iterate over, or a function that gives them, got {type(batches).__name__}")
         self.example_inputs, self.calibration, self.batch_norm = example_inputs, calibration, batch_norm
         self.warm_up, self.balanced, self.decay, self.state = _position("warm_up", warm_up), balanced, decay, state
         self.cuts_done = 0
@@ -261,7 +265,7 @@ class DecompositionSchedule:
         model = followers.model
         cut_before = any(site.chain is not None for site in host_for(model).sites())
         whole = reconstruct(model) if cut_before else model
-        batches, statistics = _batches(self.calibration), _batches(self.batch_norm)
+        batches, statistics = _batches("calibration", self.calibration), _batches("batch_norm", self.batch_norm)
         if statistics is not None:
             output_of(model, statistics[0])  # what cannot be run is said before anything is cut
         chosen = self._chosen(model, whole, batches)
@@ -378,11 +382,14 @@ def _again(site: Site, wanted: Factorization | Keep) -> Factorization | Keep:
     return Keep(ALREADY) if lower == site.chain else lower
 
 
-def _batches(given: Batches) -> Any:
+def _batches(argument: str, given: Batches) -> Any:
     """The batches of an argument, asked for now where it is a function."""
     if given is None:
         return None
-    return usable_batches(given() if callable(given) else given)
+    if callable(given):
+        with callers_code(f"{argument}: the function that gives its batches failed"):
+            given = given()
+    return usable_batches(given, argument=argument)
 
 
 def _position(name: str, value: Any) -> int:

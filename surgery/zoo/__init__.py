@@ -7,13 +7,16 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 
 from passes.errors import MissingExtra, SurgeryTypeError, SurgeryValueError, nearest
+from passes.running import first_line, shorten
 from surgery.checkpoint import PLAN_FILE, load, read_architecture
+from surgery.files import as_path
 from surgery.naming import callable_named
 from surgery.record import SurgeryRecord, write_record
 from surgery.zoo.densenet_cifar import densenet40
@@ -52,7 +55,7 @@ def make(name: str, architecture: str | None = None) -> tuple[nn.Module, tuple[i
     if not isinstance(name, str | os.PathLike):
         raise SurgeryTypeError(f"MODEL: expected a name, got {type(name).__name__}")
     text = str(name)
-    if (Path(text) / PLAN_FILE).is_file():
+    if text and (Path(text) / PLAN_FILE).is_file():
         return load_network(text, architecture)
     if architecture is not None:
         raise SurgeryValueError(f"architecture: is for a folder that surgery.save wrote, and {text!r} is none")
@@ -97,7 +100,7 @@ def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
         SurgeryValueError: not such a file, or keys and shapes that do not fit.
         OSError: it cannot be read.
     """
-    state: Any = _read_state(Path(file))
+    state: Any = _read_state(as_path("file", file))
     for key in ("state_dict", "model"):
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -106,7 +109,8 @@ def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
     try:
         model.load_state_dict(state, strict=True)
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise SurgeryValueError(f"{file}: does not fit {type(model).__name__}: {error}") from error
+        told = " ".join(str(error).partition(":\n")[2].split()) or first_line(error)
+        raise SurgeryValueError(f"{file}: does not fit {type(model).__name__}: {shorten(told)}") from error
 
 
 def _read_state(file: Path) -> dict[str, object]:
@@ -122,6 +126,10 @@ def _read_state(file: Path) -> dict[str, object]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
+    except UnpicklingError as error:
+        raise SurgeryValueError(
+            f"{file}: it is no state dict: damaged, or it holds pickled code, which is never run here; write model.state_dict() by torch.save"
+        ) from error
     except Exception as error:  # torch.load has no family of errors of its own
         raise SurgeryValueError(
             f"{file}: torch.load cannot read it as plain weights ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"

@@ -237,7 +237,7 @@ def test_recorded_calls_that_no_layer_can_have(net, tmp_path, shape):
     surgery.save(net, path)
     record = {"version": 1, "sites": [{"name": "conv1", "reason": None, "error": 0.1, "calls": [[shape, [2, 16, 12, 12]]]}]}
     save_file(load_file(path / WEIGHTS_FILE), path / WEIGHTS_FILE, {"surgery": json.dumps(record)})
-    with pytest.raises(surgery.SurgeryValueError, match=r"record is damaged: 'conv1' .* cannot have been called with"):
+    with pytest.raises(surgery.SurgeryValueError, match=r"record is damaged.*(cannot have been called with|expected a count)"):
         surgery.load(path, Small())
 
 

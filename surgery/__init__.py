@@ -22,6 +22,7 @@ from surgery.benchmark import Benchmark, benchmark
 from surgery.decompose import decompose
 from surgery.decompose import plan as _plan
 from surgery.plan import Plan
+from surgery.progress import show_progress
 from surgery.ranks.budget import Budget
 from surgery.reconstruct import reconstruct
 from surgery.report import LayerReport, Report, report
@@ -129,6 +130,7 @@ __all__ = [
     "report",
     "report_onnx",
     "save",
+    "show_progress",
     "trace",
     "tradeoff",
 ]

@@ -21,6 +21,7 @@ from surgery.latency.families import Solved
 from surgery.options import Options
 from surgery.plan import Plan
 from surgery.planning import Draft
+from surgery.progress import tracked
 from surgery.ranks.budget import RUNTIMES, Budget
 
 __all__ = ["Alternative", "Tradeoff", "TradeoffRow", "explain", "tradeoff"]
@@ -131,7 +132,7 @@ def tradeoff(
     draft = _draft(model, unit, example_inputs, calibration, options)
     family = _family(draft, unit)
     asked = [_checked(share) for share in shares]
-    rows = tuple(_row(family, share) for share in itertools.takewhile(lambda share: family.floor <= share, asked))
+    rows = tuple(_row(family, share) for share in itertools.takewhile(lambda share: family.floor <= share, tracked(asked, "budget", name=str)))
     return Tradeoff(unit, rows, tuple(each.site.name for each in draft.candidates), calibration is not None)
 
 

@@ -19,6 +19,7 @@ from surgery.benchmarking.result import Benchmark, LayerResult, RuntimeResult
 from surgery.benchmarking.sampling import LEAST_PAIRS, time_in_turn
 from surgery.cost import count_macs, threads_set
 from surgery.inspection import usable_model
+from surgery.progress import tracked
 
 if TYPE_CHECKING:
     from surgery.benchmarking.ready import Ready
@@ -102,7 +103,8 @@ def benchmark(
     with threads_set(threads), torch.no_grad():
         networks = [conditions.network(model) for model in models]
         _check_alike(networks, conditions.cast(example_inputs))
-        rows = tuple(_row(runtime, networks, inputs, sampling) for inputs in conditions.inputs(example_inputs) for runtime in chosen)
+        ways = [(inputs, runtime) for inputs in conditions.inputs(example_inputs) for runtime in chosen]
+        rows = tuple(_row(runtime, networks, inputs, sampling) for inputs, runtime in tracked(ways, "timing in", name=lambda way: way[1].name))
         macs = [_macs(network, conditions.cast(example_inputs)) for network in networks]
         told = layer_results(networks[0], networks[1], conditions.cast(example_inputs), runtimes) if layers else ()
         used = torch.get_num_threads()

@@ -23,6 +23,7 @@ from passes.parity import private_inputs, tensors_in
 from passes.refit import rows
 from passes.running import arguments, callers_code, kept_random_states, model_errors, private_copy
 from passes.site import Site
+from surgery.progress import tracked
 
 __all__ = ["Calibration", "Moments", "batches_of", "calibrate"]
 
@@ -63,7 +64,7 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
     examples = 0
     with kept_random_states(), torch.enable_grad():
         generator = torch.Generator().manual_seed(SEED)
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(tracked(batches, "calibrating")):
             args, kwargs = arguments(private_inputs(batch))
             with model_errors(model, batch, f"calibration: batch {index}"):
                 output = twin(*args, **kwargs)

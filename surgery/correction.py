@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from math import prod, sqrt
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from passes.parity import private_inputs, tensors_in
 from passes.refit import refit, rows
 from passes.running import arguments, private_copy, quiet_run
 from surgery.lockstep import Enough, OutOfStep, Pass
+from surgery.progress import tracked
 
 __all__ = ["can_be_refitted", "correct"]
 
@@ -69,7 +71,7 @@ def _in_step(
     found: dict[str, float | None] = {}
     pairs = [(Pass(original, chains, batch, outputs=True), Pass(model, chains.values(), batch, outputs=False)) for batch in batches]
     try:
-        for name, last in chains.items():
+        for name, last in tracked(chains.items(), "correcting", name=itemgetter(0)):
             moments = _Moments(model.get_submodule(last))
             for before, after in pairs:
                 wanted, given = before.reach(name), after.reach(last)
@@ -154,7 +156,7 @@ def _correct_together(
     original: nn.Module, model: nn.Module, stage: Mapping[str, str], calls: Mapping[str, int], batches: Sequence[Any]
 ) -> dict[str, float | None]:
     moments = {name: _Moments(model.get_submodule(last)) for name, last in stage.items()}
-    for batch in batches:
+    for batch in tracked(batches, "correcting"):
         wanted = _seen(original, {name: calls[last] for name, last in stage.items()}, batch, outputs=True)
         given = _seen(model, {last: calls[last] for last in stage.values()}, batch, outputs=False)
         for name, last in stage.items():

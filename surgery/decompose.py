@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +16,14 @@ from passes.errors import SurgeryValueError, true_or_false
 from passes.factorization import Keep
 from passes.result import PassResult
 from passes.running import private_copy
-from passes.site import Site, is_layer
+from passes.site import is_layer
 from surgery.drafting import draft_of, stopwatch_of
 from surgery.fitting import learn, mend, usable_batches
 from surgery.inspection import check_not_quantized, look, saved_macs, totals_of, usable_model
 from surgery.options import Options
 from surgery.plan import Plan
 from surgery.planning import Draft
-from surgery.progress import site_progress
+from surgery.progress import show_progress, stage
 from surgery.ranks.budget import Budget
 from surgery.ranks.rules import Rule
 from surgery.record import (
@@ -138,7 +137,7 @@ def decompose(
     followers = following(model, optimizer, also, state, inplace=inplace)
     if inplace and (is_layer(model) or isinstance(model, Chain)):
         raise SurgeryValueError("inplace=True: the model itself is a layer and has no parent to hold its chain; use the model that is returned")
-    with torch.inference_mode(False):  # what is made here must be fit for training
+    with show_progress(progress), torch.inference_mode(False):  # what is made here must be fit for training
         seen = look(model, example_inputs)
         target = model if inplace else private_copy(model)
         host = host_for(target, observed=seen.observed, private=not inplace, effective_weights=effective_weights)
@@ -152,7 +151,7 @@ def decompose(
         old = known or SurgeryRecord()
         params = params_of_modules(target, sites) if effective_weights else {}
         held = None if followers is None else followers.hold(sites)
-        with undone_on_error() as undo, _progress(progress, len(sites), "decomposing") as step:
+        with undone_on_error() as undo, stage("decomposing", len(sites)) as step:
             cut = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)
             if inplace:
                 undo.later(partial(put_back_record, model, known))
@@ -222,13 +221,12 @@ def plan(
     )
     usable_model(model)
     chosen = Plan()
-    with torch.inference_mode(False):
+    with show_progress(progress), torch.inference_mode(False):
         draft, stopwatch = draft_of(model, ranks, options, example_inputs, calibration)
         sites = draft.all_sites
-        with _progress(progress, len(sites), "planning") as step:
+        with stage("planning", len(sites)) as step:
             for site in sites:
-                if step is not None:
-                    step(site)
+                step(site)
                 decision = draft[site.name]
                 # a chain that stays is named with what it is: replayed on a fresh instance, the plan gives this network
                 chosen[site.name] = site.chain if site.chain is not None and isinstance(decision, Keep) else decision
@@ -250,7 +248,3 @@ def _balance(result: PassResult) -> None:
     from surgery.training.balance import balance
 
     balance(result.model, {outcome.site for outcome in result.outcomes if outcome.status == "applied"})
-
-
-def _progress(wanted: bool, total: int, what: str) -> AbstractContextManager[Callable[[Site], None] | None]:
-    return site_progress(total, what) if wanted else nullcontext()

@@ -15,6 +15,7 @@ from passes.errors import SurgeryTypeError
 from passes.metric import Metric
 from passes.result import PassResult
 from passes.site import Site
+from surgery.progress import stage
 from surgery.undoing import Undo
 
 if TYPE_CHECKING:
@@ -70,9 +71,11 @@ def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Re
     undo.later(partial(_put_back, changing, before))
     errors = correct(teacher, model, lasts, batches) if lasts else {}
     if sites:
-        reestimate_where_it_helps(teacher, model, batches)
+        with stage("taking the statistics of batch norms anew"):
+            reestimate_where_it_helps(teacher, model, batches)
     if how is not None and factors:
-        refine(teacher, model, factors, batches, how)
+        with stage("refining", how.epochs) as step:
+            refine(teacher, model, factors, batches, how, progress=lambda _, distance: step(f"to {distance:.3g}"))
     return errors
 
 

@@ -16,6 +16,7 @@ from passes.parity import tensors_in
 from passes.running import check_initialized, output_of, private_copy
 from passes.site import Site
 from surgery.cost import chain_macs, count_macs, site_macs
+from surgery.progress import stage
 from surgery.ranks.budget import Totals
 from surgery.record import unwrap
 
@@ -78,7 +79,7 @@ def look(model: nn.Module, example_inputs: Any) -> Seen:
     sizes = [t.numel() for t in tensors_in(example_inputs)]
     if sizes and not any(sizes):
         raise SurgeryValueError("example_inputs: they hold no example, all their tensors are empty")
-    with count_macs() as counter:
+    with stage("running the example inputs"), count_macs() as counter:
         observed = observe(model, example_inputs)
     if observed.gradients:  # the run without them, which failed, was counted as well
         with count_macs() as counter:

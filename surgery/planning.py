@@ -21,6 +21,7 @@ from passes.spectra import Spectra
 from surgery.cost import chain_macs, chain_params, macs_under, params_under, site_macs, site_params
 from surgery.options import AUTO, Options, runtime_of
 from surgery.plan import Plan
+from surgery.progress import tracked
 from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.request import Named, Names, as_names, parse_ranks
 from surgery.ranks.rules import Rule, fraction_of
@@ -214,7 +215,7 @@ class Draft(Mapping[str, Decision]):
             raise SurgeryValueError(f"ranks: {budget} needs example_inputs: without them MACs are not known")
         tables = self._paying(free)
         self.candidates = []
-        for site in free:
+        for site in tracked(free, "choosing for", name=str):
             self.candidates.append(self._candidates(site, unit, tables.get(site.name)))
             self.spectra.let_go(site)
         try:

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 import passes
 from surgery.inspection import usable_model
+from surgery.progress import stage
 from surgery.record import whole_record, write_record
 
 __all__ = ["capture", "trace"]
@@ -32,7 +33,7 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         SurgeryValueError: it does not accept the inputs; it or they hold no numbers.
     """
     usable_model(model)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), stage("tracing"):
         traced = passes.trace(model, example_inputs)
     record = whole_record(model)
     if record is not None:
@@ -56,5 +57,5 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.Graph:
         SurgeryValueError: it does not accept the inputs; it or they hold no numbers.
     """
     usable_model(model)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), stage("capturing"):
         return passes.capture(model, example_inputs)

@@ -23,7 +23,12 @@ COMMANDS = (summary, plan, decompose, export, bench, profile)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
-    return guarded(lambda: options.run(options))
+
+    def run() -> None:
+        with surgery.show_progress():
+            options.run(options)
+
+    return guarded(run)
 
 
 def guarded(action: Callable[[], None]) -> int:

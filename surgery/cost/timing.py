@@ -17,6 +17,7 @@ from passes.errors import MissingExtra, SurgeryError, SurgeryValueError
 from passes.geometry import Geometry, Piece
 from surgery.cost import threads_set
 from surgery.cost.profile import Entry, TimedShape
+from surgery.progress import tracked
 
 __all__ = [
     "RUNTIMES",
@@ -77,7 +78,7 @@ def time_shapes(shapes: Sequence[TimedShape], conditions: Conditions) -> tuple[d
         typical = _loops_and_time(reference)[1]
         references: list[float] = []
         groups, began = list(_groups(shapes)), time.perf_counter()
-        for number, group in enumerate(groups):
+        for number, group in enumerate(tracked(groups, f"timing {len(shapes)} shapes in {conditions.runtime}")):
             left = max(TOTAL_SECONDS - (time.perf_counter() - began), 0.0)
             calls = [_prepared(shape, conditions) for shape in group]
             entries, seen = _in_turn(calls, reference, _pause(conditions), min(GROUP_SECONDS, left / (len(groups) - number)))

@@ -26,6 +26,7 @@ from surgery.export.inputs import DynamicSize, Openings, Shapes, filled, fresh_i
 from surgery.export.metadata import metadata_of
 from surgery.files import as_path, naming, temporary_beside
 from surgery.inspection import usable_model
+from surgery.progress import stage
 from surgery.undoing import undone_on_error
 
 __all__ = [
@@ -127,7 +128,7 @@ class Job:
 @contextmanager
 def exporting() -> Iterator[None]:
     """What surrounds every export: no gradients, and the callers' random states and inference mode left as found."""
-    with kept_random_states(), torch.inference_mode(False), torch.no_grad():
+    with stage("exporting"), kept_random_states(), torch.inference_mode(False), torch.no_grad():
         yield
 
 
@@ -292,7 +293,8 @@ def written(
     """
     worst: float | None = None
     if load is not None:
-        worst = check_network(job.network, load(), job.example_inputs, job.openings.checked, f"{what} and the network", computes_in=computes_in)
+        with stage(f"checking {job.target.name}"):
+            worst = check_network(job.network, load(), job.example_inputs, job.openings.checked, f"{what} and the network", computes_in=computes_in)
     return ExportReport(
         path=str(job.target),
         format=format,

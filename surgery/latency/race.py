@@ -18,6 +18,7 @@ from passes.factorization import Decision, Factorization
 from passes.running import private_copy
 from passes.site import Site
 from surgery.latency.onnx_cut import Exported, quick_onnx
+from surgery.progress import stage
 
 __all__ = ["Race", "Raced", "race_against", "with_noise"]
 
@@ -80,7 +81,7 @@ def race_against(model: nn.Module, inputs: Any, runtime: str, sites: Sequence[Si
         before = stack.enter_context(_running(original, inputs, runtime)) if exported is None else _on_file(exported.file, inputs, runtime)
 
         def against(decisions: Mapping[str, Decision]) -> Raced:
-            with ExitStack() as own:
+            with stage(f"timing the whole network in {runtime}"), ExitStack() as own:
                 file = None if exported is None else exported.cut(sites, decisions)
                 if file is None:
                     after = own.enter_context(_running(with_noise(model, decisions), inputs, runtime))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from math import prod
@@ -33,7 +33,7 @@ from surgery.onnx_files.watch import watched
 from surgery.options import Options, runtime_of
 from surgery.plan import Plan
 from surgery.planning import Draft
-from surgery.progress import site_progress
+from surgery.progress import show_progress, stage
 from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.request import parse_ranks
 from surgery.report import Report, report_of
@@ -127,8 +127,8 @@ def decompose_onnx(
     options = Options(method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device)
     target = usable_target(out)
     work = _opened(path, example_inputs, ranks, options, check=check)
-    learnt = work.learn(calibration)
-    with site_progress(len(work.sites), "decomposing") if progress else nullcontext() as step:
+    with show_progress(progress), stage("decomposing", len(work.sites)) as step:
+        learnt = work.learn(calibration)
         draft = work.draft(ranks, options, learnt.metrics)
         result = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)(work.host)
     record = read_file_record(work.model)

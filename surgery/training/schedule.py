@@ -26,6 +26,7 @@ from surgery.fitting import usable_batches
 from surgery.inspection import usable_model
 from surgery.options import Options, runtime_of
 from surgery.plan import Plan
+from surgery.progress import show_progress
 from surgery.ranks.budget import Budget
 from surgery.ranks.request import parse_ranks
 from surgery.reconstruct import reconstruct
@@ -80,6 +81,7 @@ class DecompositionSchedule:
         decay: ``"each"``: ``weight_decay`` acts on each factor; ``"product"``: on the product of each chain, as on the layer before
             (see ``frobenius_decay``).
         state: what becomes of the optimizer's state, as for ``decompose``.
+        progress: show on stderr what a cut is at, where that is a terminal.
 
     Raises:
         SurgeryValueError, SurgeryTypeError: arguments that mean nothing.
@@ -107,6 +109,7 @@ class DecompositionSchedule:
         balanced: bool = True,
         decay: str = "each",
         state: Any = DEFAULT_STATE,
+        progress: bool = False,
     ) -> None:
         self.when = decompose_at if isinstance(decompose_at, Settled) else _positions(decompose_at)
         self.reconstruct_at = None if reconstruct_at is None else _position("reconstruct_at", reconstruct_at)
@@ -134,6 +137,7 @@ class DecompositionSchedule:
                 raise SurgeryTypeError(f"{argument}: expected batches to iterate over, or a function that gives them, got {type(batches).__name__}")
         self.example_inputs, self.calibration, self.batch_norm = example_inputs, calibration, batch_norm
         self.warm_up, self.balanced, self.decay, self.state = _position("warm_up", warm_up), balanced, decay, state
+        self.progress = progress
         self.cuts_done = 0
         self.whole_again = False
         self.history: list[dict[str, list[float]]] = []
@@ -170,7 +174,8 @@ class DecompositionSchedule:
         while (work := self._due(position, model)) is not None:
             cuts = self.cuts_done
             followers = followers_of(model, optimizer, also, self.state, inplace=True) or Followers(model=model)
-            done_together(lambda act=work, f=followers: act(f), self._facts, self._take, followers)  # type: ignore[misc]
+            with show_progress(self.progress):
+                done_together(lambda act=work, f=followers: act(f), self._facts, self._take, followers)  # type: ignore[misc]
             self._unhook()
             self._warmed_up = 0 if self.cuts_done > cuts else self._warmed_up
             self._hook(model, optimizers)

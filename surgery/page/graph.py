@@ -109,8 +109,9 @@ def _edge(start: _Box, end: _Box, *, straight: bool) -> Markup:
         path = f"M{start.x:.1f} {start.bottom:.1f}C{start.x:.1f} {middle:.1f} {end.x:.1f} {middle:.1f} {end.x:.1f} {end.y:.1f}"
     else:
         a, b = start.y + start.height / 2, end.y + end.height / 2
-        out = max(start.x, end.x) + WIDE / 2 + MARGIN - 4
-        path = f"M{start.x + start.half:.1f} {a:.1f}C{out:.1f} {a:.1f} {out:.1f} {b:.1f} {end.x + end.half:.1f} {b:.1f}"
+        lane, turn = max(start.x, end.x) + WIDE / 2 + MARGIN / 2, 10.0
+        way = f"M{start.x + start.half:.1f} {a:.1f}H{lane - turn:.1f}Q{lane:.1f} {a:.1f} {lane:.1f} {a + turn:.1f}"
+        path = f"{way}V{b - turn:.1f}Q{lane:.1f} {b:.1f} {lane - turn:.1f} {b:.1f}H{end.x + end.half:.1f}"
     return element("path", d=path, class_="edge")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 import pytest
@@ -104,29 +103,3 @@ def round_trip_of_state(model):
     assert surgery.report(net)["conv2"].status == "decomposed"
     assert net(X).shape == model(X).shape
     return net
-
-
-@pytest.mark.parametrize("name", ["mobileone_s1", "repvgg_a0"])
-def test_reparameterized_networks_are_cut_before_and_after(name):
-    timm = pytest.importorskip("timm")
-    from timm.utils.model import reparameterize_model
-
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=4).eval()
-    inputs = torch.randn(1, 3, 32, 32)
-    first = surgery.report(surgery.decompose(model, {}, example_inputs=inputs))
-    branches = [r.name for r in first.layers if "3x3" in r.layer and "groups" not in r.layer][2:4]
-    net = surgery.decompose(model, dict.fromkeys(branches, 0.25), example_inputs=inputs)
-    assert {surgery.report(net)[branch].status for branch in branches} == {"decomposed"}
-    with torch.no_grad():
-        merged = reparameterize_model(model)
-        torch.testing.assert_close(merged(inputs), model(inputs), rtol=1e-3, atol=1e-3)
-        layers = surgery.report(surgery.decompose(merged, {}, example_inputs=inputs)).layers
-        wide = [r.name for r in layers if "3x3" in r.layer and "groups" not in r.layer][1:3]
-        cut = surgery.decompose(merged, dict.fromkeys(wide, 1.0), example_inputs=inputs)
-        torch.testing.assert_close(cut(inputs), merged(inputs), rtol=1e-3, atol=1e-3)
-    assert {surgery.report(cut)[each].status for each in wide} == {"decomposed"}
-    with torch.no_grad():
-        back = surgery.reconstruct(net)
-        again = reparameterize_model(copy.deepcopy(back))  # fused back, the branches can still be merged
-        torch.testing.assert_close(again(inputs), net(inputs), rtol=1e-3, atol=1e-3)

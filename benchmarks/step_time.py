@@ -54,7 +54,7 @@ CASES: Mapping[str, Case] = {
     "surgery:vgg19": Case(128, 32, 749_000, 0.25, 4.0),
     "surgery:resnet56": Case(128, 32, 508_000, 0.4, 1.4),
     "surgery:densenet40": Case(128, 32, 270_000, 0.25, 1.15),
-    "torchvision:resnet50": Case(8, 224, 17_600_000, 0.6, 1.25),
+    "torchvision:resnet50": Case(8, 224, 17_600_000, 0.5, 1.25),
 }
 
 

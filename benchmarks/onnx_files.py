@@ -199,12 +199,13 @@ def text(file: Path) -> dict[str, Any] | None:
     budget: dict[str, Any] = {"ranks": surgery.Budget(macs=0.9), "method": "auto", "example_inputs": example(file)}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / file.name
-        for how, calibration in (("weights", None), ("calibrated", others)):
+        for how, calibration in zip(HOWS, (None, others), strict=True):
             done = surgery.decompose_onnx(file, out, calibration=calibration, **budget)
             read = {name: [reads(path, file, line) for line in lines] for name, path in (("before", file), ("after", out))}
             same = sum(a == b for a, b in zip(read["before"], read["after"], strict=True))
             ratio = convolution_macs(out, size_of(file)) / convolution_macs(file, size_of(file))
-            found[how] = {"same": same, "convolution_macs_ratio": ratio, "difference": done.difference, "read": read["after"]}
+            right = sum(a == b for a, b in zip(read["after"], lines, strict=True))
+            found[how] = {"same": same, "right": right, "convolution_macs_ratio": ratio, "difference": done.difference, "read": read["after"]}
             found |= {"lines": lines, "read_before": read["before"], "right_before": sum(a == b for a, b in zip(read["before"], lines, strict=True))}
     return found
 
@@ -270,6 +271,7 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"One thread, {runtime['processor']}, onnxruntime {runtime['onnxruntime']}; {BUSY}", ""])
 
 
+HOWS = ("weights", "calibrated")
 BUSY = "a load above 1 means that the machine was doing other work: such times are to be measured again on an idle one."
 
 
@@ -279,13 +281,18 @@ def cell(form: Callable[[dict[str, Any]], str], row: dict[str, Any] | None) -> s
     return "refused: nothing can be cut" if "refused" in row else form(row)
 
 
+def timed(low: float, high: float, row: dict[str, Any]) -> str:
+    middle = "no verdict" if low < 1 < high else f"{row['time_ratio']:.2f}"
+    return f"{middle} ({low:.2f} to {high:.2f}), {row['load']}"
+
+
 CELLS = {
     "full": [partial(cell, lambda r: f"{r['cut']} of {r['layers']}"), partial(cell, lambda r: f"{r['difference']:.1e} ({r['on_noise']:.1e})")],
     "macs": [
         partial(cell, lambda r: f"{r['convolution_macs_ratio']:.3f} of {r['convolution_macs_before'] / 1e6:,.0f} M"),
-        partial(cell, lambda r: f"{r['time_ratio']:.2f} ({' to '.join(f'{q:.2f}' for q in r['time_ratio_quartiles'])}), {r['load']}"),
+        partial(cell, lambda r: timed(*r["time_ratio_quartiles"], r)),
     ],
-    "text": [partial(cell, lambda r: f"{r['weights']['same']} by weights, {r['calibrated']['same']} calibrated; {r['right_before']} right before")],
+    "text": [partial(cell, lambda r: "; ".join(f"{how}: {r[how]['same']}, right {r[how]['right']} ({r['right_before']} before)" for how in HOWS))],
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """On which networks does surgery work? On every one of several libraries it is tried, and the answer is a table.
 
-    python benchmarks/coverage.py [--library NAME ...] [--only REGEX] [--resume | --retry]
+    python benchmarks/coverage.py [--library NAME ...] [--only REGEX] [--resume | --retry | --table]
 
 All torchvision models that are not quantized, of every module of timm's models the one with the fewest parameters, and the small configurations of
 ``coverage_catalogue.py``; a library that is not installed is skipped with a word. Random weights, small inputs found by trying. For each network:
@@ -12,8 +12,9 @@ All torchvision models that are not quantized, of every module of timm's models 
 
 Equal means max |a - b| / max |b| of at most 1e-9 in float64; where a network refuses float64 or narrows it to float32 inside, at most 1e-4 of its
 output. Outputs that the data choose (boxes after suppression) need not be equal where all layers before the choice are. Every network runs in a
-process of its own. Each row is kept in the working folder, so that a run can be resumed; the table goes to ``benchmarks/results/coverage.json`` and
-``coverage.md``. The libraries: ``pip install -c constraints.txt ".[coverage]"``.
+process of its own. Each row is kept in the working folder, with the commit that it was made at, so that a run can be resumed; the table goes to
+``benchmarks/results/coverage.json`` and ``coverage.md``, and counts what has no row yet. ``--resume`` and ``--retry`` go on from that file too.
+The libraries: ``pip install -c constraints.txt ".[coverage]"``.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", nargs="+", choices=list(coverage_models.LIBRARIES), default=list(coverage_models.LIBRARIES), metavar="NAME")
     parser.add_argument("--only", default="", metavar="REGEX", help="networks whose name has a match; rows of others stay")
-    parser.add_argument("--resume", action="store_true", help="leave out networks that have a row in the working folder")
+    parser.add_argument("--resume", action="store_true", help="leave out networks that have a row")
     parser.add_argument("--retry", action="store_true", help="leave out networks that passed")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the table of the rows that there are")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "surgery-coverage", help="working folder")
     parser.add_argument("--out", type=Path, default=RESULTS / "coverage.json")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds for one network")
@@ -62,8 +64,10 @@ def main() -> None:
         return
     options.work.mkdir(parents=True, exist_ok=True)
     file = options.work / "rows.jsonl"
-    rows = read_rows(file)
-    wanted, absent = [], []
+    again = options.resume or options.retry or options.table
+    rows = (published(options.out) if again else {}) | read_rows(file)
+    wanted: list[tuple[str, int]] = []
+    absent: list[str] = []
     for library in options.library:
         names = listed(library, options.work)
         wanted += names
@@ -71,15 +75,30 @@ def main() -> None:
             absent.append(library)
             print(f"{library} is not installed: skipped", flush=True)
     # a library after the other makes no difference, so small networks first in all: an early end has seen most of them
-    wanted = [name for name, _ in sorted(wanted, key=lambda pair: pair[1]) if re.search(options.only, name)]
-    for name in wanted:
+    names = [name for name, _ in sorted(wanted, key=lambda pair: pair[1]) if re.search(options.only, name)]
+    commit = current_commit()
+    for name in [] if options.table else names:
         if (options.resume and name in rows) or (options.retry and name in rows and rows[name]["passed"]):
             continue
-        rows[name] = in_a_process(name, options.timeout, options.memory)
+        rows[name] = in_a_process(name, options.timeout, options.memory) | {"commit": commit}
         with file.open("a") as lines:
             lines.write(json.dumps(rows[name]) + "\n")
         print(line(rows[name]), flush=True)
-    publish(list(rows.values()), absent, "python benchmarks/coverage.py", options.out)
+    publish(list(rows.values()), absent, [name for name in names if name not in rows], "python benchmarks/coverage.py", options.out)
+
+
+def published(file: Path) -> dict[str, Row]:
+    """The rows of the results."""
+    return {row["name"]: row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
+
+
+def current_commit() -> str | None:
+    """Of the code that is run; None outside a repository."""
+    try:
+        told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()
 
 
 def read_rows(file: Path) -> dict[str, Row]:
@@ -136,7 +155,7 @@ def in_a_process(name: str, timeout: int, memory: float, script: str = __file__)
     return {"name": name, "library": library, "failures": [failure], "notes": [], "seconds": seconds, "passed": False}
 
 
-def publish(rows: Sequence[Row], absent: Sequence[str], command: str, out: Path) -> None:
+def publish(rows: Sequence[Row], absent: Sequence[str], missing: Sequence[str], command: str, out: Path) -> None:
     """Write the results and the table, and print the summary."""
     order = list(coverage_models.LIBRARIES)
     rows = sorted(rows, key=lambda row: (order.index(row["library"]), row["name"]))
@@ -150,13 +169,16 @@ def publish(rows: Sequence[Row], absent: Sequence[str], command: str, out: Path)
         "skipped": list(absent),
         "passed": sum(row["passed"] for row in rows),
         "networks": len(rows),
+        "without_a_row": list(missing),
         "rows": rows,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n")
     text = summary(rows)
     words = ", ".join(f"{key} {value}" for key, value in facts.items())
-    out.with_suffix(".md").write_text(f"# Coverage\n\n{INTRODUCTION}\n\n{text}\n\nMade by `{command}` with {words}.\n\n{table(rows)}")
+    commits = ", ".join(sorted({str(row["commit"]) for row in rows if row.get("commit")}))
+    made = f"Made by `{command}` with {words}, at commit {commits}." + (f" **{len(missing)} networks have no row yet.**" if missing else "")
+    out.with_suffix(".md").write_text(f"# Coverage\n\n{INTRODUCTION}\n\n{text}\n\n{made}\n\n{table(rows)}")
     print(text)
     for row in rows:
         if not row["passed"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from dataclasses import replace
@@ -21,6 +22,9 @@ import coverage_check
 import coverage_models
 from coverage_check import Given, Network, check, find_inputs
 
+BENCHMARK = importlib.util.spec_from_file_location("coverage_benchmark", Path(coverage_check.__file__).with_name("coverage.py"))
+coverage = importlib.util.module_from_spec(BENCHMARK)  # by its file: a well-known package has the same name
+BENCHMARK.loader.exec_module(coverage)
 needs_torchvision = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 RIGHT = {"decompose": surgery.decompose, "reconstruct": surgery.reconstruct, "report": surgery.report}
 
@@ -280,3 +284,29 @@ def test_kernels_for_detectors():
     ramp = torch.arange(16.0).expand(1, 1, 16, 16)
     pooled = roi_align(ramp, torch.tensor([[0.0, 4, 4, 12, 12]]), 1.0, 2, 2, 2, True)
     assert torch.allclose(pooled[0, 0], torch.tensor([[5.5, 9.5], [5.5, 9.5]]))
+
+
+def test_a_table_goes_on_from_the_published_one_and_counts_what_has_no_row(tmp_path, monkeypatch):
+    names = ["torchvision:one", "torchvision:two", "torchvision:three"]
+    row = check(network()) | {"library": "torchvision", "name": names[0]}
+    out = tmp_path / "coverage.json"
+    coverage.publish([row], [], names[1:], "a command", out)
+    tried = []
+
+    def tries(name, *_):
+        tried.append(name)
+        return row | {"name": name, "passed": name == names[1], "failures": [] if name == names[1] else ["output: off"]}
+
+    monkeypatch.setattr(coverage, "listed", lambda *_: [(name, size) for size, name in enumerate(names)])
+    monkeypatch.setattr(coverage, "in_a_process", tries)
+    command = ["coverage.py", "--library", "torchvision", "--out", str(out), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", [*command, "--table"])
+    coverage.main()
+    found = json.loads(out.read_text())
+    assert (tried, found["networks"], found["passed"], found["without_a_row"]) == ([], 1, 1, names[1:])
+    assert "**2 networks have no row yet.**" in out.with_suffix(".md").read_text()
+    monkeypatch.setattr(sys, "argv", [*command, "--resume"])
+    coverage.main()
+    found = json.loads(out.read_text())
+    assert (tried, found["networks"], found["passed"], found["without_a_row"]) == (names[1:], 3, 2, [])
+    assert "torchvision:three: output: off" in out.with_suffix(".md").read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import warnings
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 from torch import nn
 
 import surgery
+from passes.parity import difference
+from surgery.zoo import make
 from tests.networks import Small
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(31))
@@ -103,3 +107,30 @@ def round_trip_of_state(model):
     assert surgery.report(net)["conv2"].status == "decomposed"
     assert net(X).shape == model(X).shape
     return net
+
+
+@pytest.mark.parametrize("name", ["mobileone_s1", "repvgg_a0"])
+def test_reparameterized_networks_are_cut_before_and_after(name):
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("needs timm")
+    torch.manual_seed(0)
+    model = make(f"timm:{name}")[0].eval()
+    from timm.utils.model import reparameterize_model  # after make, which sees to what timm imports
+
+    inputs = torch.randn(1, 3, 32, 32)
+    first = surgery.report(surgery.decompose(model, {}, example_inputs=inputs))
+    branches = [r.name for r in first.layers if r.layer.startswith("Conv2d") and "groups" not in r.layer][3:5]
+    net = surgery.decompose(model, dict.fromkeys(branches, 0.25), example_inputs=inputs)
+    assert {surgery.report(net)[branch].status for branch in branches} == {"decomposed"}
+    with torch.no_grad():
+        merged = reparameterize_model(model)
+        assert difference(merged(inputs), model(inputs)) < 1e-3
+        layers = surgery.report(surgery.decompose(merged, {}, example_inputs=inputs)).layers
+        wide = [r.name for r in layers if r.layer.startswith("Conv2d") and "groups" not in r.layer][1:3]
+        cut = surgery.decompose(merged, dict.fromkeys(wide, 1.0), example_inputs=inputs)
+        assert difference(cut(inputs), merged(inputs)) < 1e-3
+    assert {surgery.report(cut)[each].status for each in wide} == {"decomposed"}
+    with torch.no_grad():
+        back = surgery.reconstruct(net)
+        again = reparameterize_model(copy.deepcopy(back))  # fused back, the branches can still be merged
+        assert difference(again(inputs), net(inputs)) < 1e-3

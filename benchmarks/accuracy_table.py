@@ -68,22 +68,31 @@ def _mean(rows: Rows, name: str) -> float:
 
 
 def draw(out: Path, rows: Rows) -> None:
-    """What was lost, for each network and budget, a bar a way: the mean over draws, with the least and the most."""
+    """What was lost, for each network and budget, a bar a way: the mean over draws, the least and the most; dashed what is accepted."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     panels = [(network, share) for network, share in groups(rows) if any(lost(rows, network, share, way) for way in TITLES)]
     if not panels:
         return
     figure = Figure(figsize=(2.7 * len(panels), 3.8), layout="constrained")
     for axes, (network, share) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        found = {way: gone for way in TITLES if (gone := lost(rows, network, share, way))}
-        for place, gone in enumerate(found.values()):
-            mean = statistics.fmean(gone)
-            axes.bar(place, mean, yerr=[[mean - min(gone)], [max(gone) - mean]], color=f"C{place}", capsize=3)
-            axes.text(place, max(gone), f"{mean:.2f}", ha="center", va="bottom", fontsize=8)
+        most = MOST_LOST[network, share]
+        heights = list(most.values())
+        for place, way in enumerate(TITLES):
+            if way in most:
+                axes.hlines(most[way], place - 0.45, place + 0.45, colors="black", linestyles="dashed")
+            gone = lost(rows, network, share, way)
+            if gone:
+                mean = statistics.fmean(gone)
+                axes.bar(place, mean, yerr=[[mean - min(gone)], [max(gone) - mean]], color=f"C{place}", capsize=3)
+                axes.text(place, max(gone), f"{mean:.2f}", ha="center", va="bottom", fontsize=8)
+                heights += gone
         axes.set_title(f"{network}, MACs x {share}", fontsize=9)
-        axes.set_xticks(range(len(found)), found, rotation=60, fontsize=8)
+        axes.set_xticks(range(len(TITLES)), TITLES, rotation=60, fontsize=8)
         axes.set_yscale("symlog", linthresh=1.0)
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.set_ylim(min(0.0, *heights), 1.2 * max(heights))
         axes.set_ylabel("lost, dB" if network == "vdsr" else "lost, points of top-1")
         axes.grid(axis="y", alpha=0.3)
     figure.savefig(out, dpi=130)

@@ -284,8 +284,9 @@ def test_inputs_by_any_keyword():
     assert {tuple(n.meta["tensor_meta"].shape) for n in traced.graph.nodes if n.op == "call_module"} == {(2, 4, 10, 10)}
 
 
-def test_an_empty_batch_says_nothing_about_macs(small):
-    assert surgery.plan(small, 0.5, example_inputs=X[:0]) == surgery.plan(small, 0.5)
+def test_an_empty_batch_shows_nothing_and_is_refused(small):
+    with pytest.raises(surgery.SurgeryValueError, match="example_inputs: they hold no example"):
+        surgery.plan(small, 0.5, example_inputs=X[:0])
 
 
 def test_a_trace_with_tensors_made_on_the_way():

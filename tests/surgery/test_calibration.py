@@ -235,8 +235,8 @@ def test_an_interrupt_while_chains_are_mended_leaves_the_model_as_it_was(stage, 
     module, name = stage.rsplit(".", 1)
     real = getattr(importlib.import_module(module), name)
 
-    def interrupted(*args):
-        real(*args)
+    def interrupted(*args, **options):
+        real(*args, **options)
         model.bn1.running_mean.add_(1.0)
         raise KeyboardInterrupt
 

@@ -90,7 +90,7 @@ def failure(rank, folder):
 
     model = network()
     before = list(map(id, model.parameters()))
-    with pytest.raises(ValueError if rank == 0 else SurgeryError, match="a rule's own"):
+    with pytest.raises(SurgeryError, match="a rule's own" if rank == 0 else "in the first process of this run: .*a rule's own"):
         DecompositionSchedule(0, ranks=rule).step(0, model)
     assert before == list(map(id, model.parameters()))
 

@@ -189,8 +189,8 @@ INTRODUCTION = """\
 Random weights, small inputs. A network passes if it is captured, equals itself decomposed at full rank in eval and in train mode, comes back from
 half rank with equal outputs and the same `state_dict` keys, and has every convolution and linear layer accounted for (what that means exactly:
 `benchmarks/coverage.py`). Errors are max |a - b| / max |b|, the larger of the output's and of any layer's. `cut / kept` counts convolutions and
-linear layers; linear layers are cut only where they are named, so here they are kept. Seconds are of one core: of capture, of the cut at full rank,
-of half rank and back, and of the row with all runs and comparisons."""
+linear layers; linear layers are cut only where they are named, so here they are kept. Seconds are by the clock, on one core, beside whatever else the
+machine does: of capture, of the cut at full rank, of half rank and back, and of the row with all runs and comparisons."""
 
 
 def summary(rows: Sequence[Row]) -> str:

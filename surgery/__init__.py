@@ -18,7 +18,7 @@ from passes.spatial import Spatial
 from passes.svd import SVD
 from passes.tucker import Tucker
 from surgery import ranks
-from surgery.benchmark import Benchmark, benchmark
+from surgery.benchmark import benchmark
 from surgery.decompose import decompose
 from surgery.decompose import plan as _plan
 from surgery.plan import Plan
@@ -32,6 +32,7 @@ from surgery.version import __version__
 if TYPE_CHECKING:
     from passes.recording import RecordedGraph
     from surgery.alternatives import explain, tradeoff
+    from surgery.benchmarking.result import Benchmark
     from surgery.checkpoint import load, save
     from surgery.deployment import deploy
     from surgery.export import ExportReport, export_onnx, export_openvino, export_program, export_torchscript, exported_plan
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 plan = _plan  # the function, not the module of the same name
 
 LATER = {
+    "Benchmark": "surgery.benchmarking.result",
     "DecompositionSchedule": "surgery.training.schedule",
     "RecordedGraph": "passes.recording",
     "Refine": "surgery.refinement",

@@ -52,9 +52,9 @@ def test_importing_prints_nothing_and_changes_no_state():
     assert fresh_python(code) == ""
 
 
-def test_importing_adds_at_most_an_eighth_to_importing_torch():
+def test_importing_adds_at_most_a_tenth_to_importing_torch():
     code = "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import surgery; print((time.perf_counter() - b) / (b - a))"
-    assert min(float(fresh_python(code)) for _ in range(7)) <= 1 / 8
+    assert min(float(fresh_python(code)) for _ in range(5)) <= 0.10
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")

@@ -70,9 +70,9 @@ class DecompositionSchedule:
         reconstruct_at: the position at which chains are fused back into layers, None for never.
         ranks: as for ``decompose``; a list with one entry a cut where there are several.
         method: as for ``decompose``, and so ``include``, ``exclude``, ``round_to``, ``device`` and ``effective_weights``.
-        guard: ``"step"`` (the default with ``example_inputs``): a rule's cut must be measured faster than its layer in forward and backward, and the
-            whole training step with all cuts faster than before, else those that save least are taken back, all of them if need be. Others as
-            for ``decompose``; ``"macs"`` is the default without inputs.
+        guard: ``"step"`` (the default with ``example_inputs``, but not under a budget): a cut must be measured faster than its layer in forward and
+            backward, and the whole training step with all cuts faster than before, else those that save least are taken back, all of them if need
+            be: then a budget is not met. What was asked for by name is cut. Others as for ``decompose``; ``"macs"`` is the default otherwise.
         example_inputs: a batch as in training, in its memory format.
         calibration: batches for factors that fit what the layers see now (see ``decompose``), or a function that gives them, called at each cut.
         batch_norm: batches, likewise, to take the statistics of batch norms anew on after each cut, in the model and in its copies.
@@ -298,8 +298,8 @@ class DecompositionSchedule:
     def _chosen(self, model: nn.Module, whole: nn.Module, batches: Any) -> Plan:
         """What the cut that is due would make of the network as it was without chains."""
         ranks, request, o = self.ranks[self.cuts_done], self._requests[self.cuts_done], self.options
-        asked = isinstance(request, Mapping | Budget)
-        guard = DEFAULT.guard if self._guard is None and isinstance(request, Budget) and request.latency is None else o.guard
+        raced = isinstance(request, Budget) and request.latency is not None
+        guard = DEFAULT.guard if self._guard is None and isinstance(request, Budget) and not raced else o.guard
         chosen = plan(
             whole,
             ranks,
@@ -313,7 +313,8 @@ class DecompositionSchedule:
             device=o.device,
             effective_weights=o.effective_weights,
         )
-        return never_slower(model, whole, chosen, self.example_inputs) if guard == "step" and not asked else chosen
+        by_name = isinstance(request, Mapping)
+        return never_slower(model, whole, chosen, self.example_inputs) if guard == "step" and not raced and not by_name else chosen
 
     def _fuse(self, followers: Followers) -> None:
         optimizers, copies = list(followers.optimizers) or None, list(followers.copies) or None

@@ -338,6 +338,20 @@ def test_a_step_that_would_be_slower_is_not_made(monkeypatch):
     assert report["conv2"].reason == step_time.KEPT
 
 
+@pytest.mark.parametrize(
+    ("ranks", "guard", "held"),
+    [(0.5, None, True), (surgery.Budget(macs=0.7), "step", True), (surgery.Budget(macs=0.7), None, False), ({"conv1": 0.5}, "step", False)],
+)
+def test_what_is_held_to_the_time_of_the_whole_step(monkeypatch, ranks, guard, held):
+    from surgery.training import schedule
+
+    model = Small()
+    monkeypatch.setattr(schedule, "plan", lambda whole, *_, **__: surgery.plan(whole, {"conv1": 0.5, "conv2": 0.5}))
+    monkeypatch.setattr(schedule, "never_slower", lambda now, whole, chosen, inputs: surgery.Plan({**chosen, "conv1": Keep("slow")}))
+    DecompositionSchedule(0, ranks=ranks, guard=guard, example_inputs=INPUTS).step(0, model)
+    assert list(chains(model)) == (["conv2"] if held else ["conv1", "conv2"])
+
+
 def test_a_budget_of_step_time_is_measured(monkeypatch, tmp_path):
     """Real clock: whatever comes out, it is a plan with a measured share, or a reason."""
     monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))

@@ -257,14 +257,11 @@ def _called(network: Callable[[Tensor], Any], inputs: Tensor) -> Call:
 
 
 def _onnxruntime(shape: TimedShape, conditions: Conditions) -> Call:
-    import onnxruntime
+    from surgery.export.onnx import onnx_session
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = conditions.threads
     model, inputs = onnx_model(shape)
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = onnx_session(model.SerializeToString(), conditions.threads)
         session.run(None, {"input": inputs})
     except Exception as error:  # onnxruntime has its own family of exceptions, none of them public
         raise SurgeryError(f"onnxruntime cannot run {shape.key}: {error}") from error

@@ -204,8 +204,8 @@ def _output_names(output: Any) -> list[str]:
     return names if len(names) == count else [f"output_{index}" for index in range(count)]
 
 
-def onnx_session(file: Path, threads: int | None = None) -> Any:
-    """An onnxruntime session on the CPU.
+def onnx_session(model: Path | bytes, threads: int | None = None) -> Any:
+    """An onnxruntime session on the CPU, of a file or of what would be in it.
 
     Raises:
         SurgeryError: onnxruntime refuses the file.
@@ -218,7 +218,7 @@ def onnx_session(file: Path, threads: int | None = None) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has its own family of exceptions, none of them public
         raise _refused(error) from error
 

@@ -112,7 +112,7 @@ def _photographs() -> Iterator[np.ndarray[Any, Any]]:
     for name in PHOTOGRAPHS:
         try:
             found = getattr(photographs, name)()
-        except Exception as error:  # scikit-image fetches some of them, where there is a network
+        except (ImportError, OSError) as error:  # scikit-image fetches some of them, where there are pooch and a network
             print(f"{name} is left out: {error}", file=sys.stderr)
             continue
         yield (found[0] if isinstance(found, tuple) else found)[..., :3]

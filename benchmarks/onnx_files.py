@@ -8,7 +8,8 @@ Every .onnx file that the two packages ship (none is in this repository), on one
 - ``full``: every convolution that can be cut at full rank; the largest difference of the outputs in onnxruntime, on a rendered page, and on noise
   (where a detector of text says almost nothing, in numbers of the size of rounding).
 - ``macs``: ``Budget(macs=0.6), method="auto"``; MACs of the convolutions in the written file by ``onnx.shape_inference``, against those of the file
-  that was read, and the ratio of the times in onnxruntime, run in turn: median and quartiles over the pairs. Rows say how busy the machine was.
+  that was read, and its time in onnxruntime as a share of the original's, run in turn: median and quartiles over the pairs. Rows say how busy the
+  machine was.
 - ``text``: ``Budget(macs=0.9), method="auto"`` for the recognisers: how many of 20 rendered lines are read as before, and how many the original reads
   right; with the weights alone, and with calibration on other rendered lines.
 
@@ -128,7 +129,7 @@ def at_macs(file: Path) -> dict[str, Any]:
         except surgery.SurgeryValueError as error:
             return {"refused": str(error)} | counts(surgery.report_onnx(file, example_inputs=example(file)))
         before, after = convolution_macs(file, size_of(file)), convolution_macs(out, size_of(file))
-        macs = {"convolution_macs_before": before, "convolution_macs_after": after, "convolution_macs_ratio": after / before}
+        macs = {"convolution_macs_before": before, "convolution_macs_after": after, "convolution_macs_share": after / before}
         return macs | counts(done.report) | {"difference": done.difference, "bytes_after": done.size_bytes} | times(file, out)
 
 
@@ -174,7 +175,7 @@ def summed_macs(model: onnx.ModelProto, inferred: onnx.ModelProto) -> int:
 
 
 def times(before: Path, after: Path) -> dict[str, Any]:
-    """Ratio of the times of two files, run in turn on one thread."""
+    """The time of the second file as a share of the first's, both run in turn on one thread."""
     sessions = [onnx_session(file, threads=1) for file in (before, after)]
     name, inputs = sessions[0].get_inputs()[0].name, example(before).numpy()
 
@@ -187,7 +188,7 @@ def times(before: Path, after: Path) -> dict[str, Any]:
         one(session)
     pairs = [(one(sessions[0]), one(sessions[1])) for _ in range(PAIRS)]
     low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
-    return {"time_ratio": middle, "time_ratio_quartiles": [low, high], "before_ms": 1e3 * statistics.median(a for a, _ in pairs), "pairs": PAIRS}
+    return {"time_share": middle, "time_share_quartiles": [low, high], "before_ms": 1e3 * statistics.median(a for a, _ in pairs), "pairs": PAIRS}
 
 
 def text(file: Path) -> dict[str, Any] | None:
@@ -205,7 +206,7 @@ def text(file: Path) -> dict[str, Any] | None:
             same = sum(a == b for a, b in zip(read["before"], read["after"], strict=True))
             ratio = convolution_macs(out, size_of(file)) / convolution_macs(file, size_of(file))
             right = sum(a == b for a, b in zip(read["after"], lines, strict=True))
-            found[how] = {"same": same, "right": right, "convolution_macs_ratio": ratio, "difference": done.difference, "read": read["after"]}
+            found[how] = {"same": same, "right": right, "convolution_macs_share": ratio, "difference": done.difference, "read": read["after"]}
             found |= {"lines": lines, "read_before": read["before"], "right_before": sum(a == b for a, b in zip(read["before"], lines, strict=True))}
     return found
 
@@ -261,7 +262,14 @@ TASKS: dict[str, Callable[[Path], dict[str, Any] | None]] = {"full": full_rank, 
 def table(data: dict[str, Any]) -> str:
     lines = ["# Real ONNX files in and out", ""]
     lines += ["Made by `benchmarks/onnx_files.py`, which says what is measured. Files of the packages rapidocr-onnxruntime and ddddocr.", ""]
-    heads = ["file", "input", "layers cut at full rank", "difference (on noise)", "convolution MACs at `macs=0.6`", "time ratio (quartiles), load"]
+    heads = [
+        "file",
+        "input",
+        "layers cut at full rank",
+        "difference (on noise)",
+        "convolution MACs left at `macs=0.6`",
+        "time after / before (quartiles), load",
+    ]
     lines += [f"| {' | '.join([*heads, '20 lines read as before'])} |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for name, rows in data["files"].items():
@@ -282,15 +290,15 @@ def cell(form: Callable[[dict[str, Any]], str], row: dict[str, Any] | None) -> s
 
 
 def timed(low: float, high: float, row: dict[str, Any]) -> str:
-    middle = "no verdict" if low < 1 < high else f"{row['time_ratio']:.2f}"
+    middle = "no verdict" if low < 1 < high else f"{row['time_share']:.2f}"
     return f"{middle} ({low:.2f} to {high:.2f}), {row['load']}"
 
 
 CELLS = {
     "full": [partial(cell, lambda r: f"{r['cut']} of {r['layers']}"), partial(cell, lambda r: f"{r['difference']:.1e} ({r['on_noise']:.1e})")],
     "macs": [
-        partial(cell, lambda r: f"{r['convolution_macs_ratio']:.3f} of {r['convolution_macs_before'] / 1e6:,.0f} M"),
-        partial(cell, lambda r: timed(*r["time_ratio_quartiles"], r)),
+        partial(cell, lambda r: f"{r['convolution_macs_share']:.3f} of {r['convolution_macs_before'] / 1e6:,.0f} M"),
+        partial(cell, lambda r: timed(*r["time_share_quartiles"], r)),
     ],
     "text": [partial(cell, lambda r: "; ".join(f"{how}: {r[how]['same']}, right {r[how]['right']} ({r['right_before']} before)" for how in HOWS))],
 }

@@ -170,7 +170,7 @@ RUNTIMES: dict[str, Runtime] = {
     runtime.name: runtime
     for runtime in (
         Runtime("eager", _eager, memory=memory.of_tensors),
-        Runtime("onnxruntime", onnx_files.onnxruntime, rests=True, opens=onnx_files.onnxruntime_file),
+        Runtime("onnxruntime", onnx_files.onnxruntime, opens=onnx_files.onnxruntime_file),
         Runtime("openvino", onnx_files.openvino, rests=True, opens=onnx_files.openvino_file),
         Runtime("compile", _compile),
         Runtime("train", _train, memory=memory.of_tensors, trains=True),

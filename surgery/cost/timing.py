@@ -136,8 +136,8 @@ def _groups(shapes: Sequence[TimedShape]) -> Iterator[list[TimedShape]]:
 
 
 def _pause(conditions: Conditions) -> float:
-    """Seconds between two calls: worker threads of one session stop spinning before the next one needs the cores."""
-    return 0.002 if conditions.threads > 1 and conditions.runtime == "onnxruntime" else 0.0
+    """Seconds between two calls: worker threads of one network stop spinning before the next one needs the cores."""
+    return 0.002 if conditions.threads > 1 and conditions.runtime == "openvino" else 0.0
 
 
 def _in_turn(calls: Sequence[Call], reference: Call, pause: float, seconds: float = GROUP_SECONDS) -> tuple[list[Entry], list[float]]:

@@ -207,6 +207,9 @@ def _output_names(output: Any) -> list[str]:
 def onnx_session(model: Path | bytes, threads: int | None = None) -> Any:
     """An onnxruntime session on the CPU, of a file or of what would be in it.
 
+    Its worker threads spin within a call and stop with it; onnxruntime's own default is that they go on spinning for tens of milliseconds, in
+    which another session has to share its cores with them.
+
     Raises:
         SurgeryError: onnxruntime refuses the file.
     """
@@ -215,6 +218,7 @@ def onnx_session(model: Path | bytes, threads: int | None = None) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

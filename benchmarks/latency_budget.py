@@ -1,6 +1,6 @@
 """Does a latency budget give the time that it asks for, and is its plan better than one fraction everywhere?
 
-    python benchmarks/latency_budget.py [--only NAME ...] [--runtimes NAME ...] [--share 0.7] [--threads N] [--table]
+    python benchmarks/latency_budget.py [--only NAME ...] [--runtimes NAME ...] [--ways plan] [--share 0.7] [--threads N] [--table]
 
 For each network and runtime two rows:
 
@@ -109,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", default=NETWORKS, help="these networks")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, help="default: all that are installed")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="these rows only")
     parser.add_argument("--share", type=float, default=0.7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     known = {tuple(row[k] for k in KEY): row for row in read(options.out)}
-    wanted = [] if options.table else [(n, r, w) for r in options.runtimes or installed() for n in options.only for w in WAYS]
+    wanted = [] if options.table else [(n, r, w) for r in options.runtimes or installed() for n in options.only for w in options.ways]
     for name, runtime, way in wanted:
         key = dict(zip(KEY, (name, runtime, options.share, options.threads, way), strict=True))
         ours = known.get((*list(key.values())[:-1], "plan"), {})

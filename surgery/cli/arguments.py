@@ -12,6 +12,7 @@ import surgery
 from surgery.decompose import DEFAULT
 from surgery.options import Options
 from surgery.plan import no_duplicates
+from surgery.ranks.request import parse_ranks
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,7 +39,7 @@ def add_command(
 
 def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = None, model_help: str = MODEL_HELP) -> None:
     """MODEL, which need not be given where there is a default, and what is needed to run it."""
-    parser.add_argument("model", metavar="MODEL", nargs=None if default is None else "?", default=default, help=model_help)
+    parser.add_argument("model", metavar="MODEL", nargs=None if default is None else "?", type=model_text, default=default, help=model_help)
     parser.add_argument("--architecture", metavar="NAME", help="what a saved folder is a checkpoint of, written like MODEL, where it does not say so")
     parser.add_argument("--weights", metavar="FILE", type=Path, help="state dict to fill the model with: .safetensors, or written by torch.save")
     parser.add_argument(
@@ -47,6 +48,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = N
         type=shape,
         help="shape of the one input, filled with noise (default: what the model is usually given)",
     )
+
+
+def model_text(text: str) -> str:
+    """MODEL as it stands; what has neither the form of a name nor is on the disk is wrong usage."""
+    if ":" not in text and not is_onnx_file(text) and not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {MODEL_HELP}")
+    return text
 
 
 def is_onnx_file(model: str) -> bool:
@@ -69,7 +77,20 @@ def open_model(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
 
 
 def parse_ranks_text(text: str) -> Any:
-    """``--ranks`` as ``surgery.decompose`` takes it: a fraction, a JSON object of layers, a rule by name or package.module:name, a plan's path."""
+    """``--ranks`` as ``surgery.decompose`` takes it: a fraction, a JSON object of layers, a rule by name or package.module:name, a plan's path.
+
+    What means nothing is wrong usage; what is wrong in a plan's file is not.
+    """
+    value = _value_in(text)
+    if not (isinstance(value, str) and (value.endswith(".json") or Path(value).exists())):
+        try:
+            parse_ranks(value)
+        except surgery.SurgeryError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return value
+
+
+def _value_in(text: str) -> Any:
     if text.lstrip().startswith("{"):
         try:
             return json.loads(text, object_pairs_hook=no_duplicates)

@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
     bench = add_command(commands, "bench", _bench, TEXT)
     bench.add_argument("after", nargs="?", metavar="AFTER.onnx", type=Path, help="time this ONNX file against MODEL, one too; nothing is cut")
     add_rank_arguments(bench)
-    bench.add_argument("--runtimes", metavar="NAME,...", help=RUNTIMES_HELP)
+    bench.add_argument("--runtimes", type=names, metavar="NAME,...", help=RUNTIMES_HELP)
     bench.add_argument("--batch", type=shape, metavar="N,...", help="batch sizes to time at (default: that of the input)")
     bench.add_argument("--threads", type=int, help="threads for both networks (default: torch's)")
     bench.add_argument("--dtype", help="float32, bfloat16, float16 or float64: what networks and inputs are cast to")
@@ -48,8 +48,8 @@ def _of_a_cut(options: argparse.Namespace) -> Benchmark:
     if is_onnx_file(options.model):
         options.wrong(f"{options.model}: name the ONNX file to time it against after it")
     if options.size:
-        raise surgery.SurgeryValueError("--size: it is for two ONNX files; give --input-shape")
-    runtimes = (options.runtimes or "eager,onnxruntime").split(",")
+        options.wrong("--size: it is for two ONNX files; give --input-shape")
+    runtimes = options.runtimes or ["eager", "onnxruntime"]
     known(runtimes)  # before minutes are spent on a model
     model, inputs = open_model(options)
     net = surgery.decompose(model, options.ranks, example_inputs=inputs, progress=True, **rank_options(options))
@@ -60,12 +60,22 @@ def _of_files(options: argparse.Namespace) -> Benchmark:
     from surgery.benchmarking.files import file_inputs, made_up
 
     inputs = made_up(file_inputs(Path(options.model)), dict(options.size), options.input_shape)
-    runtimes = (options.runtimes or "onnxruntime").split(",")
-    return surgery.benchmark(options.model, options.after, inputs, runtimes=runtimes, **_conditions(options))
+    return surgery.benchmark(options.model, options.after, inputs, runtimes=options.runtimes or ["onnxruntime"], **_conditions(options))
 
 
 def _conditions(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in CONDITIONS}
+
+
+def names(text: str) -> list[str]:
+    """Reads runtimes with commas between them."""
+    from surgery.benchmarking.runtimes import RUNTIMES
+
+    found = text.split(",")
+    for name in found:
+        if name not in RUNTIMES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {list(RUNTIMES)}")
+    return found
 
 
 def size(text: str) -> tuple[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,37 +37,38 @@ def add(commands: Commands) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    format_of(options.out)  # before minutes are spent on a model
-    model, inputs = open_model(options)
     chosen = {name: getattr(options, name) for name in ("dynamic_batch", "dynamic_size", "opset", "exporter")}
+    try:
+        format_for(options.out, chosen)  # before minutes are spent on a model
+    except surgery.SurgeryValueError as error:
+        options.wrong(str(error))
+    model, inputs = open_model(options)
     export_to(model, options.out, inputs, as_json=options.json, **chosen)
 
 
 def export_to(model: nn.Module, out: Path, inputs: Tensor, *, as_json: bool = False, **options: Any) -> None:
     """Export in the format that the file's ending names, and print what came out. Options that are None are left to their defaults."""
-    export, name = (
-        {
-            "onnx": surgery.export_onnx,
-            "torchscript": surgery.export_torchscript,
-            "program": surgery.export_program,
-            "openvino": surgery.export_openvino,
-        },
-        format_of(out),
-    )
+    export = {
+        "onnx": surgery.export_onnx,
+        "torchscript": surgery.export_torchscript,
+        "program": surgery.export_program,
+        "openvino": surgery.export_openvino,
+    }
     given = {key: value for key, value in options.items() if value is not None}
-    for key, formats in ONLY_FOR.items():
-        if key in given and name not in formats:
-            raise surgery.SurgeryValueError(f"--{key} is for {' and '.join(formats)}; {out} is to be {name}")
-    done = export[name](model, out, inputs, **given)
+    done = export[format_for(out, given)](model, out, inputs, **given)
     print(json.dumps(done.to_data()) if as_json else done)
 
 
-def format_of(out: Path) -> str:
+def format_for(out: Path, options: Mapping[str, Any]) -> str:
     """The format that an ending names.
 
     Raises:
-        SurgeryValueError: it names none.
+        SurgeryValueError: it names none, or one that has no such option.
     """
     if out.suffix not in ENDINGS:
         raise surgery.SurgeryValueError(f"OUT {str(out)!r}: the ending names the format, one of {', '.join(ENDINGS)}")
-    return ENDINGS[out.suffix]
+    name = ENDINGS[out.suffix]
+    for key, formats in ONLY_FOR.items():
+        if options.get(key) is not None and name not in formats:
+            raise surgery.SurgeryValueError(f"--{key} is for {' and '.join(formats)}; {out} is to be {name}")
+    return name

@@ -6,7 +6,11 @@ finishes it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -141,18 +145,41 @@ def _integer_program(costs: Sequence[Numbers], losses: Sequence[Numbers], budget
     rows = np.repeat(np.arange(len(sizes)), sizes)
     one_each = csr_matrix((np.ones(len(loss)), (rows, np.arange(len(loss)))), shape=(len(sizes), len(loss)))
     unit = max(budget, 1e-300)
-    found = milp(
-        loss / loss.max(),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((cost / unit)[None], -np.inf, budget / unit)],
-        integrality=np.ones(len(loss)),
-        bounds=Bounds(0, 1),
-        options={"time_limit": SECONDS, "mip_rel_gap": GAP},
-    )
+    with _without_remarks():
+        found = milp(
+            loss / loss.max(),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((cost / unit)[None], -np.inf, budget / unit)],
+            integrality=np.ones(len(loss)),
+            bounds=Bounds(0, 1),
+            options={"time_limit": SECONDS, "mip_rel_gap": GAP},
+        )
     if found.x is None:
         return None
     starts = np.cumsum([0, *sizes])
     chosen = [int(o[found.x[a:b].argmax()]) for o, a, b in zip(open_, starts[:-1], starts[1:], strict=True)]
     return chosen if _total(costs, chosen) <= budget else None
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Leave out what HiGHS writes to standard output past Python, though told to be quiet; what others write meanwhile comes when it is done."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        own = os.dup(1)
+    except OSError:  # nothing is there to be written to
+        yield
+        return
+    with TemporaryFile() as held:
+        os.dup2(held.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(own, 1)
+            held.seek(0)
+            others = b"".join(line for line in held if not line.startswith(b"Highs"))
+            with os.fdopen(own, "wb") as out:
+                out.write(others)
 
 
 def _spend_the_rest(costs: Sequence[Numbers], losses: Sequence[Numbers], budget: float, chosen: Sequence[int]) -> list[int]:

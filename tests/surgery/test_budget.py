@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,6 +54,18 @@ def test_solvers_find_what_brute_force_finds(problem):
     worst = least_worst(costs, losses, budget)
     assert total(costs, worst) <= budget
     assert largest(losses, worst) == min(largest(losses, c) for c in all_of_them)
+
+
+def test_what_the_solver_says_of_its_own_accord_does_not_get_into_standard_output(capfd, monkeypatch):
+    def talking(*args, **kwargs):
+        os.write(1, b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\nof another thread\n")
+        return scipy.optimize._milp.milp(*args, **kwargs)
+
+    monkeypatch.setattr(scipy.optimize, "milp", talking)
+    print("before", end=" ")
+    assert least_loss([np.array([1.0, 2.0, 4.0])] * 3, [np.array([5.0, 3.0, 0.0])] * 3, 6.0)
+    print("after")
+    assert capfd.readouterr().out == "before of another thread\nafter\n"
 
 
 @given(knapsacks())

@@ -77,18 +77,13 @@ def test_a_rule_of_your_own(capsys):
     ("arguments", "message"),
     [
         (["summary", "surgery:resnet21"], "did you mean 'resnet20'"),
-        (["summary", "resnet20"], "MODEL 'resnet20': expected"),
         (["summary", "no_such_module:build"], "no module 'no_such_module'"),
         (["summary", "json:nothing"], "no callable of that name"),
         (["summary", "builtins:dict"], "must give an nn.Module, got dict"),
-        (["plan", MODEL, "--ranks", "4"], "ambiguous"),
-        (["plan", MODEL, "--ranks", "evmbf"], "no rule and no file"),
+        (["plan", MODEL, "--ranks", "absent.json"], "absent.json"),
         (["plan", MODEL, "--out", "nowhere/plan.json"], "nowhere"),
         (["summary", MODEL, "--input-shape", "1,4,32,32"], "example_inputs: CifarResNet fails"),
         (["summary", MODEL, "--weights", "absent.pt"], "absent.pt"),
-        (["export", MODEL, "net.tflite"], "the ending names the format"),
-        (["export", MODEL, "net.pt", "--opset", "20"], "--opset is for onnx"),
-        (["export", MODEL, "net.pt2", "--exporter", "dynamo"], "--exporter is for onnx and openvino"),
         (["export", "tests.networks:Random", "net.pt", "--input-shape", "1,3,8,8"], "the network itself differs"),
     ],
 )
@@ -103,21 +98,32 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_1(capsys, arguments, mess
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        [],
-        ["fly"],
-        ["plan"],
-        ["summary", MODEL, "--input-shape", "a"],
-        ["plan", MODEL, "--ranks", "{"],
-        ["plan", MODEL, "--ranks", "no_such_module:rule"],
+        ([], "arguments are required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["plan"], "arguments are required: MODEL"),
+        (["summary", "resnet20"], "argument MODEL: 'resnet20': expected torchvision:NAME"),
+        (["summary", MODEL, "--input-shape", "a"], "expected positive numbers"),
+        (["plan", MODEL, "--ranks", "{"], "not a JSON object"),
+        (["plan", MODEL, "--ranks", "4"], "ambiguous"),
+        (["plan", MODEL, "--ranks", "evmbf"], "no rule and no file"),
+        (["plan", MODEL, "--ranks", "no_such_module:rule"], "no module 'no_such_module'"),
+        (["export", MODEL, "net.tflite"], "the ending names the format"),
+        (["export", MODEL, "net.pt", "--opset", "20"], "--opset is for onnx"),
+        (["export", MODEL, "net.pt2", "--exporter", "dynamo"], "--exporter is for onnx and openvino"),
+        (["bench", MODEL, "--runtimes", "eager,tensorrt"], "'tensorrt' is none of"),
+        (["bench", MODEL, "--size", "batch=2"], "--size: it is for two ONNX files"),
     ],
 )
-def test_wrong_usage_is_exit_code_2(capsys, arguments):
+def test_wrong_usage_is_exit_code_2(capsys, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "usage" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "usage" in shown
+    assert message in shown
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from time import process_time, sleep
 
 import onnx
 import pytest
@@ -192,3 +194,17 @@ def test_weights_beside_the_file_as_of_very_large_models(small, tmp_path, monkey
     assert report.size_bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
     assert in_file(report.path) == planned(net)
     assert torch.allclose(run_session(onnx_session(tmp_path / "net.onnx"), X)[0], net(X), atol=1e-5)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="on one core onnxruntime has no worker threads")
+def test_workers_of_a_session_rest_between_its_calls(small, tmp_path):
+    """Or they take the cores of what is timed next: onnxruntime's own way is to let them spin for tens of milliseconds."""
+    surgery.export_onnx(small, tmp_path / "net.onnx", X, check=False)
+    session = onnx_session(tmp_path / "net.onnx", threads=2)
+    spent = []
+    for _ in range(5):
+        run_session(session, X)
+        began = process_time()
+        sleep(0.05)
+        spent.append(process_time() - began)
+    assert min(spent) < 0.015

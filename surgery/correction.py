@@ -24,7 +24,7 @@ from passes.running import arguments, private_copy, quiet_run
 from surgery.lockstep import Enough, OutOfStep, Pass
 from surgery.progress import tracked
 
-__all__ = ["can_be_refitted", "correct"]
+__all__ = ["STAGES", "Refit", "can_be_refitted", "correct"]
 
 LARGEST = 1152  # numbers that a kernel sees, of which the second moments are taken
 HELD = 0.25  # share of the machine's, or the GPU's, memory that networks which are stopped on their way may take
@@ -67,18 +67,19 @@ def correct(original: nn.Module, model: nn.Module, chains: Mapping[str, str], ba
 def _in_step(
     original: nn.Module, model: nn.Module, chains: Mapping[str, str], calls: Mapping[str, int], batches: Sequence[Any]
 ) -> dict[str, float | None]:
-    """All chains, or those before the first that some batch does not reach in this order, each with what ``_Moments.solve`` gives."""
+    """All chains, or those before the first that some batch does not reach in this order, each with the error that is left."""
     found: dict[str, float | None] = {}
     pairs = [(Pass(original, chains, batch, outputs=True), Pass(model, chains.values(), batch, outputs=False)) for batch in batches]
     try:
         for name, last in tracked(chains.items(), "correcting", name=itemgetter(0)):
-            moments = _Moments(model.get_submodule(last))
+            layer = model.get_submodule(last)
+            sums = _sums(layer)
             for before, after in pairs:
                 wanted, given = before.reach(name), after.reach(last)
                 if wanted is not None and given is not None and calls[last] == 1:
-                    moments.add(given, wanted)
+                    sums.add(given, wanted)
             if calls[last] == 1:
-                found[name] = moments.solve()
+                found[name] = _put(layer, sums)
             else:  # it is needed before all is known: a look ahead, with what has been corrected
                 found |= _correct_together(original, model, {name: last}, calls, batches)
     except OutOfStep:
@@ -155,14 +156,14 @@ def _watched(model: nn.Module, names: Iterable[str], note: Callable[..., None], 
 def _correct_together(
     original: nn.Module, model: nn.Module, stage: Mapping[str, str], calls: Mapping[str, int], batches: Sequence[Any]
 ) -> dict[str, float | None]:
-    moments = {name: _Moments(model.get_submodule(last)) for name, last in stage.items()}
+    sums = {name: _sums(model.get_submodule(last)) for name, last in stage.items()}
     for batch in tracked(batches, "correcting"):
         wanted = _seen(original, {name: calls[last] for name, last in stage.items()}, batch, outputs=True)
         given = _seen(model, {last: calls[last] for last in stage.values()}, batch, outputs=False)
         for name, last in stage.items():
             for x, y in zip(given[last], wanted[name], strict=False):
-                moments[name].add(x, y)
-    return {name: each.solve() for name, each in moments.items()}
+                sums[name].add(x, y)
+    return {name: _put(model.get_submodule(last), sums[name]) for name, last in stage.items()}
 
 
 def _seen(model: nn.Module, calls: Mapping[str, int], batch: Any, *, outputs: bool) -> dict[str, list[Tensor]]:
@@ -180,13 +181,12 @@ def _seen(model: nn.Module, calls: Mapping[str, int], batch: Any, *, outputs: bo
     return found
 
 
-class _Moments:
-    """Sums over what one layer sees, and what should come out."""
+class Refit:
+    """Sums over what one layer sees, and what should come out of it."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        (self.piece,) = pieces_of({"": layer})
-        self.patches = _patches(self.piece)
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
+        self.patches = _patches(piece)
         self.xtx: Tensor | None = None
         self.xty: Tensor | None = None
         self.yty = 0.0
@@ -201,23 +201,37 @@ class _Moments:
         self.xty = xty if self.xty is None else self.xty + xty
         self.yty += float(wanted.square().sum())
 
-    def solve(self) -> float | None:
-        """Put the refitted numbers in the layer; the relative error that is left, or None where nothing was seen."""
+    def solve(self) -> tuple[Piece, float | None] | None:
+        """The layer that comes nearest, float64, and the relative error that it leaves; None where nothing was seen or the sums are not finite."""
         if self.xtx is None or self.xty is None:
             return None
         new = refit(self.piece, self.xtx, self.xty)
-        parameters: Any = self.layer._parameters
         if not bool(new.weight.isfinite().all()):
             return None
-        parameters["weight"].copy_(new.weight)
-        if new.bias is not None:
-            parameters["bias"].copy_(new.bias)
         g = self.piece.geometry
         kept = g.forward_blocks(new.weight).reshape(g.groups, g.out_channels // g.groups, -1).mT
         bias = kept.new_zeros(g.groups, 1, kept.shape[2]) if new.bias is None else new.bias.reshape(g.groups, 1, -1)
         kept = torch.cat([kept, bias], 1)
         left = self.yty - 2 * float((kept * self.xty).sum()) + float((kept * (self.xtx @ kept)).sum())
-        return sqrt(max(left, 0.0) / self.yty) if self.yty > 0 else None
+        return new, sqrt(max(left, 0.0) / self.yty) if self.yty > 0 else None
+
+
+def _sums(layer: nn.Module) -> Refit:
+    (piece,) = pieces_of({"": layer})
+    return Refit(piece)
+
+
+def _put(layer: nn.Module, sums: Refit) -> float | None:
+    """Put the refitted numbers in the layer; the relative error that is left, or None where nothing was seen."""
+    found = sums.solve()
+    if found is None:
+        return None
+    new, error = found
+    parameters: Any = layer._parameters
+    parameters["weight"].copy_(new.weight)
+    if new.bias is not None:
+        parameters["bias"].copy_(new.bias)
+    return error
 
 
 def can_be_refitted(geometry: Geometry) -> bool:

@@ -235,7 +235,8 @@ def run_session(session: Any, inputs: Any) -> list[Tensor]:
     """
     names = [i.name for i in session.get_inputs()]
     if isinstance(inputs, Mapping) and set(names) <= set(inputs):
-        return _outputs(session, {name: inputs[name] for name in names})
+        defaults = [i.name for i in session.get_overridable_initializers()]
+        return _outputs(session, {name: inputs[name] for name in (*names, *defaults) if name in inputs})
     return _outputs(session, dict(zip(names, tensors_in(inputs), strict=True)))
 
 

@@ -10,37 +10,45 @@ import numpy
 from passes.errors import SurgeryValueError
 from passes.site import Site
 from surgery.calibration import Calibration, Moments, batches_of
-from surgery.onnx_files.feeds import example_feed
+from surgery.onnx_files.feeds import Feed, example_feed
 from surgery.onnx_files.watch import watched
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["calibrate_file"]
+__all__ = ["calibrate_file", "calibration_feeds"]
 
 
-def calibrate_file(model: ModelProto, calibration: Any, sites: Sequence[Site], reads: Mapping[str, str], *, external: bool) -> Calibration:
+def calibration_feeds(model: ModelProto, calibration: Any) -> list[Feed]:
+    """The batches that a user gave, each with a tensor for every input.
+
+    Raises:
+        SurgeryValueError, SurgeryTypeError: they are none, or do not fit.
+    """
+    batches = [calibration] if isinstance(calibration, numpy.ndarray) else batches_of(calibration)
+    if any(batch is None for batch in batches):
+        raise SurgeryValueError("calibration: a batch is None")
+    return [example_feed(model, batch) or {} for batch in batches]
+
+
+def calibrate_file(model: ModelProto, feeds: Sequence[Feed], sites: Sequence[Site], reads: Mapping[str, str], *, external: bool) -> Calibration:
     """Second moments of what each layer sees. What the output makes of the layers' is not known: a file cannot be differentiated.
 
     Args:
         model: the file's; left as it is.
-        calibration: batches, each as ``example_inputs`` of ``decompose_onnx``.
+        feeds: batches of inputs.
         sites: those to look at; chains and kept layers are left out.
         reads: by name of a site the value that it reads.
         external: write weights in a file of their own.
 
     Raises:
-        SurgeryValueError, SurgeryTypeError: the batches do not fit, or give numbers that are not finite.
+        SurgeryValueError: the batches give numbers that are not finite.
         SurgeryError: onnxruntime cannot run the file on them.
     """
-    batches = [calibration] if isinstance(calibration, numpy.ndarray) else batches_of(calibration)
     seen = {site.name: Moments(site.geometry) for site in sites if site.chain is None and site.keep is None}
     examples = 0
     with watched(model, list(dict.fromkeys(reads[name] for name in seen)), external=external) as run:
-        for batch in batches:
-            if batch is None:
-                raise SurgeryValueError("calibration: a batch is None")
-            feed = example_feed(model, batch) or {}
+        for feed in feeds:
             values = run(feed)
             for name, moments in seen.items():
                 if moments.geometry.fits(tuple(values[reads[name]].shape)):

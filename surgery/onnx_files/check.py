@@ -17,7 +17,7 @@ from passes.parity import difference
 from surgery.export.common import TOLERANCE
 from surgery.export.onnx import onnx_session, run_session
 from surgery.onnx_files.feeds import Feed, noise_like, shaken
-from surgery.onnx_files.files import check_valid, write_model
+from surgery.onnx_files.files import check_valid, copied, write_model
 from surgery.onnx_files.graph import tensor_dtype
 from surgery.onnx_files.host import OnnxHost
 
@@ -83,10 +83,7 @@ def prove(written: Path, merged: ModelProto | None, source: Path, feed: Feed, *,
 
 def merged_copy(model: ModelProto) -> ModelProto:
     """The model with every chain merged into one layer."""
-    import onnx
-
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = copied(model)
     Reconstruct()(OnnxHost(copy))
     return copy
 

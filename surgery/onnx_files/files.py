@@ -11,7 +11,7 @@ from passes.errors import SurgeryError, SurgeryValueError
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["check_valid", "has_external_data", "open_model", "usable_target", "write_model"]
+__all__ = ["check_valid", "copied", "has_external_data", "open_model", "usable_target", "write_model"]
 
 LARGEST = 2**31 - 2**20  # bytes that a message of protobuf can hold, with room for its frame
 
@@ -42,6 +42,15 @@ def open_model(path: str | os.PathLike[str]) -> ModelProto:
 
         model = inliner.inline_local_functions(model)
     return model
+
+
+def copied(model: ModelProto) -> ModelProto:
+    """A model of its own with the same content."""
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
 
 
 def _has_layers(nodes: object) -> bool:

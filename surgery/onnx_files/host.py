@@ -17,7 +17,7 @@ from passes.host import Host, Undo
 from passes.kinds import kind_of
 from passes.site import COMPUTING_DTYPES, Call, Site, kept_together
 from surgery.onnx_files.edit import Edit, apply_edits
-from surgery.onnx_files.graph import Constant, Graph, inner_graphs, read_tensor, tensor_dtype, told
+from surgery.onnx_files.graph import Constant, Graph, inner_graphs, read_tensor, tensor_dtype, told, write_tensor
 from surgery.onnx_files.nodes import auto_pad, layer_node, piece_node, stored, weight_place, whole_geometry
 from surgery.onnx_files.record import read_file_record, write_plan
 from surgery.onnx_files.shapes import Shapes
@@ -25,7 +25,7 @@ from surgery.onnx_files.shapes import Shapes
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-__all__ = ["OnnxHost"]
+__all__ = ["End", "OnnxHost"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,6 +58,16 @@ class Layer:
         g = self.geometry
         shape = (g.in_channels, g.out_channels, g.kernel, g.groups, g.transposed, self.lies)
         return (*(constant.name for constant in self.constants), shape, self.factorization)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class End:
+    """The last layer of a chain: the place of its node, the values that it reads and gives, its weight and bias."""
+
+    node: int
+    reads: str
+    gives: str
+    piece: Piece
 
 
 class OnnxHost(Host):
@@ -109,6 +119,36 @@ class OnnxHost(Host):
         self._plan[site.name] = Keep("reconstructed")
         self._weights.pop(site.name, None)
         return placed
+
+    def written(self, name: str, weight: Tensor) -> tuple[str, Tensor]:
+        """The constant that a layer's weight is, and another weight, as torch has it, as it would stand there."""
+        layer = self._layers[name]
+        constant = layer.constants[0]
+        return constant.name, stored(weight, layer.lies[0]).to(tensor_dtype(constant.tensor.data_type))
+
+    def end(self, name: str) -> End | None:
+        """The last layer of a chain, if nothing else reads its numbers."""
+        layer = self._layers.get(name)
+        if layer is None or layer.factorization is None:
+            return None
+        index = layer.nodes[-1]
+        node, bias = self._graph.nodes[index], _bias(self._graph.nodes[index])
+        piece = self._pieces(layer)[-1]
+        numbers = [layer.constants[-1].name, *([] if bias is None else [bias])]
+        own = all(len(self._graph.readers_of_constant(each)) == 1 for each in numbers)
+        if not own or (bias is not None and (piece.bias is None or not isinstance(self._graph.constant(bias), Constant))):
+            return None
+        return End(node=index, reads=node.input[0], gives=node.output[0], piece=piece)
+
+    def put(self, name: str, piece: Piece) -> None:
+        """Give the last layer of a chain other numbers."""
+        layer = self._layers[name]
+        bias = _bias(self._graph.nodes[layer.nodes[-1]])
+        found = [(layer.constants[-1], stored(piece.weight, layer.lies[-1]))]
+        if bias is not None and piece.bias is not None and isinstance(constant := self._graph.constant(bias), Constant):
+            found.append((constant, piece.bias.reshape(tuple(constant.tensor.dims))))
+        for constant, numbers in found:
+            constant.tensor.CopyFrom(write_tensor(constant.tensor.name, numbers.to(tensor_dtype(constant.tensor.data_type))))
 
     def neighbours(self) -> NoReturn:
         raise SurgeryError("clean-up passes work on modules and graph modules, not on ONNX files; runtimes fold and fuse those by themselves")

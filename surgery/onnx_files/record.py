@@ -32,6 +32,7 @@ class FileRecord:
         passes: that changed the network, in order.
         weights: name of the weight that each chain replaced, by the chain's.
         errors: relative error of each cut, by the chain's name.
+        output_errors: relative error of a chain's outputs on the calibration batches, by its name.
         shapes: sizes of the inputs that MACs were counted with.
         calibrated: how many examples the last cut was calibrated on.
     """
@@ -40,13 +41,20 @@ class FileRecord:
     passes: tuple[str, ...] = ()
     weights: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    output_errors: dict[str, float] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] | None = None
     calibrated: int = 0
 
     def sites(self) -> dict[str, SiteRecord]:
         """As reports want it."""
         return {
-            name: SiteRecord(name=name, reason=getattr(decision, "reason", None), error=self.errors.get(name), calls=None)
+            name: SiteRecord(
+                name=name,
+                reason=getattr(decision, "reason", None),
+                error=self.errors.get(name),
+                calls=None,
+                output_error=self.output_errors.get(name),
+            )
             for name, decision in self.plan.items()
         }
 
@@ -69,6 +77,7 @@ def read_file_record(model: ModelProto) -> FileRecord:
         data: Mapping[str, Any] = json.loads(found.get(RECORD, "{}"))
         record.weights = {str(name): str(weight) for name, weight in data.get("weights", {}).items()}
         record.errors = {str(name): float(error) for name, error in data.get("errors", {}).items()}
+        record.output_errors = {str(name): float(error) for name, error in data.get("output_errors", {}).items()}
         shapes = data.get("shapes")
         record.shapes = None if shapes is None else {str(name): tuple(int(size) for size in sizes) for name, sizes in shapes.items()}
         record.calibrated = int(data.get("calibrated", 0))
@@ -79,7 +88,7 @@ def read_file_record(model: ModelProto) -> FileRecord:
 
 def write_plan(model: ModelProto, record: FileRecord) -> None:
     """Put a record into a file's metadata."""
-    data = {"version": VERSION, "weights": record.weights, "errors": record.errors, "shapes": record.shapes, "calibrated": record.calibrated}
+    data = {name: getattr(record, name) for name in ("weights", "errors", "output_errors", "shapes", "calibrated")} | {"version": VERSION}
     _set(model, {PLAN: record.plan.to_json(), PASSES: json.dumps(record.passes), RECORD: json.dumps(data, ensure_ascii=False)})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from passes import Decompose, Reconstruct, name_of
 from passes.errors import SurgeryError, SurgeryValueError
 from passes.factorization import Keep
 from passes.metric import Metric
+from passes.result import PassResult
 from passes.site import Site
 from surgery.calibration import Calibration
 from surgery.decompose import DEFAULT, Ranks
@@ -24,7 +25,7 @@ from surgery.export.common import installed, need
 from surgery.inspection import saved_macs
 from surgery.onnx_files.check import merged_copy, prove
 from surgery.onnx_files.feeds import Feed, example_feed, open_inputs, shapes_of_feed
-from surgery.onnx_files.files import has_external_data, open_model, usable_target, write_model
+from surgery.onnx_files.files import copied, has_external_data, open_model, usable_target, write_model
 from surgery.onnx_files.graph import Constant, Graph, tensor_dtype
 from surgery.onnx_files.host import OnnxHost
 from surgery.onnx_files.record import FileRecord, read_file_record, write_file_record, write_plan
@@ -112,8 +113,9 @@ def decompose_onnx(
         exclude: names or patterns of layers to keep.
         guard: ``"macs"`` or ``"none"``.
         round_to: a rule's ranks are rounded up to a multiple of this.
-        calibration: batches of inputs, each as ``example_inputs``: ranks and factors are then chosen for what these make the layers see, and errors
-            are those of the layers' outputs. (Chains are not corrected for one another, as ``decompose`` does.)
+        calibration: batches of inputs, each as ``example_inputs``: ranks and factors are then chosen for what these make the layers see and for
+            what the network's outputs make of the layers' (measured, by changing each layer a little); errors are those of the layers' outputs;
+            and each chain is corrected in turn for the errors made before it. No batch norm is touched.
         device: where to compute.
         check: run the file in onnxruntime against the network with its chains merged into single layers, and compare it with the original.
         progress: show progress on stderr where that is a terminal.
@@ -128,15 +130,19 @@ def decompose_onnx(
     target = usable_target(out)
     work = _opened(path, example_inputs, ranks, options, check=check)
     with show_progress(progress), stage("decomposing", len(work.sites)) as step:
-        learnt = work.learn(calibration)
+        feeds = work.feeds(calibration)
+        learnt = work.learn(feeds)
         draft = work.draft(ranks, options, learnt.metrics)
+        original = copied(work.model) if feeds else work.model
         result = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)(work.host)
+        corrected = work.correct(original, result, feeds)
     record = read_file_record(work.model)
     reasons = {o.site: o.reason for o in result.outcomes if o.status == "kept" and o.reason is not None}
     chains = {site.name: site.chain for site in work.host.sites()}
     record.plan = Plan({name: chain or Keep(reasons.get(name, "kept")) for name, chain in chains.items()})
     record.calibrated = learnt.examples if result.modified else record.calibrated
     record.errors |= {o.site: o.error for o in result.outcomes if o.error is not None}
+    record.output_errors |= corrected
     return _finished(work, record, name_of(Decompose(assignment={})) if result.modified else None, target, cut=True, check=check)
 
 
@@ -159,7 +165,7 @@ def plan_onnx(
     """
     options = Options(method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device)
     work = _opened(path, example_inputs, ranks, options, check=False)
-    draft, chosen = work.draft(ranks, options, work.learn(calibration).metrics), Plan()
+    draft, chosen = work.draft(ranks, options, work.learn(work.feeds(calibration)).metrics), Plan()
     for site in work.sites:
         decision = draft[site.name]
         chosen[site.name] = site.chain if site.chain is not None and isinstance(decision, Keep) else decision
@@ -218,14 +224,34 @@ class _Work:
     sites: tuple[Site, ...]
     shapes: Mapping[str, tuple[int, ...]]
 
-    def learn(self, calibration: Any) -> Calibration:
-        """What the layers see of batches of inputs; nothing where there are none."""
+    def feeds(self, calibration: Any) -> list[Feed]:
+        """The batches of inputs that a user gave, if any."""
         if calibration is None:
-            return Calibration()
-        from surgery.onnx_files.calibrate import calibrate_file
+            return []
+        from surgery.onnx_files.calibrate import calibration_feeds
 
         need("onnxruntime", "calibration of an ONNX file", "export")
-        return calibrate_file(self.model, calibration, self.sites, self.host.reads(), external=has_external_data(self.source))
+        return calibration_feeds(self.model, calibration)
+
+    def learn(self, feeds: Sequence[Feed]) -> Calibration:
+        """What the layers see of batches of inputs, and what the outputs make of theirs; nothing where there are none."""
+        if not feeds:
+            return Calibration()
+        from surgery.onnx_files.calibrate import calibrate_file
+        from surgery.onnx_files.weigh import weighed
+
+        external = has_external_data(self.source)
+        learnt = calibrate_file(self.model, feeds, self.sites, self.host.reads(), external=external)
+        return weighed(learnt, self.model, self.host, self.sites, feeds, external=external)
+
+    def correct(self, original: ModelProto, result: PassResult, feeds: Sequence[Feed]) -> dict[str, float]:
+        """Correct the chains that a cut has made; errors of their outputs, by name. Nothing is done where there are no batches of inputs."""
+        if not feeds:
+            return {}
+        from surgery.onnx_files.correct import correct_file
+
+        cut = [outcome.site for outcome in result.outcomes if outcome.status == "applied"]
+        return correct_file(original, self.host, cut, feeds, external=has_external_data(self.source))
 
     def draft(self, ranks: Ranks, options: Options, metrics: Mapping[str, Metric]) -> Draft:
         totals = Totals(params=_params(self.model), macs=self.macs())

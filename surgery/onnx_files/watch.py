@@ -12,10 +12,10 @@ from torch import Tensor
 
 from surgery.export.onnx import onnx_session, run_session
 from surgery.onnx_files.feeds import Feed
-from surgery.onnx_files.files import write_model
+from surgery.onnx_files.files import copied, write_model
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import GraphProto, ModelProto
 
 __all__ = ["Watched", "watched"]
 
@@ -37,19 +37,51 @@ class Watched:
 
 
 @contextmanager
-def watched(model: ModelProto, values: Sequence[str], *, external: bool) -> Iterator[Watched]:
+def watched(model: ModelProto, values: Sequence[str], *, external: bool, only: bool = False, loose: Sequence[str] = ()) -> Iterator[Watched]:
     """A model that can be run and tells these values; the model is left as it is.
+
+    Args:
+        model: of the file.
+        values: names of values in the main graph.
+        external: write weights in a file of their own.
+        only: tell nothing else, and run no further than to the last of them.
+        loose: constants of the main graph that may be given other numbers with the inputs.
 
     Raises:
         SurgeryError: onnxruntime refuses it.
     """
     import onnx
 
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = copied(model)
+    if only:
+        _stop_after(copy.graph, values)
+    _loosen(copy.graph, loose)
     given = {value.name for value in (*copy.graph.output, *copy.graph.input)}
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in given)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "watched.onnx"
         write_model(copy, file, external=external)
         yield Watched(onnx_session(file))
+
+
+def _stop_after(graph: GraphProto, values: Sequence[str]) -> None:
+    """Leave out the nodes after those that make these values, which stand before them in every valid graph, and all outputs."""
+    makers = [index for index, node in enumerate(graph.node) if not set(values).isdisjoint(node.output)]
+    del graph.node[max(makers, default=-1) + 1 :]
+    del graph.output[:]
+
+
+def _loosen(graph: GraphProto, names: Sequence[str]) -> None:
+    """Make constants defaults of inputs."""
+    import onnx
+
+    nodes = [node for node in graph.node if node.op_type == "Constant" and node.output[0] in names]
+    for node in nodes:
+        tensor = next(attribute.t for attribute in node.attribute if attribute.name == "value")
+        graph.initializer.add().CopyFrom(tensor)
+        graph.initializer[-1].name = node.output[0]
+        graph.node.remove(node)
+    declared = {value.name for value in graph.input}
+    for tensor in graph.initializer:
+        if tensor.name in names and tensor.name not in declared:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))

@@ -14,7 +14,7 @@ from passes import Decompose, Reconstruct
 from passes.errors import SurgeryError, SurgeryValueError
 from passes.kinds import KINDS, usual_kind
 from passes.parity import assert_parity
-from surgery.onnx_files import OnnxHost
+from surgery.onnx_files import OnnxHost, correct
 
 DRAW = numpy.random.default_rng(0)
 EVERYTHING = {"re:.*": 1.0}
@@ -397,6 +397,77 @@ def test_ranks_by_what_the_layers_see(tmp_path):
         assert float((run(tmp_path / "blind.onnx", x=x)[0] - expected[0]).norm() / expected[0].norm()) < 0.1
     with pytest.raises(SurgeryValueError, match="the file takes 2 x 4 x 9 x 10"):
         surgery.plan_onnx(tmp_path / "in.onnx", 0.5, calibration=[draw(2, 3, 9, 10)])
+
+
+def deep(tie=False):
+    """Three convolutions and a linear layer; with ``tie`` the second and the third have one weight."""
+    relu = lambda name: helper.make_node("Relu", [name], [f"{name}+"])  # noqa: E731
+    nodes = [conv("x", "w1", "a", "one"), relu("a"), helper.make_node("Conv", ["a+", "w2", "b2"], ["b"], name="two"), relu("b")]
+    nodes += [conv("b+", "w2" if tie else "w3", "c", "three"), relu("c"), helper.make_node("ReduceMean", ["c+"], ["d"], axes=[2, 3], keepdims=0)]
+    nodes += [helper.make_node("Gemm", ["d", "w4", "b4"], ["y"], name="four")]
+    random = numpy.random.default_rng(5)
+    sizes = {"w1": (24, 4, 3, 3), "w2": (24, 24, 3, 3), "b2": (24,), "w3": (24, 24, 1, 1), "w4": (24, 16), "b4": (16,)}
+    if tie:
+        del sizes["w3"]
+    spread = {name: 1 / numpy.sqrt(numpy.prod(size[1:]) if len(size) > 2 else 24) for name, size in sizes.items()}
+    return model_of(nodes, {name: (spread[name] * random.standard_normal(size)).astype(numpy.float32) for name, size in sizes.items()})
+
+
+def values_in(path, names, **feed):
+    model = onnx.load(path)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name != "y")
+    found = run(model, **feed)
+    return dict(zip([value.name for value in model.graph.output], found, strict=True))
+
+
+@pytest.mark.parametrize("groups", [16, 1])
+def test_chains_are_corrected_for_the_errors_before_them(tmp_path, monkeypatch, groups):
+    monkeypatch.setattr(correct, "STAGES", groups)
+    onnx.save(deep(), tmp_path / "in.onnx")
+    seen, x = [draw(2, 4, 9, 10) for _ in range(12)], numpy.concatenate([draw(2, 4, 9, 10)])
+    ranks = {"one": 0.6, "two": 0.6, "three": 12, "four": 8}
+    alone = surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "alone.onnx", surgery.plan_onnx(tmp_path / "in.onnx", ranks))
+    done = surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", ranks, calibration=seen)
+    outputs = {"one": "a", "two": "b", "three": "c", "four": "y"}
+    wanted, plain, got = (values_in(tmp_path / name, outputs.values(), x=x) for name in ("in.onnx", "alone.onnx", "out.onnx"))
+    for value in "bcy":
+        assert (got[value] - wanted[value]).norm() < 0.92 * (plain[value] - wanted[value]).norm()
+    before, after = ([values_in(tmp_path / name, outputs.values(), x=batch) for batch in seen] for name in ("in.onnx", "out.onnx"))
+    for name, value in outputs.items():  # what is reported is what the written file does; later chains of a group change nothing before them
+        wrong = sum(float((b[value] - a[value]).square().sum()) for a, b in zip(before, after, strict=True))
+        whole = sum(float(a[value].square().sum()) for a in before)
+        if groups > 1 or name == "one":
+            assert done.report[name].output_error == pytest.approx((wrong / whole) ** 0.5, rel=1e-3)
+    assert surgery.report_onnx(tmp_path / "out.onnx")["two"].output_error == done.report["two"].output_error
+    assert alone.report["two"].output_error is None
+    assert_parity(run(surgery_merged(tmp_path), x=x), run(tmp_path / "out.onnx", x=x), tolerance=1e-4)
+
+
+def surgery_merged(folder):
+    surgery.reconstruct_onnx(folder / "out.onnx", folder / "back.onnx")
+    return folder / "back.onnx"
+
+
+@pytest.mark.parametrize("held", ["initializer", "constant"])
+def test_a_layer_that_the_output_makes_little_of_is_cut_deeper(tmp_path, held):
+    nodes = [conv("x", "w1", "a", "loud"), conv("x", "w2", "b", "faint"), helper.make_node("Mul", ["b", "small"], ["c"])]
+    nodes += [helper.make_node("Add", ["a", "c"], ["y"], name="sum")]
+    numbers = draw(16, 16, 3, 3)
+    weights = {"w1": numbers, "w2": numbers[::-1].copy(), "small": numpy.float32([0.01])}
+    if held == "constant":
+        nodes.insert(0, helper.make_node("Constant", [], ["w1"], value=numpy_helper.from_array(weights.pop("w1"))))
+    onnx.save(model_of(nodes, weights, (2, 16, 9, 10)), tmp_path / "in.onnx")
+    seen = [draw(2, 16, 9, 10) for _ in range(3)]
+    done = surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", surgery.Budget(macs=0.7), calibration=seen)
+    assert isinstance(surgery.plan_onnx(tmp_path / "in.onnx", surgery.Budget(macs=0.7), calibration=seen)["loud"], surgery.Keep)
+    assert done.report["faint"].macs_after < 0.5 * done.report["faint"].macs_before
+
+
+def test_numbers_that_others_read_are_not_corrected(tmp_path):
+    onnx.save(deep(tie=True), tmp_path / "in.onnx")
+    ranks = {"one": 0.6, "two": 0.6, "three": 0.6}
+    done = surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", ranks, calibration=[draw(2, 4, 9, 10)])
+    assert [done.report[name].output_error is None for name in ("one", "two", "three")] == [False, True, True]
 
 
 def test_metadata_of_ours_that_cannot_be_read_are_named():

@@ -1,0 +1,79 @@
+"""What the outputs of an ONNX file make of those of its layers: measured, by changing each layer a little, as a file cannot be differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from passes.metric import Metric
+from passes.site import Site
+from surgery.calibration import Calibration
+from surgery.onnx_files.feeds import Feed
+from surgery.onnx_files.host import OnnxHost
+from surgery.onnx_files.watch import watched
+from surgery.progress import tracked
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+__all__ = ["weighed"]
+
+NOISE = 0.05  # of a layer's output, root mean square
+MOST = 32  # batches that each layer is tried on
+LEAST = 1e-9  # of the largest weighting: layers that nothing was seen to depend on are cut first, but not as if they were not there
+
+
+def weighed(learnt: Calibration, model: ModelProto, host: OnnxHost, sites: Sequence[Site], feeds: Sequence[Feed], *, external: bool) -> Calibration:
+    """What was learnt of the layers' inputs, and a weighting of each layer's outputs by which errors of different layers can be added up.
+
+    White noise is added to one weight at a time, of ``NOISE`` of what the layer gives on the batches; the relative squared change of the network's
+    outputs, for each squared change of the layer's, is the weighting, the same for all its channels.
+
+    Raises:
+        SurgeryError: onnxruntime cannot run the file with weights that may change.
+    """
+    tried = {site.name: site for site in sites if site.name in learnt.metrics}
+    outputs = [value.name for value in model.graph.output]
+    some = feeds[:: -(-len(feeds) // MOST)]
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, float] = {}
+    weights = {name: site.weight for name, site in tried.items()}
+    constants = [host.written(name, weight)[0] for name, weight in weights.items()]
+    with watched(model, (), external=external, loose=constants) as run:
+        expected = [_floats(run(feed), outputs) for feed in some]
+        for name, site in tracked(tried.items(), "weighing layers", name=lambda each: each[0]):
+            noise = torch.randn(weights[name].shape, generator=generator)
+            whole, part = (_energy(site, weight, learnt.metrics[name]) for weight in (weights[name], noise))
+            size = NOISE**2 * whole / part if part else 0.0
+            constant, changed = host.written(name, weights[name].float() + size**0.5 * noise)
+            change = sum(_distance(_floats(run({**feed, constant: changed}), outputs), there) for feed, there in zip(some, expected, strict=True))
+            found[name] = change / len(some) / (size * part) if size else 0.0
+    least = LEAST * max(found.values(), default=0.0)
+    return replace(learnt, metrics={name: _with_weighting(metric, tried, name, max(found[name], least)) for name, metric in learnt.metrics.items()})
+
+
+def _with_weighting(metric: Metric, sites: Mapping[str, Site], name: str, weighting: float) -> Metric:
+    g = sites[name].geometry
+    each = g.out_channels // g.groups
+    return replace(metric, outputs=weighting * torch.eye(each, dtype=torch.float64).expand(g.groups, each, each)) if weighting else metric
+
+
+def _energy(site: Site, weight: Tensor, metric: Metric) -> float:
+    """Mean square that a weight makes of the layer's inputs, summed over its channels."""
+    blocks = site.geometry.forward_blocks(weight.double())
+    blocks = blocks.reshape(*blocks.shape[:3], -1)
+    return float(torch.einsum("goip,gij,gojp->", blocks, metric.inputs, blocks))
+
+
+def _floats(values: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
+    return [values[name].double() for name in names if values[name].is_floating_point()]
+
+
+def _distance(values: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Relative squared difference, summed over the outputs; where their sizes depend on the numbers, as far as they can be compared."""
+    pairs = [(a, b) for a, b in zip(values, expected, strict=True) if a.shape == b.shape]
+    return sum(float((a - b).square().sum() / b.square().sum().clamp(min=1e-300)) for a, b in pairs)

@@ -14,13 +14,12 @@ from torch import nn
 
 from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Decision, Keep
-from surgery.drafting import draft_of
+from surgery.draft import Draft
 from surgery.files import as_path, replacing
 from surgery.inspection import usable_model
 from surgery.latency.families import Solved
 from surgery.options import Options
 from surgery.plan import Plan
-from surgery.planning import Draft
 from surgery.progress import tracked
 from surgery.ranks.budget import RUNTIMES, Budget
 
@@ -198,7 +197,7 @@ def _draft(model: nn.Module, unit: str, example_inputs: Any, calibration: Any, o
     usable_model(model)
     with torch.inference_mode(False):
         budget = Budget(params=1.0) if unit == "params" else Budget(macs=1.0)
-        return draft_of(model, budget, _options(options), example_inputs, calibration)[0]
+        return Draft.of(model, budget, _options(options), example_inputs, calibration)
 
 
 def _options(given: dict[str, Any]) -> Options:

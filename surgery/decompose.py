@@ -17,12 +17,11 @@ from passes.factorization import Keep
 from passes.result import PassResult
 from passes.running import private_copy
 from passes.site import is_layer
-from surgery.drafting import draft_of, stopwatch_of
+from surgery.draft import Draft
 from surgery.fitting import learn, mend, usable_batches
 from surgery.inspection import check_not_quantized, look, saved_macs, totals_of, usable_model
 from surgery.options import Options
 from surgery.plan import Plan
-from surgery.planning import Draft
 from surgery.progress import show_progress, stage
 from surgery.ranks.budget import Budget
 from surgery.ranks.rules import Rule
@@ -137,6 +136,8 @@ def decompose(
     followers = following(model, optimizer, also, state, inplace=inplace)
     if inplace and (is_layer(model) or isinstance(model, Chain)):
         raise SurgeryValueError("inplace=True: the model itself is a layer and has no parent to hold its chain; use the model that is returned")
+    from surgery.latency import Stopwatch
+
     with show_progress(progress), torch.inference_mode(False):  # what is made here must be fit for training
         seen = look(model, example_inputs)
         target = model if inplace else private_copy(model)
@@ -145,7 +146,7 @@ def decompose(
         check_not_quantized(model, sites)
         metrics, examples = ({}, 0) if batches is None else learn(model, batches, sites)
         teacher = None if batches is None else private_copy(model)
-        stopwatch = stopwatch_of(model, example_inputs)
+        stopwatch = Stopwatch(model, example_inputs)
         draft = Draft(sites, ranks, options, totals_of(target, seen), metrics=metrics, stopwatch=stopwatch)
         before, known = records_by_name(target), read_record(target)
         old = known or SurgeryRecord()
@@ -170,7 +171,7 @@ def decompose(
                 fused_params=old.fused_params,
                 fused_macs=old.fused_macs,
                 functions=functions_of(target) if seen.observed is None else seen.observed.functions,
-                latency=stopwatch.outcome or old.latency,
+                latency=draft.latency or old.latency,
             )
             write_record(result.model, record)
             if followers is not None:
@@ -222,7 +223,7 @@ def plan(
     usable_model(model)
     chosen = Plan()
     with show_progress(progress), torch.inference_mode(False):
-        draft, stopwatch = draft_of(model, ranks, options, example_inputs, calibration)
+        draft = Draft.of(model, ranks, options, example_inputs, calibration)
         sites = draft.all_sites
         with stage("planning", len(sites)) as step:
             for site in sites:
@@ -231,7 +232,7 @@ def plan(
                 # a chain that stays is named with what it is: replayed on a fresh instance, the plan gives this network
                 chosen[site.name] = site.chain if site.chain is not None and isinstance(decision, Keep) else decision
                 draft.spectra.let_go(site)
-    chosen.latency = stopwatch.outcome
+    chosen.latency = draft.latency
     return chosen
 
 

@@ -21,6 +21,7 @@ from passes.result import PassResult
 from passes.site import Site
 from surgery.calibration import Calibration
 from surgery.decompose import DEFAULT, Ranks
+from surgery.draft import Draft
 from surgery.export.common import installed, need
 from surgery.inspection import saved_macs
 from surgery.onnx_files.check import merged_copy, prove
@@ -33,7 +34,6 @@ from surgery.onnx_files.shapes import network_macs, unknown_values, value_shapes
 from surgery.onnx_files.watch import watched
 from surgery.options import Options, runtime_of
 from surgery.plan import Plan
-from surgery.planning import Draft
 from surgery.progress import show_progress, stage
 from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.request import parse_ranks

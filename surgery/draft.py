@@ -9,6 +9,9 @@ from math import ceil, lcm
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from passes import host_for
 from passes.blockwise import Blockwise
 from passes.decompose import ALREADY, most_ranks, refusal_of, settled
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
@@ -19,6 +22,8 @@ from passes.running import callers_code
 from passes.site import Site
 from passes.spectra import Spectra
 from surgery.cost import chain_macs, chain_params, macs_under, params_under, site_macs, site_params
+from surgery.fitting import learn, usable_batches
+from surgery.inspection import check_not_quantized, look, totals_of
 from surgery.options import AUTO, Options, runtime_of
 from surgery.plan import Plan
 from surgery.progress import tracked
@@ -27,6 +32,7 @@ from surgery.ranks.request import Named, Names, as_names, parse_ranks
 from surgery.ranks.rules import Rule, fraction_of
 
 if TYPE_CHECKING:
+    from surgery.cost.outcome import LatencyOutcome
     from surgery.latency import Stopwatch
     from surgery.latency.families import Solved
     from surgery.latency.table import Table
@@ -105,6 +111,22 @@ class Draft(Mapping[str, Decision]):
         self.spectra = Spectra(wanted, options.device, metrics=metrics)
         if isinstance(request, Budget):
             self._decided |= self._by_budget(request)
+
+    @classmethod
+    def of(cls, model: nn.Module, ranks: Any, options: Options, example_inputs: Any, calibration: Any) -> Draft:
+        """The draft for a model, which is not touched."""
+        from surgery.latency import Stopwatch
+
+        seen = look(model, example_inputs)
+        sites = host_for(model, observed=seen.observed, effective_weights=options.effective_weights).sites()
+        check_not_quantized(model, sites)
+        metrics = {} if calibration is None else learn(model, usable_batches(calibration), sites)[0]
+        return cls(sites, ranks, options, totals_of(model, seen), metrics=metrics, stopwatch=Stopwatch(model, example_inputs))
+
+    @property
+    def latency(self) -> LatencyOutcome | None:
+        """What a latency budget came to."""
+        return None if self._stopwatch is None else self._stopwatch.outcome
 
     def __getitem__(self, name: str) -> Decision:
         tied = self._tied.get(name)

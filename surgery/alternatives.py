@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import Any
@@ -13,7 +13,10 @@ import torch
 from torch import nn
 
 from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
-from passes.factorization import Decision, Keep
+from passes.factorization import Decision, Factorization, Keep
+from passes.kinds import kind_of
+from passes.site import Site
+from surgery.cost import macs_under, params_under
 from surgery.draft import Draft
 from surgery.files import as_path, replacing
 from surgery.inspection import usable_model
@@ -21,12 +24,14 @@ from surgery.latency.families import Solved
 from surgery.options import Options
 from surgery.plan import Plan
 from surgery.progress import tracked
+from surgery.ranks.auto import error_at
 from surgery.ranks.budget import RUNTIMES, Budget
 
 __all__ = ["Alternative", "Tradeoff", "TradeoffRow", "explain", "tradeoff"]
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 BESIDE = 3  # alternatives on either side
+COUNTS: dict[str, Callable[[Site, Factorization], int]] = {"macs": macs_under, "params": params_under}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +161,8 @@ def explain(
         options: as for ``tradeoff``.
 
     Returns:
-        Up to seven, from the cheapest on.
+        Up to seven, from the cheapest on; and what the plan does, where it is none of them (a rule may choose what others beat) and is counted,
+        not timed.
 
     Raises:
         SurgeryValueError: there is no such layer, or nothing can be done with it; the message says why.
@@ -176,8 +182,12 @@ def explain(
     sizes = np.array([draft.cost_of(mine.site, decision) for decision in mine.decisions])
     place = same[0] if same else int(np.abs(sizes - draft.cost_of(mine.site, chosen)).argmin())
     around = range(max(0, place - BESIDE), min(len(sizes), place + BESIDE + 1))
-    whole = int if unit in ("macs", "params") else float
-    return tuple(Alternative(mine.decisions[i], whole(mine.costs[i]), float(mine.errors[i]), i in same) for i in around)
+    whole = int if unit in COUNTS else float
+    near = [Alternative(mine.decisions[i], whole(mine.costs[i]), float(mine.errors[i]), i in same) for i in around]
+    if not same and isinstance(chosen, Factorization) and unit in COUNTS and kind_of(chosen).has_spectra:
+        near.append(Alternative(chosen, COUNTS[unit](mine.site, chosen), error_at(mine.site, chosen, draft.spectra), True))
+        near.sort(key=lambda each: each.cost)
+    return tuple(near)
 
 
 def _unit(by: str | None, example_inputs: Any) -> str:

@@ -11,7 +11,7 @@ from passes.site import Site
 from passes.spectra import Spectra
 from surgery.cost import chain_macs
 
-__all__ = ["best_kind"]
+__all__ = ["best_kind", "error_at"]
 
 
 def best_kind(site: Site, asked: Factorization, spectra: Spectra, round_to: int) -> Factorization:
@@ -26,9 +26,9 @@ def best_kind(site: Site, asked: Factorization, spectra: Spectra, round_to: int)
         if kind is kind_of(asked) or not kind.has_spectra or kind.refuses(site.geometry) is not None:
             continue
         found = _largest_within(site, kind, budget, round_to)
-        if found is not None and (error := _error(site, found, spectra)) < least:
+        if found is not None and (error := error_at(site, found, spectra)) < least:
             best, least = found, error
-    most = _error(site, asked, spectra)  # an upper bound, and at most sqrt(2) times what the iteration can reach
+    most = error_at(site, asked, spectra)  # an upper bound, and at most sqrt(2) times what the iteration can reach
     if best is asked or most <= least or (least >= most / sqrt(2) and _reached(site, asked, spectra) <= least):
         return asked
     return best
@@ -55,8 +55,8 @@ def _largest_within(site: Site, kind: Blockwise, budget: int, round_to: int) -> 
     return at(low) if low else None
 
 
-def _error(site: Site, factorization: Factorization, spectra: Spectra) -> float:
-    """From the error surface; a mode that is uncut is at its full rank."""
+def error_at(site: Site, factorization: Factorization, spectra: Spectra) -> float:
+    """The relative error of a factorization, from the error surface of its kind; a mode that is uncut is at its full rank."""
     kind = kind_of(factorization)
     surface = spectra.error_surface(site, kind)
     unit = kind.unit(site.geometry)

@@ -69,11 +69,15 @@ def test_parameters_can_be_counted_where_macs_are_known(model):
 def test_alternatives_lie_around_what_the_plan_does(model, ranks):
     plan = surgery.plan(model, ranks, example_inputs=X)
     near = surgery.explain(model, "layer2.1.conv1", plan, example_inputs=X)
-    assert all(a.cost < b.cost and a.error > b.error for a, b in itertools.pairwise(near))
+    others = [a for a in near if isinstance(ranks, Budget) or not a.chosen]
+    assert all(a.cost < b.cost and a.error > b.error for a, b in itertools.pairwise(others))
     assert len(near) > 3
-    if isinstance(ranks, Budget):
-        (mine,) = [a for a in near if a.chosen]
-        assert mine.decision == plan["layer2.1.conv1"]
+    assert [a.cost for a in near] == sorted(a.cost for a in near)
+    (mine,) = [a for a in near if a.chosen]
+    assert mine.decision == plan["layer2.1.conv1"]
+    row = surgery.report(surgery.decompose(model, plan, example_inputs=X))["layer2.1.conv1"]
+    assert mine.cost == row.macs_after
+    assert mine.error == pytest.approx(row.error, rel=0.1)
 
 
 def test_layers_that_cannot_be_explained(model):

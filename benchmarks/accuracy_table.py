@@ -92,7 +92,7 @@ def draw(out: Path, rows: Rows) -> None:
         axes.set_xticks(range(len(TITLES)), TITLES, rotation=60, fontsize=8)
         axes.set_yscale("symlog", linthresh=1.0)
         axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.set_ylim(min(0.0, *heights), 1.2 * max(heights))
+        axes.set_ylim(min(0.0, *heights), 1.6 * max(heights))
         axes.set_ylabel("lost, dB" if network == "vdsr" else "lost, points of top-1")
         axes.grid(axis="y", alpha=0.3)
     figure.savefig(out, dpi=130)

@@ -60,8 +60,11 @@ def draw(file: Path, rows: Rows) -> None:
             colour = f"C{runtimes.index(row['runtime'])}"
             axes.plot(row["share"], row["error"], "o", color=colour, label=f"{row['runtime']}: budget")
             others = sorted(uniform_of(rows, row).get("tried", []), key=lambda step: step["share"])
-            axes.plot([s["share"] for s in others], [s["error"] for s in others], "x--", color=colour, alpha=0.6, label="one fraction everywhere")
-            axes.axvspan((1 - WITHIN) * row["asked"], (1 + WITHIN) * row["asked"], color="tab:green", alpha=0.05)
+            if others:
+                label = f"{row['runtime']}: one fraction everywhere"
+                axes.plot([s["share"] for s in others], [s["error"] for s in others], "x--", color=colour, alpha=0.6, label=label)
+        for asked in {row["asked"] for row in ours if row["network"] == name}:
+            axes.axvspan((1 - WITHIN) * asked, (1 + WITHIN) * asked, color="tab:green", alpha=0.1)
         axes.set(xlabel="share of the original's measured time", ylabel="RMS error of the layers", title=name.partition(":")[2])
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:

@@ -41,15 +41,15 @@ def weighed(learnt: Calibration, model: ModelProto, host: OnnxHost, sites: Seque
     some = feeds[:: -(-len(feeds) // MOST)]
     generator = torch.Generator().manual_seed(0)
     found: dict[str, float] = {}
-    weights = {name: site.weight for name, site in tried.items()}
-    constants = [host.written(name, weight)[0] for name, weight in weights.items()]
+    constants = [host.written(name, site.weight)[0] for name, site in tried.items()]
     with watched(model, (), external=external, loose=constants) as run:
         expected = [_floats(run(feed), outputs) for feed in some]
         for name, site in tracked(tried.items(), "weighing layers", name=lambda each: each[0]):
-            noise = torch.randn(weights[name].shape, generator=generator)
-            whole, part = (_energy(site, weight, learnt.metrics[name]) for weight in (weights[name], noise))
+            weight = site.weight
+            noise = torch.randn(weight.shape, generator=generator)
+            whole, part = (_energy(site, each, learnt.metrics[name]) for each in (weight, noise))
             size = NOISE**2 * whole / part if part else 0.0
-            constant, changed = host.written(name, weights[name].float() + size**0.5 * noise)
+            constant, changed = host.written(name, weight.float() + size**0.5 * noise)
             change = sum(_distance(_floats(run({**feed, constant: changed}), outputs), there) for feed, there in zip(some, expected, strict=True))
             found[name] = change / len(some) / (size * part) if size else 0.0
     least = LEAST * max(found.values(), default=0.0)
@@ -74,6 +74,10 @@ def _floats(values: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
 
 
 def _distance(values: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Relative squared difference, summed over the outputs; where their sizes depend on the numbers, as far as they can be compared."""
-    pairs = [(a, b) for a, b in zip(values, expected, strict=True) if a.shape == b.shape]
-    return sum(float((a - b).square().sum() / b.square().sum().clamp(min=1e-300)) for a, b in pairs)
+    """Relative squared difference, summed over the outputs; as far as they can be compared where sizes depend on the numbers or some are infinite."""
+    total = 0.0
+    for a, b in zip(values, expected, strict=True):
+        if a.shape == b.shape:
+            told = a.isfinite() & b.isfinite()
+            total += float((a - b)[told].square().sum() / b[told].square().sum().clamp(min=1e-300))
+    return total

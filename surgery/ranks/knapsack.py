@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryFile
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ __all__ = ["cheapest_within", "least_loss", "least_worst", "pareto", "within"]
 
 GAP = 2e-4  # relative to the optimum, at which the integer program stops
 SECONDS = 20.0
+ALONE = Lock()
 EXACT_UP_TO = 20_000  # choices in all up to which none is left out of the integer program
 
 Numbers = Any  # a one-dimensional float64 numpy array
@@ -162,24 +164,28 @@ def _integer_program(costs: Sequence[Numbers], losses: Sequence[Numbers], budget
 
 @contextmanager
 def _without_remarks() -> Iterator[None]:
-    """Leave out what HiGHS writes to standard output past Python, though told to be quiet; what others write meanwhile comes when it is done."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        own = os.dup(1)
-    except OSError:  # nothing is there to be written to
-        yield
-        return
-    with TemporaryFile() as held:
-        os.dup2(held.fileno(), 1)
+    """Leave out what HiGHS writes to standard output past Python, though told to be quiet; what others write meanwhile comes when it is done.
+
+    One thread at a time: the descriptor is the process's. Where there is none, or nowhere to hold what is written, nothing is left out.
+    """
+    with ALONE, ExitStack() as stack:
         try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            own = os.dup(1)
+            stack.callback(os.close, own)
+            held = stack.enter_context(TemporaryFile())
+        except (OSError, ValueError):  # closed, or the disk is full
+            yield
+            return
+        try:
+            os.dup2(held.fileno(), 1)
             yield
         finally:
             os.dup2(own, 1)
             held.seek(0)
-            others = b"".join(line for line in held if not line.startswith(b"Highs"))
-            with os.fdopen(own, "wb") as out:
-                out.write(others)
+            with open(own, "wb", closefd=False) as out:
+                out.writelines(line for line in held if not line.startswith(b"Highs"))
 
 
 def _spend_the_rest(costs: Sequence[Numbers], losses: Sequence[Numbers], budget: float, chosen: Sequence[int]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import surgery
 from passes.errors import SurgeryError
 from passes.kinds import KINDS, kind_of
 from surgery import Budget, Keep
+from surgery.ranks import knapsack
 from surgery.ranks.knapsack import cheapest_within, least_loss, least_worst, pareto
 from surgery.zoo import make
 from tests.networks import Kinds, Small
@@ -66,6 +68,23 @@ def test_what_the_solver_says_of_its_own_accord_does_not_get_into_standard_outpu
     assert least_loss([np.array([1.0, 2.0, 4.0])] * 3, [np.array([5.0, 3.0, 0.0])] * 3, 6.0)
     print("after")
     assert capfd.readouterr().out == "before of another thread\nafter\n"
+
+
+def test_solvers_in_several_threads_leave_standard_output_where_it_was(capfd):
+    problem = [np.array([1.0, 2.0, 4.0, 7.0])] * 8, [np.array([5.0, 3.0, 1.0, 0.0])] * 8, 21.0
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: least_loss(*problem), range(16)))
+    assert all(total(problem[1], each) == total(problem[1], found[0]) for each in found)
+    os.write(1, b"still there\n")
+    assert capfd.readouterr().out == "still there\n"
+
+
+def test_solvers_need_no_standard_output(monkeypatch):
+    def nowhere():
+        raise OSError("disk full")
+
+    monkeypatch.setattr(knapsack, "TemporaryFile", nowhere)
+    assert least_loss([np.array([1.0, 2.0])] * 2, [np.array([5.0, 0.0])] * 2, 3.0) in ([0, 1], [1, 0])
 
 
 @given(knapsacks())

@@ -197,14 +197,16 @@ def test_weights_beside_the_file_as_of_very_large_models(small, tmp_path, monkey
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="on one core onnxruntime has no worker threads")
-def test_workers_of_a_session_rest_between_its_calls(small, tmp_path):
+def test_workers_of_a_session_rest_between_its_calls(tmp_path):
     """Or they take the cores of what is timed next: onnxruntime's own way is to let them spin for tens of milliseconds."""
-    surgery.export_onnx(small, tmp_path / "net.onnx", X, check=False)
-    session = onnx_session(tmp_path / "net.onnx", threads=2)
-    spent = []
-    for _ in range(5):
-        run_session(session, X)
+    inputs = torch.randn(1, 64, 56, 56)  # large enough to be shared out among threads
+    surgery.export_onnx(nn.Conv2d(64, 64, 3, padding=1), tmp_path / "net.onnx", inputs, check=False)
+
+    def seconds_after_a_call(session):
+        run_session(session, inputs)
         began = process_time()
         sleep(0.05)
-        spent.append(process_time() - began)
-    assert min(spent) < 0.015
+        return process_time() - began
+
+    ours = onnx_session(tmp_path / "net.onnx", threads=2)
+    assert sorted(seconds_after_a_call(ours) for _ in range(5))[2] < 0.005

@@ -463,6 +463,21 @@ def test_a_layer_that_the_output_makes_little_of_is_cut_deeper(tmp_path, held):
     assert done.report["faint"].macs_after < 0.5 * done.report["faint"].macs_before
 
 
+def test_outputs_that_are_infinite_in_places_say_what_they_can(tmp_path):
+    nodes = [
+        conv("x", "w1", "a", "one"),
+        helper.make_node("Relu", ["a"], ["r"]),
+        conv("r", "w2", "b", "two"),
+        helper.make_node("Add", ["b", "mask"], ["y"]),
+    ]
+    mask = numpy.zeros((1, 16, 1, 1), numpy.float32)
+    mask[0, 3] = -numpy.inf
+    onnx.save(model_of(nodes, {"w1": draw(16, 16, 3, 3), "w2": draw(16, 16, 3, 3), "mask": mask}, (2, 16, 9, 10)), tmp_path / "in.onnx")
+    seen = [draw(2, 16, 9, 10)]
+    plan = surgery.plan_onnx(tmp_path / "in.onnx", surgery.Budget(macs=0.7), calibration=seen)
+    assert sum(not isinstance(decision, surgery.Keep) for decision in plan.values()) > 0
+
+
 def test_numbers_that_others_read_are_not_corrected(tmp_path):
     onnx.save(deep(tie=True), tmp_path / "in.onnx")
     ranks = {"one": 0.6, "two": 0.6, "three": 0.6}

@@ -57,6 +57,9 @@ def table(rows: Rows, missing: Sequence[str] = ()) -> str:
         row = planned[0]
         lines += ["", f"Planning {row['network']} by MACs took {row['cpu_seconds']:.1f} s of CPU time ({row['seconds']:.1f} s by the clock, "]
         lines[-1] += f"load average {row['load_average']:.1f}, threads: {row['threads']})."
+    for row in rows:
+        if row["way"] == "refine" and row["threads"] > 1:
+            lines += ["", f"Cut, correction and polishing of {row['network']} took {row['seconds']:.0f} s by the clock on {row['threads']} threads."]
     lines += ["", "Means over disjoint draws of calibration examples, in brackets the least and the most; seconds of everything the surgery does."]
     if missing:
         lines += ["", f"Still to be measured ({len(missing)}): {', '.join(missing)}."]

@@ -186,9 +186,15 @@ def without_hooks(layer: nn.Module) -> nn.Module:
     return bare
 
 
+def wraps_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor keeps its numbers in other tensors, as torchao's quantized ones do: most of torch's functions then do not take it."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
 def changed_since_cut(layers: dict[str, nn.Module], info: ChainInfo) -> str | None:
     """Why the layers of a chain no longer are what its factorization says, or None where they are."""
-    plain = all(type(layer) in BUILT and layer._parameters.get("weight") is not None for layer in layers.values())
+    weights = [layer._parameters.get("weight") for layer in layers.values() if type(layer) in BUILT]
+    plain = len(weights) == len(layers) and not any(weight is None or wraps_numbers(weight) for weight in weights)
     if plain and layers and not any(has_hooks(layer) for layer in layers.values()):
         bias = list(layers.values())[-1]._parameters.get("bias") is not None
         shapes = kind_of(info.factorization).shapes(Geometry.of(info.original), info.factorization, bias)

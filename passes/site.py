@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from passes.chain import BUILT, MODULE_ATTRIBUTES, Chain
+from passes.chain import BUILT, MODULE_ATTRIBUTES, Chain, wraps_numbers
 from passes.errors import SurgeryValueError
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
@@ -262,6 +262,8 @@ def reason_to_keep(layer: nn.Module, name: str) -> str | None:
 
 def _unusable(layer: nn.Module) -> str | None:
     weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
+    if wraps_numbers(weight):
+        return f"its weight is a {type(weight).__name__}, which holds its numbers in a form of its own (quantized or the like)"
     if weight.numel() == 0:
         return "its weight is empty"
     needed = Geometry.of(layer).weight_shape

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from passes import CLEANUP_PASSES, Host, host_for
+from passes.chain import wraps_numbers
 from passes.decompose import refusal_of
 from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Factorization, Keep
@@ -47,7 +48,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the folder; it is written whole or not at all, and an earlier checkpoint there is replaced.
 
     Raises:
-        SurgeryTypeError: a wrapped model, or one whose state dict holds something other than tensors.
+        SurgeryTypeError: a wrapped model, or one whose state dict holds something other than plain tensors.
         SurgeryValueError: ``path`` exists and is not a folder that ``save`` wrote, or clean-up passes have changed the model's architecture.
         OSError: the folder cannot be written.
     """
@@ -153,6 +154,8 @@ def _tensors_to_write(model: nn.Module) -> dict[str, Tensor]:
     for name, value in _distinct(model).items():
         if value.is_meta:
             raise SurgeryValueError(f"{name}: it is on the meta device and has no numbers to save; load weights first")
+        if wraps_numbers(value):
+            raise SurgeryTypeError(f"{name}: a {type(value).__name__} (quantized or the like) has no plain numbers; save it before it is quantized")
         tensor = value.detach().cpu().contiguous()
         storage = tensor.untyped_storage()
         if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:

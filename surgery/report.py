@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from passes import host_for
-from passes.errors import SurgeryTypeError
+from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.factorization import Factorization
 from passes.kinds import kind_of
 from passes.outline import Outline
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from surgery.alternatives import Tradeoff
+    from surgery.benchmarking.result import Benchmark
     from surgery.cost.outcome import LatencyOutcome
     from surgery.flow import Flow
 
@@ -87,7 +88,8 @@ class Report:
 
     ``functions`` are convolutions and linear maps that are no layers: called as functions with weights of their own or computed ones, they are
     never cut. They are known where example inputs were given. ``latency`` is what a latency budget came to. ``flow`` is how layers hang together,
-    and ``tradeoff`` the least error at every budget that cuts of the original network could have had, where ``report`` was asked for them.
+    ``tradeoff`` the least error at every budget that cuts of the original network could have had, and ``benchmark`` the times that were measured of
+    the network and its layers, where ``report`` was asked for them.
     """
 
     layers: tuple[LayerReport, ...]
@@ -101,6 +103,7 @@ class Report:
     latency: LatencyOutcome | None = None
     flow: Flow | None = None
     tradeoff: Tradeoff | None = None
+    benchmark: Benchmark | None = None
 
     @property
     def compression(self) -> float:
@@ -140,9 +143,12 @@ class Report:
             item = {f.name: getattr(row, f.name) for f in fields(row)}
             spectra = [asdict(outline) for outline in row.spectra]
             layers.append(item | {"factorization": row.factorization.to_json() if row.factorization else None, "spectra": spectra})
-        totals = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "functions", "latency", "flow", "tradeoff")}
+        totals = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layers", "functions", "latency", "flow", "tradeoff", "benchmark")
+        }
         totals["latency"] = None if self.latency is None else asdict(self.latency)
         totals["tradeoff"] = None if self.tradeoff is None else self.tradeoff.to_data()
+        totals["benchmark"] = None if self.benchmark is None else self.benchmark.to_data()
         ratios = {"compression": self.compression, "speedup": self.speedup}
         return {"format": FORMAT, "version": VERSION} | totals | ratios | {"layers": layers, "functions": [_function_data(f) for f in self.functions]}
 
@@ -183,7 +189,7 @@ class Report:
         return render(report_table(self))
 
 
-def report(model: nn.Module, *, example_inputs: Any = None, before: nn.Module | None = None) -> Report:
+def report(model: nn.Module, *, example_inputs: Any = None, before: nn.Module | None = None, benchmark: Benchmark | None = None) -> Report:
     """What was done to every convolution and linear layer of a model.
 
     Looks through ``torch.compile`` and parallel wrappers. Reports of submodules that were decomposed on their own merge under their prefix. A model
@@ -194,10 +200,12 @@ def report(model: nn.Module, *, example_inputs: Any = None, before: nn.Module | 
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; with them the report knows the graph (``flow``), drawn on
             its page. The MACs are those of the inputs that were given when it was cut.
         before: the network that the model was made from; with it the report knows what other budgets would have cost in error (``tradeoff``).
+        benchmark: what ``surgery.benchmark(original, model, inputs, layers=True)`` found: its times stand beside MACs and parameters on the page.
 
     Raises:
-        SurgeryTypeError: ``model`` or ``before`` is no module, or a model whose graph is asked for is itself a single layer.
-        SurgeryValueError: the model does not accept the inputs, or ``before`` has other layers.
+        SurgeryTypeError: ``model`` or ``before`` is no module, ``benchmark`` no result of ``surgery.benchmark``, or a model whose graph is asked for
+            is itself a single layer.
+        SurgeryValueError: the model does not accept the inputs, or ``before`` or ``benchmark`` has other layers.
     """
     if not isinstance(model, nn.Module):
         raise SurgeryTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -224,7 +232,20 @@ def report(model: nn.Module, *, example_inputs: Any = None, before: nn.Module | 
         from surgery.original import tradeoff_before
 
         made = replace(made, tradeoff=tradeoff_before(before, inner, made, example_inputs))
-    return made
+    return made if benchmark is None else _timed(made, benchmark)
+
+
+def _timed(report: Report, benchmark: Benchmark) -> Report:
+    """The report with the times of its layers."""
+    from surgery.benchmarking.result import Benchmark
+
+    if not isinstance(benchmark, Benchmark):
+        raise SurgeryTypeError(f"benchmark: expected what surgery.benchmark returns, got {type(benchmark).__name__}")
+    names = {row.name for row in report.layers}
+    strange = next((layer.name for layer in benchmark.layers if layer.name not in names), None)
+    if strange is not None:
+        raise SurgeryValueError(f"benchmark: it has times of a layer {strange!r}, which this model has not; give the one of this model")
+    return replace(report, benchmark=benchmark)
 
 
 def report_of(

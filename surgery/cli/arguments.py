@@ -189,3 +189,14 @@ def shape(text: str) -> tuple[int, ...]:
     if not found or min(found) < 1:
         raise argparse.ArgumentTypeError(f"expected positive numbers such as 1,3,224,224, got {text!r}")
     return found
+
+
+def runtime_names(text: str) -> list[str]:
+    """Reads runtimes with commas between them."""
+    from surgery.benchmarking.runtimes import RUNTIMES
+
+    found = text.split(",")
+    for name in found:
+        if name not in RUNTIMES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {list(RUNTIMES)}")
+    return found

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import surgery
-from surgery.cli.arguments import Commands, add_command, add_rank_arguments, is_onnx_file, open_model, rank_options, shape, show
+from surgery.cli.arguments import Commands, add_command, add_rank_arguments, is_onnx_file, open_model, rank_options, runtime_names, shape, show
+from surgery.cli.batches import add_calibration_argument, calibration_of
 
 if TYPE_CHECKING:
     from surgery.benchmark import Benchmark
@@ -21,7 +22,8 @@ def add(commands: Commands) -> None:
     bench = add_command(commands, "bench", _bench, TEXT)
     bench.add_argument("after", nargs="?", metavar="AFTER.onnx", type=Path, help="time this ONNX file against MODEL, one too; nothing is cut")
     add_rank_arguments(bench)
-    bench.add_argument("--runtimes", type=names, metavar="NAME,...", help=RUNTIMES_HELP)
+    add_calibration_argument(bench)
+    bench.add_argument("--runtimes", type=runtime_names, metavar="NAME,...", help=RUNTIMES_HELP)
     bench.add_argument("--batch", type=shape, metavar="N,...", help="batch sizes to time at (default: that of the input)")
     bench.add_argument("--threads", type=int, help="threads for both networks (default: torch's)")
     bench.add_argument("--dtype", help="float32, bfloat16, float16 or float64: what networks and inputs are cast to")
@@ -52,7 +54,8 @@ def _of_a_cut(options: argparse.Namespace) -> Benchmark:
     runtimes = options.runtimes or ["eager", "onnxruntime"]
     known(runtimes)  # before minutes are spent on a model
     model, inputs = open_model(options)
-    net = surgery.decompose(model, options.ranks, example_inputs=inputs, progress=True, **rank_options(options))
+    batches = calibration_of(options)
+    net = surgery.decompose(model, options.ranks, example_inputs=inputs, calibration=batches, progress=True, **rank_options(options))
     return surgery.benchmark(surgery.reconstruct(model), net, inputs, runtimes=runtimes, **_conditions(options))
 
 
@@ -65,17 +68,6 @@ def _of_files(options: argparse.Namespace) -> Benchmark:
 
 def _conditions(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in CONDITIONS}
-
-
-def names(text: str) -> list[str]:
-    """Reads runtimes with commas between them."""
-    from surgery.benchmarking.runtimes import RUNTIMES
-
-    found = text.split(",")
-    for name in found:
-        if name not in RUNTIMES:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {list(RUNTIMES)}")
-    return found
 
 
 def size(text: str) -> tuple[str, int]:

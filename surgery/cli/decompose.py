@@ -7,8 +7,9 @@ from pathlib import Path
 
 import surgery
 from surgery.cli.arguments import Commands, add_command, add_rank_arguments, open_model, rank_options, show_report
+from surgery.cli.batches import add_calibration_argument, calibration_of
 from surgery.cli.onnx_files import decompose_file, reconstruct_file, target_of
-from surgery.cli.pages import add_page_arguments, save_page
+from surgery.cli.pages import add_page_arguments, check_page_arguments, save_page
 
 
 def add(commands: Commands) -> None:
@@ -17,6 +18,7 @@ def add(commands: Commands) -> None:
     )
     _add_file_arguments(decompose)
     add_rank_arguments(decompose)
+    add_calibration_argument(decompose)
     decompose.add_argument("--out", metavar="FOLDER", type=Path, help="save the network: plan.json and model.safetensors")
     add_page_arguments(decompose)
     text = "Fuse the chains of a decomposed network, or of an ONNX file, back into the original architecture."
@@ -35,12 +37,13 @@ def _decompose(options: argparse.Namespace) -> None:
     if target is not None:
         decompose_file(options, target)
         return
+    check_page_arguments(options)
     model, inputs = open_model(options)
-    net = surgery.decompose(model, options.ranks, example_inputs=inputs, progress=True, **rank_options(options))
+    net = surgery.decompose(model, options.ranks, example_inputs=inputs, calibration=calibration_of(options), progress=True, **rank_options(options))
     if options.out is not None:
         surgery.save(net, options.out)
     if options.html is not None:
-        save_page(options.html, net, inputs, model, f"Surgery report: {options.model}")
+        save_page(options, net, inputs, model)
     show_report(options, net)
 
 

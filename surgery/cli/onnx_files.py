@@ -8,8 +8,9 @@ from typing import Any
 
 import surgery
 from surgery.cli.arguments import is_onnx_file, rank_options, show
+from surgery.cli.batches import calibration_of
 
-ONLY_FOR_MODELS = ("architecture", "weights", "effective_weights", "pareto", "picture", "explain", "out", "before")
+ONLY_FOR_MODELS = ("architecture", "weights", "effective_weights", "pareto", "picture", "explain", "out", "before", "time")
 
 
 def refuse_options(options: argparse.Namespace, allowed: tuple[str, ...] = ()) -> None:
@@ -34,7 +35,14 @@ def target_of(options: argparse.Namespace) -> Path | None:
 
 def decompose_file(options: argparse.Namespace, target: Path) -> None:
     done = surgery.decompose_onnx(
-        options.model, target, options.ranks, example_inputs=_noise(options), check=not options.no_check, progress=True, **_rank_options(options)
+        options.model,
+        target,
+        options.ranks,
+        example_inputs=_noise(options),
+        calibration=calibration_of(options),
+        check=not options.no_check,
+        progress=True,
+        **_rank_options(options),
     )
     _show(options, done)
 
@@ -45,7 +53,8 @@ def reconstruct_file(options: argparse.Namespace, target: Path) -> None:
 
 def plan_file(options: argparse.Namespace) -> None:
     refuse_options(options, allowed=("out",))
-    plan = surgery.plan_onnx(options.model, options.ranks, example_inputs=_noise(options), **_rank_options(options))
+    batches = calibration_of(options)
+    plan = surgery.plan_onnx(options.model, options.ranks, example_inputs=_noise(options), calibration=batches, **_rank_options(options))
     if options.out is not None:
         plan.save(options.out)
     from surgery.tables import plan_table

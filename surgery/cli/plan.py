@@ -8,12 +8,14 @@ from pathlib import Path
 
 import surgery
 from surgery.cli.arguments import Commands, add_command, add_rank_arguments, is_onnx_file, open_model, rank_options, show
+from surgery.cli.batches import add_calibration_argument, calibration_of
 from surgery.cli.onnx_files import plan_file
 
 
 def add(commands: Commands) -> None:
     plan = add_command(commands, "plan", _plan, "Choose ranks and print or save the plan; the model is not changed.", files=True)
     add_rank_arguments(plan)
+    add_calibration_argument(plan)
     plan.add_argument("--out", metavar="FILE", type=Path, help="save the plan as JSON")
     plan.add_argument("--pareto", action="store_true", help="show the least error at every budget")
     plan.add_argument("--picture", metavar="FILE", type=Path, help="draw that")
@@ -27,7 +29,8 @@ def _plan(options: argparse.Namespace) -> None:
         plan_file(options)
         return
     model, inputs = open_model(options)
-    plan = surgery.plan(model, options.ranks, example_inputs=inputs, progress=True, **rank_options(options))
+    batches = calibration_of(options)
+    plan = surgery.plan(model, options.ranks, example_inputs=inputs, calibration=batches, progress=True, **rank_options(options))
     if options.out is not None:
         plan.save(options.out)
     from surgery.tables import explain_table, plan_table, tradeoff_table
@@ -36,14 +39,14 @@ def _plan(options: argparse.Namespace) -> None:
     if options.pareto or options.picture is not None:
         from surgery.alternatives import tradeoff
 
-        found = tradeoff(model, example_inputs=inputs, by=options.by, **chosen)
+        found = tradeoff(model, example_inputs=inputs, calibration=batches, by=options.by, **chosen)
         if options.picture is not None:
             found.save_picture(options.picture)
         show(options, lambda: tradeoff_table(found), lambda: json.dumps(found.to_data(), indent=1))
     elif options.explain is not None:
         from surgery.alternatives import explain
 
-        near = explain(model, options.explain, plan, example_inputs=inputs, by=options.by, **chosen)
+        near = explain(model, options.explain, plan, example_inputs=inputs, calibration=batches, by=options.by, **chosen)
         as_data = [{"decision": a.decision.to_json(), "cost": a.cost, "error": a.error, "chosen": a.chosen} for a in near]
         show(options, lambda: explain_table(near), lambda: json.dumps(as_data, indent=1))
     elif options.diff is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import surgery
 from surgery.cli.arguments import Commands, add_command, is_onnx_file, open_model, show, show_report
 from surgery.cli.onnx_files import report_file
-from surgery.cli.pages import add_page_arguments, save_page
+from surgery.cli.pages import add_page_arguments, check_page_arguments, save_page
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,9 +39,10 @@ def _report(options: argparse.Namespace) -> None:
     if is_onnx_file(options.model):
         report_file(options, summary=False)
         return
+    check_page_arguments(options)
     model, inputs = open_model(options)
     if options.html is not None:
-        save_page(options.html, model, inputs, _before(options, model), f"Surgery report: {options.model}")
+        save_page(options, model, inputs, _before(options, model))
     show_report(options, model)
 
 

@@ -36,6 +36,12 @@ def _cards(report: Report, cut: int) -> Iterator[Markup]:
     if latency is not None and latency.measured is not None:
         spread = "" if latency.low is None or latency.high is None else f" ({latency.low:.2f} to {latency.high:.2f})"
         yield _card("Share of the original's time", f"{latency.measured:.2f}", f"measured in {latency.runtime}{spread}")
+    for row in report.benchmark.rows if report.benchmark is not None else ():
+        where = row.runtime if row.batch is None else f"{row.runtime}, batch {row.batch}"
+        spread = f"{row.time_ratio_low:.2f} to {row.time_ratio_high:.2f}"
+        yield _card(
+            f"Time in {where}", f"{row.before_ms:.3g} → {row.after_ms:.3g} ms", f"{row.time_ratio:.2f} times as fast ({spread}): {row.verdict}"
+        )
 
 
 def _change(before: int, after: int | None, factor: float | None) -> tuple[str, str]:

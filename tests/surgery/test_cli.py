@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 
+import numpy
 import pytest
+import torch
 
 import surgery
 from surgery.cli import main, parse_ranks_text
@@ -84,6 +86,10 @@ def test_a_rule_of_your_own(capsys):
         (["plan", MODEL, "--out", "nowhere/plan.json"], "nowhere"),
         (["summary", MODEL, "--input-shape", "1,4,32,32"], "example_inputs: CifarResNet fails"),
         (["summary", MODEL, "--weights", "absent.pt"], "absent.pt"),
+        (["plan", MODEL, "--calibration", "absent.npy"], "absent.npy"),
+        (["plan", MODEL, "--calibration", "."], "there is no .npy or .npz file in this folder"),
+        (["plan", MODEL, "--calibration", __file__], "test_cli.py: not an array that numpy.save wrote"),
+        (["decompose", MODEL, "--html", "page.html", "--time", "cuda"], "layers: single layers are timed in"),
         (["export", "tests.networks:Random", "net.pt", "--input-shape", "1,3,8,8"], "the network itself differs"),
     ],
 )
@@ -115,6 +121,8 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_1(capsys, arguments, mess
         (["export", MODEL, "net.pt2", "--exporter", "dynamo"], "--exporter is for onnx and openvino"),
         (["bench", MODEL, "--runtimes", "eager,tensorrt"], "'tensorrt' is none of"),
         (["bench", MODEL, "--size", "batch=2"], "--size: it is for two ONNX files"),
+        (["report", MODEL, "--time", "eager"], "--time: it is for the page; give --html FILE"),
+        (["decompose", MODEL, "--time", "tensorrt"], "'tensorrt' is none of"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(capsys, arguments, message, tmp_path, monkeypatch):
@@ -248,6 +256,29 @@ def test_onnx_files_in_and_out(capsys, tmp_path):
     assert "no chain that surgery made" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", ["one file", "named", "folder"])
+def test_calibration_from_files(capsys, tmp_path, form):
+    onnx = pytest.importorskip("onnx")
+    batches = [torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).numpy() for seed in (1, 2)]
+    if form == "named":
+        numpy.savez(tmp_path / "seen.npz", x=batches[0])
+    numpy.save(tmp_path / "seen.npy", batches[0])
+    (tmp_path / "folder").mkdir()
+    for number, batch in enumerate(batches):
+        numpy.save(tmp_path / "folder" / f"{number}.npy", batch)
+    (tmp_path / "folder" / "README").write_text("not a batch")
+    path = tmp_path / {"one file": "seen.npy", "named": "seen.npz", "folder": "folder"}[form]
+    found = json.loads(out(capsys, "decompose", MODEL, "--ranks", "budget:macs=0.5", "--calibration", str(path), "--json"))
+    assert found["calibrated"] == (16 if form == "folder" else 8)
+    assert all(row["output_error"] is not None for row in found["layers"] if row["status"] == "decomposed")
+    model, cut = str(tmp_path / "model.onnx"), str(tmp_path / "cut.onnx")
+    out(capsys, "export", MODEL, model, "--exporter", "torchscript", "--dynamic-batch")
+    if form == "named":
+        numpy.savez(path, **{onnx.load(model).graph.input[0].name: batches[0]})
+    done = json.loads(out(capsys, "decompose", model, cut, "--ranks", "budget:macs=0.5", "--calibration", str(path), "--json"))
+    assert done["calibrated"] == found["calibrated"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -256,6 +287,7 @@ def test_onnx_files_in_and_out(capsys, tmp_path):
         (["decompose", MODEL, "b.onnx"], "OUT is for MODELs that are ONNX files"),
         (["decompose", "a.onnx", "b.onnx", "--effective-weights"], "--effective-weights is not for ONNX files"),
         (["reconstruct", MODEL], "--out FOLDER is required"),
+        (["report", "a.onnx", "--html", "a.html", "--time", "onnxruntime"], "--time is not for ONNX files"),
     ],
 )
 def test_wrong_usage_with_onnx_files(capsys, arguments, message):

@@ -109,6 +109,27 @@ def round_trip_of_state(model):
     return net
 
 
+def test_weights_that_torchao_quantized_stay_and_their_chains_are_left_alone(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = Small().eval()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    net = surgery.decompose(model, {"re:.*": 0.5}, example_inputs=X)
+    assert surgery.report(net)["conv2"].status == "decomposed"
+    assert surgery.report(net)["head"].status == "kept"
+    with pytest.raises(surgery.SurgeryValueError, match=r"head.*Int8Tensor"):
+        surgery.decompose(model, {"head": 3})
+    cut = surgery.decompose(Small().eval(), {"head": 3, "conv2": (8, 4)})
+    expected = cut(X)
+    quantization.quantize_(cut, quantization.Int8WeightOnlyConfig())
+    assert difference(cut(X), expected) < 0.05
+    back = surgery.reconstruct(cut)
+    assert surgery.report(back)["conv2"].status == "kept"
+    assert type(back.head) is type(cut.head)
+    assert back(X).allclose(cut(X), atol=1e-5)
+    with pytest.raises(surgery.SurgeryTypeError, match=r"head\.\w+\.weight: a Int8Tensor"):
+        surgery.save(cut, tmp_path / "net")
+
+
 @pytest.mark.parametrize("name", ["mobileone_s1", "repvgg_a0"])
 def test_reparameterized_networks_are_cut_before_and_after(name):
     if importlib.util.find_spec("timm") is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -86,6 +87,31 @@ def test_bars_are_as_long_as_what_they_show():
     assert widths[0] == pytest.approx(100 * first.macs_before / most, abs=0.01)
     assert widths[2:4] == pytest.approx([100, 100 * second.macs_after / most], abs=0.01)
     assert widths[6] == pytest.approx(100 * second.error, abs=0.01)
+
+
+def test_times_of_layers_stand_beside_their_macs(small, net):
+    found = surgery.benchmark(small, net, X, runtimes=("eager",), repeats=8, layers=True)
+    row = {layer.name: layer for layer in found.layers}["conv2"]
+    sure = replace(row, before_ms=8.0, after_ms=2.0, spread=0.5)
+    page = Page(surgery.report(net, benchmark=replace(found, layers=(replace(row, name="mix", before_ms=1.0, after_ms=1.1), sure))).to_html())
+    assert closed_off(page)
+    told = found.rows[0]
+    assert f"{told.time_ratio:.2f} times as fast ({told.time_ratio_low:.2f} to {told.time_ratio_high:.2f}): {told.verdict}" in page.text
+    assert "8 -> 2 ms, 4.00x" in page.text
+    assert "1 -> 1.1 ms, no verdict" in page.text
+    widths = [a["style"] for tag, a in page.elements if tag == "i" and "style" in a]
+    assert {"width:100.00%", "width:25.00%", "width:12.50%", "width:13.75%"} <= set(widths)
+    with pytest.raises(surgery.SurgeryValueError, match="times of a layer 'absent'"):
+        surgery.report(net, benchmark=replace(found, layers=(replace(row, name="absent"),)))
+    assert "Time in" not in Page(surgery.report(net).to_html()).text
+    data = surgery.report(net, benchmark=found).to_data()
+    assert [layer["name"] for layer in data["benchmark"]["layers"]] == [layer.name for layer in found.layers]
+
+
+def test_times_on_the_page_from_the_command_line(tmp_path, capsys):
+    path = tmp_path / "page.html"
+    assert main(["decompose", "surgery:resnet20", "--ranks", '{"layer3.0.conv1": [16, 8]}', "--html", str(path), "--time", "eager", "--json"]) == 0
+    assert {"Time in eager, batch 1", "Time in eager"} <= set(Page(path.read_text(encoding="utf-8")).texts)
 
 
 HOSTILE = [

@@ -33,7 +33,7 @@ from surgery.ranks.rules import Rule, fraction_of
 
 if TYPE_CHECKING:
     from surgery.cost.outcome import LatencyOutcome
-    from surgery.latency import Stopwatch
+    from surgery.latency import Stopwatch, Terms
     from surgery.latency.families import Solved
     from surgery.latency.table import Table
     from surgery.ranks.candidates import Candidates, Pays
@@ -277,13 +277,8 @@ class Draft(Mapping[str, Decision]):
     def _by_latency(self, budget: Budget, free: Sequence[Site]) -> dict[str, Decision]:
         if self._stopwatch is None:
             raise SurgeryValueError(f"ranks: {budget} needs the model and its example_inputs: without them there is nothing to time")
-        guards = partial(_macs_and_params, guard=self._options.guard)
         tables = self._paying(free)
-
-        def pays(site: Site) -> Pays | None:
-            return tables[site.name].pays if tables else None
-
-        return self._stopwatch.decide(budget, free, self._kinds_for, self.spectra, guards, self._options.round_to, pays)
+        return self._stopwatch.decide(budget, free, self._terms(lambda site: tables[site.name].pays if tables else None))
 
     def choices_by_time(self, runtime: str) -> Solved:
         """What could be done with the layers that a budget chose from, by measured time in a runtime.
@@ -294,10 +289,13 @@ class Draft(Mapping[str, Decision]):
         """
         if self._stopwatch is None:
             raise SurgeryValueError("latency: needs the model and its example_inputs: without them there is nothing to time")
-        budget = Budget(latency=0.5, runtime=runtime)
+        return self._stopwatch.choices(Budget(latency=0.5, runtime=runtime), [each.site for each in self.candidates], self._terms())
+
+    def _terms(self, pays: Callable[[Site], Pays | None] = lambda site: None) -> Terms:
+        from surgery.latency import Terms
+
         guards = partial(_macs_and_params, guard=self._options.guard)
-        free = [each.site for each in self.candidates]
-        return self._stopwatch.choices(budget, free, self._kinds_for, self.spectra, guards, self._options.round_to)
+        return Terms(kinds=self._kinds_for, spectra=self.spectra, guards=guards, round_to=self._options.round_to, pays=pays)
 
     def _kinds_for(self, site: Site) -> Sequence[Blockwise]:
         return all_kinds() if self._options.method == AUTO else [self._kind(site)]

@@ -9,7 +9,8 @@ the runtime's memory layout) cancels. The network's time is foretold as its own 
 """
 
 from surgery.latency.race import with_noise
+from surgery.latency.solving import Terms
 from surgery.latency.stopwatch import Stopwatch
 from surgery.latency.times import profile_of
 
-__all__ = ["Stopwatch", "profile_of", "with_noise"]
+__all__ = ["Stopwatch", "Terms", "profile_of", "with_noise"]

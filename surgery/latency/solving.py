@@ -30,7 +30,7 @@ from surgery.latency.times import Times, timed_layer
 from surgery.ranks.budget import Budget
 from surgery.ranks.candidates import Candidates, Cost, Pays, candidates_of
 
-__all__ = ["Task", "no_faster", "nothing_to_cut"]
+__all__ = ["Task", "Terms", "no_faster", "nothing_to_cut"]
 
 FAR = 0.10  # of the share asked for: what is slower than this has missed it
 BETTER = Keep("the budget is better spent on other layers")
@@ -47,6 +47,25 @@ def nothing_to_cut(candidates: Candidates) -> bool:
     return all(isinstance(decision, Keep) for decision in candidates.decisions)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What may be done with a layer, whatever the budget.
+
+    Attributes:
+        kinds: of a layer.
+        spectra: of the layers' weights.
+        guards: costs that a chain of a layer must lower beside its time.
+        round_to: ranks are multiples of this.
+        pays: what a guard says of a layer's chains, None where it asks nothing.
+    """
+
+    kinds: Callable[[Site], Sequence[Blockwise]]
+    spectra: Spectra
+    guards: Callable[[Site], Sequence[Cost]]
+    round_to: int
+    pays: Callable[[Site], Pays | None] = lambda site: None
+
+
 @dataclass(slots=True, kw_only=True)
 class Task:
     """One latency budget for one model.
@@ -57,11 +76,7 @@ class Task:
         budget: what is asked for.
         runtime: that whole networks are raced in.
         free: the layers to decide on, with their calls on these inputs.
-        kinds: of each.
-        spectra: of their weights.
-        guards: costs that a chain of a layer must lower as well.
-        round_to: ranks are multiples of this.
-        pays: what a guard says of a layer's chains, None where it asks nothing.
+        terms: what may be done with each.
         times: of layers and chains.
     """
 
@@ -70,11 +85,7 @@ class Task:
     budget: Budget
     runtime: str
     free: Sequence[Site]
-    kinds: Callable[[Site], Sequence[Blockwise]]
-    spectra: Spectra
-    guards: Callable[[Site], Sequence[Cost]]
-    round_to: int
-    pays: Callable[[Site], Pays | None]
+    terms: Terms
     times: Times
     _tables: dict[str, Table] = field(default_factory=dict)
     _by_macs: list[Candidates] = field(default_factory=list)
@@ -101,7 +112,7 @@ class Task:
     def _timed(self, *, rivals: bool) -> list[Candidates]:
         """Choices of each layer, when all times that they need are there."""
         times = self.times
-        self._tables = {site.name: Table(site, self.kinds(site), times, self.round_to) for site in self.free}
+        self._tables = {site.name: Table(site, self.terms.kinds(site), times, self.terms.round_to) for site in self.free}
         times.measure([shape for table in self._tables.values() for shape in table.shapes])
         if times.foreign and (lacking := [shape for table in self._tables.values() for shape in table.lacking]):
             raise times.lacks(lacking)
@@ -127,15 +138,15 @@ class Task:
         """Choices of each layer by their times; and, for plans to compare with, by their MACs and by one fraction."""
         found = []
         for site in self.free:
-            kinds, guards, table = self.kinds(site), self.guards(site), self._tables[site.name]
-            shared: dict[str, Any] = {"guards": guards, "round_to": table.step, "keep": BETTER, "pays": self.pays(site)}
-            mine = candidates_of(site, kinds, self.spectra, cost=table.layer, table=table, **shared)
+            kinds, guards, table = self.terms.kinds(site), self.terms.guards(site), self._tables[site.name]
+            shared: dict[str, Any] = {"guards": guards, "round_to": table.step, "keep": BETTER, "pays": self.terms.pays(site)}
+            mine = candidates_of(site, kinds, self.terms.spectra, cost=table.layer, table=table, **shared)
             found.append(replace(mine, decisions=(no_faster(self.times.conditions.runtime),)) if nothing_to_cut(mine) else mine)
             if rivals:
                 macs = partial(macs_under, site)
-                self._by_macs.append(candidates_of(site, kinds, self.spectra, cost=macs, **shared))
-                self._rungs[site.name] = rungs_of(site, kinds, self.spectra, macs, guards, table.step)
-            self.spectra.let_go(site)
+                self._by_macs.append(candidates_of(site, kinds, self.terms.spectra, cost=macs, **shared))
+                self._rungs[site.name] = rungs_of(site, kinds, self.terms.spectra, macs, guards, table.step)
+            self.terms.spectra.let_go(site)
         return found
 
     def _by_profile_alone(self, candidates: Sequence[Candidates]) -> tuple[dict[str, Decision], LatencyOutcome]:

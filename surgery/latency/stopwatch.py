@@ -15,16 +15,14 @@ from passes.errors import SurgeryValueError
 from passes.factorization import Decision, Factorization, Keep
 from passes.parity import tensors_in
 from passes.site import Call, Site
-from passes.spectra import Spectra
 from surgery.cost.outcome import LatencyOutcome
 from surgery.cost.profile import Entry
 from surgery.cost.timing import Conditions, need, timed_in
 from surgery.latency.families import Solved
-from surgery.latency.solving import Task
+from surgery.latency.solving import Task, Terms
 from surgery.latency.table import MARGIN, Table
 from surgery.latency.times import Times, timed_chain, timed_layer, together
 from surgery.ranks.budget import Budget
-from surgery.ranks.candidates import Cost, Pays
 
 __all__ = ["Stopwatch"]
 
@@ -70,47 +68,21 @@ class Stopwatch:
         times.measure([shape for table in found.values() for shape in table.shapes])
         return found
 
-    def decide(
-        self,
-        budget: Budget,
-        free: Sequence[Site],
-        kinds: Callable[[Site], Sequence[Blockwise]],
-        spectra: Spectra,
-        guards: Callable[[Site], Sequence[Cost]],
-        round_to: int,
-        pays: Callable[[Site], Pays | None] = lambda site: None,
-    ) -> dict[str, Decision]:
+    def decide(self, budget: Budget, free: Sequence[Site], terms: Terms) -> dict[str, Decision]:
         """One decision for each free site, so that the network takes the share of time that the budget says.
 
         Raises:
             SurgeryValueError: no example inputs; another device's profile lacks shapes; or the share is out of reach, with the least that is not.
             MissingExtra: the runtime is not installed.
         """
-        decisions, self.outcome = self._task(budget, free, kinds, spectra, guards, round_to, pays).solve()
+        decisions, self.outcome = self._task(budget, free, terms).solve()
         return decisions
 
-    def choices(
-        self,
-        budget: Budget,
-        free: Sequence[Site],
-        kinds: Callable[[Site], Sequence[Blockwise]],
-        spectra: Spectra,
-        guards: Callable[[Site], Sequence[Cost]],
-        round_to: int,
-    ) -> Solved:
+    def choices(self, budget: Budget, free: Sequence[Site], terms: Terms) -> Solved:
         """All that could be done with these sites under the conditions of a latency budget, whatever its share."""
-        return self._task(budget, free, kinds, spectra, guards, round_to, lambda site: None).choices()
+        return self._task(budget, free, terms).choices()
 
-    def _task(
-        self,
-        budget: Budget,
-        free: Sequence[Site],
-        kinds: Callable[[Site], Sequence[Blockwise]],
-        spectra: Spectra,
-        guards: Callable[[Site], Sequence[Cost]],
-        round_to: int,
-        pays: Callable[[Site], Pays | None],
-    ) -> Task:
+    def _task(self, budget: Budget, free: Sequence[Site], terms: Terms) -> Task:
         runtime = budget.runtime or "onnxruntime"
         if self.example_inputs is None:
             raise SurgeryValueError(f"ranks: {budget} needs example_inputs: without them there is nothing to time")
@@ -124,11 +96,7 @@ class Stopwatch:
             budget=budget,
             runtime=runtime,
             free=free,
-            kinds=kinds,
-            spectra=spectra,
-            guards=guards,
-            round_to=round_to,
-            pays=pays,
+            terms=terms,
             times=Times.of(conditions, budget.profile),
         )
 

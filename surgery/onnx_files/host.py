@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from passes.errors import SurgeryError, SurgeryTypeError
 from passes.factorization import Factorization, Keep
-from passes.geometry import Geometry, Piece
+from passes.geometry import Piece
 from passes.host import Host, Undo
-from passes.kinds import kind_of
 from passes.site import COMPUTING_DTYPES, Call, Site, kept_together
 from surgery.onnx_files.edit import Edit, apply_edits
-from surgery.onnx_files.graph import Constant, Graph, inner_graphs, read_tensor, tensor_dtype, told, write_tensor
-from surgery.onnx_files.nodes import auto_pad, layer_node, piece_node, stored, weight_place, whole_geometry
+from surgery.onnx_files.graph import Constant, Graph, read_tensor, tensor_dtype, write_tensor
+from surgery.onnx_files.layers import InnerLayer, Layer, bias_of, find_layers, inner_layers, numbered
+from surgery.onnx_files.nodes import auto_pad, piece_node, stored
 from surgery.onnx_files.record import read_file_record, write_plan
 from surgery.onnx_files.shapes import Shapes
 
@@ -26,38 +26,6 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 __all__ = ["End", "OnnxHost"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Layer:
-    """A layer or a chain in the graph.
-
-    Attributes:
-        name: of the site.
-        nodes: places of its nodes, first to last.
-        geometry: of the (original) layer.
-        constants: the weights of its nodes; the reason why it has none where one is computed.
-        pieces: names and geometries of a chain's layers.
-        lies: for each node, whether its weight lies.
-        keep: why it must stay, if so.
-        factorization: of a chain.
-    """
-
-    name: str
-    nodes: tuple[int, ...]
-    geometry: Geometry
-    constants: tuple[Constant, ...]
-    lies: tuple[bool, ...]
-    keep: str | None = None
-    pieces: tuple[tuple[str, Geometry], ...] = ()
-    factorization: Factorization | None = None
-
-    @property
-    def tie(self) -> tuple[object, ...]:
-        """Equal for layers that hold the same weights and can share the factors of one."""
-        g = self.geometry
-        shape = (g.in_channels, g.out_channels, g.kernel, g.groups, g.transposed, self.lies)
-        return (*(constant.name for constant in self.constants), shape, self.factorization)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,7 +65,7 @@ class OnnxHost(Host):
         for layer in self._layers.values():
             first = firsts.setdefault(layer.tie, layer.name) if layer.constants else layer.name
             sites.append(self._site(layer, None if first == layer.name else first))
-        return kept_together(sites) + tuple(self._inner_sites())
+        return kept_together(sites) + tuple(_kept(inner) for inner in inner_layers(self._graph, set(self._layers)))
 
     def reads(self) -> dict[str, str]:
         """By name of a layer or chain, the value that it reads."""
@@ -132,7 +100,7 @@ class OnnxHost(Host):
         if layer is None or layer.factorization is None:
             return None
         index = layer.nodes[-1]
-        node, bias = self._graph.nodes[index], _bias(self._graph.nodes[index])
+        node, bias = self._graph.nodes[index], bias_of(self._graph.nodes[index])
         piece = self._pieces(layer)[-1]
         numbers = [layer.constants[-1].name, *([] if bias is None else [bias])]
         own = all(len(self._graph.readers_of_constant(each)) == 1 for each in numbers)
@@ -143,7 +111,7 @@ class OnnxHost(Host):
     def put(self, name: str, piece: Piece) -> None:
         """Give the last layer of a chain other numbers."""
         layer = self._layers[name]
-        bias = _bias(self._graph.nodes[layer.nodes[-1]])
+        bias = bias_of(self._graph.nodes[layer.nodes[-1]])
         found = [(layer.constants[-1], stored(piece.weight, layer.lies[-1]))]
         if bias is not None and piece.bias is not None and isinstance(constant := self._graph.constant(bias), Constant):
             found.append((constant, piece.bias.reshape(tuple(constant.tensor.dims))))
@@ -192,84 +160,10 @@ class OnnxHost(Host):
         self._edits: list[Edit] = []
         self._new: dict[str, Tensor] = {}
         self._placed_names: dict[int, tuple[Tensor, str]] = {}
-        self._layers: dict[str, Layer] = {}
-        chains = {chain.nodes[0]: chain for chain in self._chains()}
-        inside = {index for chain in chains.values() for index in chain.nodes}
-        names: set[str] = {chain.name for chain in chains.values()}
-        for index, node in enumerate(self._graph.nodes):
-            found = chains.get(index) or (None if index in inside else self._layer(index, node, names))
-            if found is not None:
-                names.add(found.name)
-                self._layers[found.name] = found
+        self._layers = find_layers(self._graph, self._plan, self._shapes)
         self._alike: dict[tuple[object, ...], set[int]] = {}
         for found in self._layers.values():
             self._alike.setdefault(found.tie, set()).update(found.nodes)
-
-    def _layer(self, index: int, node: NodeProto, names: set[str]) -> Layer | None:
-        """The layer that a node is, or None."""
-        place = weight_place(node)
-        if place is None:
-            return None
-        constant = self._graph.constant(node.input[place])
-        known = isinstance(constant, Constant)
-        shape = tuple(constant.tensor.dims) if isinstance(constant, Constant) else (self._shapes or {}).get(node.input[place])
-        if not known and "MatMul" in node.op_type and "quantized" not in str(constant):
-            return None  # a product of two things that are computed is no layer
-        found = None if shape is None else layer_node(node, shape)
-        if found is None:
-            return None
-        keep = found.keep
-        if isinstance(constant, str):
-            keep = keep or f"its weight is {constant}"
-        return Layer(
-            name=_name(node, names),
-            nodes=(index,),
-            geometry=found.geometry,
-            constants=(constant,) if isinstance(constant, Constant) else (),
-            lies=(found.lies,),
-            keep=keep,
-        )
-
-    def _chains(self) -> Iterator[Layer]:
-        """Chains that the plan names and whose nodes are still what it says, each call of a layer one of its own."""
-        runs: dict[tuple[str, str], list[int]] = {}
-        for index, node in enumerate(self._graph.nodes):
-            for name, call in _chain_names(node.name):
-                if isinstance(self._plan.get(name), Factorization):
-                    runs.setdefault((name, call), []).append(index)
-        for (name, call), run in runs.items():
-            chain = self._chain(name, call, run)
-            if chain is not None:
-                yield chain
-
-    def _chain(self, name: str, call: str, run: Sequence[int]) -> Layer | None:
-        nodes = [self._graph.nodes[index] for index in run]
-        constants = [self._graph.constant(node.input[1]) if weight_place(node) == 1 else "" for node in nodes]
-        weights = [constant for constant in constants if isinstance(constant, Constant)]
-        found = [layer_node(node, tuple(weight.tensor.dims)) for node, weight in zip(nodes, weights, strict=False)]
-        layers = [layer for layer in found if layer is not None and layer.keep is None]
-        if len(layers) != len(nodes) or not self._is_run(run):
-            return None
-        pieces = [(node.name.removesuffix(call).removeprefix(f"{name}."), layer.geometry) for node, layer in zip(nodes, layers, strict=True)]
-        factorization = self._plan[name]
-        whole = whole_geometry([layer.geometry for layer in layers])
-        if not isinstance(factorization, Factorization) or pieces != _shapes(whole, factorization):
-            return None
-        return Layer(
-            name=name + call,
-            nodes=tuple(run),
-            geometry=whole,
-            constants=tuple(weights),
-            lies=tuple(layer.lies for layer in layers),
-            pieces=tuple(pieces),
-            factorization=factorization,
-        )
-
-    def _is_run(self, run: Sequence[int]) -> bool:
-        """Whether each node is all that reads the one before, and none but the last has a bias."""
-        nodes = [self._graph.nodes[index] for index in run]
-        readers = [[(r.node, r.input) for r in self._graph.readers.get(node.output[0], [])] for node in nodes[:-1]]
-        return readers == [[(index, 0)] for index in run[1:]] and all(_bias(node) is None for node in nodes[:-1])
 
     def _site(self, layer: Layer, tied_to: str | None) -> Site:
         nodes = [self._graph.nodes[index] for index in layer.nodes]
@@ -289,7 +183,7 @@ class OnnxHost(Host):
             keep=keep,
             tied_to=tied_to,
             chain=layer.factorization,
-            read_weight=partial(_weight, layer),
+            read_weight=partial(getattr, layer, "weight"),
             read_pieces=partial(self._pieces, layer),
         )
 
@@ -304,7 +198,7 @@ class OnnxHost(Host):
 
     def _bias_numbers(self, node: NodeProto, channels: int) -> Tensor | None:
         """The bias that a node adds, None where it has none or one that is computed."""
-        name = _bias(node)
+        name = bias_of(node)
         constant = None if name is None else self._graph.constant(name)
         if not isinstance(constant, Constant):
             return None
@@ -319,28 +213,10 @@ class OnnxHost(Host):
     def _pieces(self, layer: Layer) -> tuple[Piece, ...]:
         if layer.factorization is None:
             return ()
-        weights = [stored(read_tensor(c.tensor), lies) for c, lies in zip(layer.constants, layer.lies, strict=True)]
+        weights = layer.weights()
         last = self._graph.nodes[layer.nodes[-1]]
         biases = [None] * (len(weights) - 1) + [self._bias_numbers(last, layer.geometry.out_channels)]
         return tuple(Piece(name, g, weight, bias) for (name, g), weight, bias in zip(layer.pieces, weights, biases, strict=True))
-
-    def _inner_sites(self) -> Iterator[Site]:
-        """Layers in the bodies of other nodes: kept."""
-        names = set(self._layers)
-        for outer in self._graph.nodes:
-            for graph in inner_graphs(outer):
-                own = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-                own |= {n.output[0]: tuple(a.t.dims) for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"}
-                for node in graph.node:
-                    place = weight_place(node)
-                    constant = None if place is None else self._graph.constant(node.input[place])
-                    shape = None if place is None else own.get(node.input[place])
-                    shape = tuple(constant.tensor.dims) if shape is None and isinstance(constant, Constant) else shape
-                    found = None if shape is None else layer_node(node, shape)
-                    if found is not None:
-                        name = _name(node, names, prefix=f"{outer.name or outer.output[0]}/")
-                        names.add(name)
-                        yield _kept(name, node.op_type, found.geometry, f"it is in the body of {told(outer)}")
 
     def _placed(self, piece: Piece, name: str, dtype: torch.dtype) -> Piece:
         """A piece with the numbers that will stand in the file, under a name of its own; what was placed before is shared."""
@@ -354,7 +230,7 @@ class OnnxHost(Host):
     def _prepare(self, layer: Layer, pieces: Sequence[tuple[str, Piece]]) -> None:
         """Note that the nodes of a layer become those of these pieces."""
         old = [self._graph.nodes[index] for index in layer.nodes]
-        value, bias, output = old[0].input[0], _bias(old[-1]), old[-1].output[0]
+        value, bias, output = old[0].input[0], bias_of(old[-1]), old[-1].output[0]
         same = next((found for node in old if (found := auto_pad(node)) is not None), None)
         nodes = []
         for number, (name, piece) in enumerate(pieces, 1):
@@ -372,42 +248,9 @@ class OnnxHost(Host):
         return name
 
     def _fresh(self, name: str) -> str:
-        unique = _numbered(name, self._taken)
+        unique = numbered(name, self._taken)
         self._taken.add(unique)
         return unique
-
-
-def _name(node: NodeProto, names: set[str], prefix: str = "") -> str:
-    """The name of a node's site: its own, or of its output where it has none; numbered where it is not the first."""
-    return _numbered(prefix + (node.name or node.output[0]), names)
-
-
-def _numbered(name: str, taken: set[str]) -> str:
-    unique, number = name, 1
-    while unique in taken:
-        number += 1
-        unique = f"{name}#{number}"
-    return unique
-
-
-def _chain_names(node: str) -> Iterator[tuple[str, str]]:
-    """Of which chains a node of this name may be a layer: the chain's name in the plan, and the number of its call as exporters write it."""
-    whole, mark, number = node.rpartition("#")
-    for name, call in ((node, ""), (whole, mark + number)):
-        if "." in name and (not call or number.isdigit()):
-            yield name.rpartition(".")[0], call
-
-
-def _shapes(geometry: Geometry, factorization: Factorization) -> list[tuple[str, Geometry]] | None:
-    """Names and geometries of the layers of a chain, or None where there is no such chain."""
-    kind = kind_of(factorization)
-    if kind.refuses(geometry) or kind.refuses_ranks(geometry, factorization.ranks):
-        return None
-    return [(shape.name, shape.geometry) for shape in kind.shapes(geometry, factorization, False)]
-
-
-def _bias(node: NodeProto) -> str | None:
-    return node.input[2] if len(node.input) > 2 and node.input[2] else None
 
 
 def _unusable(dtype: torch.dtype | None, layer: Layer) -> str | None:
@@ -418,28 +261,19 @@ def _unusable(dtype: torch.dtype | None, layer: Layer) -> str | None:
     return None
 
 
-def _weight(layer: Layer) -> Tensor:
-    """The weight of a layer, or that of the one layer that a chain stands for."""
-    weights = [stored(read_tensor(c.tensor), lies) for c, lies in zip(layer.constants, layer.lies, strict=True)]
-    if layer.factorization is None:
-        return weights[0]
-    wide = [Piece(name, geometry, weight.double(), None) for (name, geometry), weight in zip(layer.pieces, weights, strict=True)]
-    return kind_of(layer.factorization).merge(wide, layer.geometry).to(weights[0].dtype)
-
-
-def _kept(name: str, op: str, geometry: Geometry, reason: str) -> Site:
+def _kept(layer: InnerLayer) -> Site:
     return Site(
-        name=name,
-        aliases=(name,),
-        layer=op,
-        geometry=geometry,
+        name=layer.name,
+        aliases=(layer.name,),
+        layer=layer.op,
+        geometry=layer.geometry,
         bias=None,
         dtype=torch.float32,
         device=torch.device("cpu"),
         calls=None,
-        keep=reason,
+        keep=f"it is in the body of {layer.body_of}",
         tied_to=None,
         chain=None,
-        read_weight=partial(torch.empty, geometry.weight_shape, device="meta"),
+        read_weight=partial(torch.empty, layer.geometry.weight_shape, device="meta"),
         read_pieces=tuple,
     )

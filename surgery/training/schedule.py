@@ -7,20 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from passes import host_for
-from passes.decompose import ALREADY
 from passes.errors import SurgeryTypeError, SurgeryValueError, true_or_false
-from passes.factorization import Factorization, Keep
-from passes.kinds import kind_of
 from passes.running import callers_code, output_of
-from passes.site import Site
-from surgery.checkpoint import record_from_text, record_to_data, with_empty_chains
+from surgery.checkpoint import record_to_data
 from surgery.decompose import DEFAULT_STATE, Ranks, decompose, plan
 from surgery.fitting import usable_batches
 from surgery.inspection import usable_model
@@ -34,18 +29,17 @@ from surgery.record import SurgeryRecord, read_record, whole_record, write_recor
 from surgery.report import Report, report
 from surgery.training.batch_norm import reestimate
 from surgery.training.decay import FrobeniusDecay, frobenius_decay
+from surgery.training.deeper import onto, plan_of
 from surgery.training.distributed import done_together, told_by_first
 from surgery.training.followers import Followers, followers_of
 from surgery.training.optimizer import as_optimizers, as_rules
+from surgery.training.resuming import FORMAT, VERSION, read_state, rebuild
 from surgery.training.settling import Settled, stable_ranks
 from surgery.training.step_time import never_slower
 from surgery.training.warm_up import WarmUp
-from surgery.undoing import undone_on_error
 
 __all__ = ["DecompositionSchedule"]
 
-FORMAT = "surgery.schedule"
-VERSION = 1
 DECAYS = ("each", "product")
 DEFAULT = Options()
 
@@ -225,7 +219,7 @@ class DecompositionSchedule:
             SurgeryValueError: no such state, or it does not fit the model, which is then as it was.
         """
         usable_model(model)
-        facts = _read(state)
+        facts = read_state(state)
         followers = followers_of(model, optimizer, also, "reset", inplace=True) or Followers(model=model)
         if hooks and facts["plan"] is not None:
             self._check_optimizers(followers.optimizers)
@@ -276,7 +270,7 @@ class DecompositionSchedule:
         chosen = self._chosen(model, whole, batches)
         decompose(
             model,
-            _onto(model, chosen),
+            onto(model, chosen),
             example_inputs=self.example_inputs,
             calibration=batches,
             device=self.options.device,
@@ -290,7 +284,7 @@ class DecompositionSchedule:
         if chosen.latency is not None:
             write_record(model, replace(read_record(model) or SurgeryRecord(), latency=chosen.latency))
         self.cuts_done += 1
-        self._plan = _plan_of(model)
+        self._plan = plan_of(model)
         self._record = whole_record(model)
         for network in (model, *followers.copies) if statistics is not None else ():
             reestimate(network, statistics or [])
@@ -350,44 +344,6 @@ class DecompositionSchedule:
         self._decaying = frobenius_decay(model, list(optimizers)) if cut and self.decay == "product" else None
 
 
-def rebuild(followers: Followers, plan: Plan, *, whole_again: bool = False) -> None:
-    """Give a model and its copies the chains of a plan, empty, and optimizers their slots, without state."""
-    networks = (followers.model, *followers.copies)
-    alone = Followers(model=followers.model, optimizers=followers.optimizers)
-    for network in networks:
-        if any(site.chain is not None for site in host_for(network).sites()):
-            reconstruct(network, optimizer=list(alone.optimizers) or None if network is followers.model else None, state="reset", inplace=True)
-    held = alone.hold(host_for(followers.model, effective_weights=True).sites())
-    with undone_on_error() as undo:
-        for network in networks:
-            with_empty_chains(network, plan, Path("the schedule's state"), undo)
-        alone.follow(held, host_for(followers.model).sites(), undo)
-    for network in networks if whole_again else ():
-        reconstruct(network, optimizer=list(alone.optimizers) or None if network is followers.model else None, state="reset", inplace=True)
-
-
-def _plan_of(model: nn.Module) -> Plan:
-    """The chains that are in a model."""
-    return Plan({site.name: site.chain for site in host_for(model).sites() if site.chain is not None})
-
-
-def _onto(model: nn.Module, chosen: Plan) -> Plan:
-    """A plan for layers as one for the model with the chains that it has: these are cut again where ranks are lower, and stay otherwise."""
-    return Plan({site.name: _again(site, chosen[site.name]) for site in host_for(model).sites() if site.name in chosen})
-
-
-def _again(site: Site, wanted: Factorization | Keep) -> Factorization | Keep:
-    if site.chain is None:
-        return wanted
-    if isinstance(wanted, Keep) or wanted == site.chain:
-        return Keep(ALREADY)
-    if wanted.kind != site.chain.kind:
-        return wanted
-    ranks = [had if rank is None else rank if had is None else min(had, rank) for had, rank in zip(site.chain.ranks, wanted.ranks, strict=True)]
-    lower = kind_of(wanted).from_ranks(site.geometry, ranks)
-    return Keep(ALREADY) if lower == site.chain else lower
-
-
 def _batches(argument: str, given: Batches) -> Any:
     """The batches of an argument, asked for now where it is a function."""
     if given is None:
@@ -419,18 +375,3 @@ def _schedulers(scheduler: Any) -> list[Any]:
         if not callable(getattr(each, "step", None)) or isinstance(each, torch.optim.Optimizer):
             raise SurgeryTypeError(f"scheduler: expected a scheduler of learning rates, or a list of them, got {type(each).__name__}")
     return several
-
-
-def _read(state: Any) -> dict[str, Any]:
-    """The facts in a state dict, checked."""
-    if not isinstance(state, Mapping) or state.get("format") != FORMAT:
-        raise SurgeryValueError(f'schedule: expected what state_dict gave, a dict with "format": "{FORMAT}"')
-    if state.get("version") != VERSION:
-        raise SurgeryValueError(f"schedule: version {state.get('version')!r} is not one that this release reads ({VERSION})")
-    fields: dict[str, Any] = {"cuts_done": int, "whole_again": bool, "plan": dict | None, "record": dict | None, "history": list}
-    fields |= {"looked_at": int | None, "warmed_up": int}
-    for name, kind in fields.items():
-        if name not in state or not isinstance(state[name], kind):
-            raise SurgeryValueError(f"schedule: its field {name!r} is missing or damaged ({state.get(name)!r})")
-    record = None if state["record"] is None else record_from_text(json.dumps(state["record"]), Path("the schedule's state"))
-    return {**state, "plan": None if state["plan"] is None else Plan.from_data(state["plan"]), "record": record, "history": list(state["history"])}

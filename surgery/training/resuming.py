@@ -1,0 +1,52 @@
+"""A schedule where a run was cut off: its state as it is saved, and a fresh network brought to the architecture that it had."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from passes import host_for
+from passes.errors import SurgeryValueError
+from surgery.checkpoint import record_from_text, with_empty_chains
+from surgery.plan import Plan
+from surgery.reconstruct import reconstruct
+from surgery.training.followers import Followers
+from surgery.undoing import undone_on_error
+
+__all__ = ["FORMAT", "VERSION", "read_state", "rebuild"]
+
+FORMAT = "surgery.schedule"
+VERSION = 1
+
+
+def rebuild(followers: Followers, plan: Plan, *, whole_again: bool = False) -> None:
+    """Give a model and its copies the chains of a plan, empty, and optimizers their slots, without state."""
+    networks = (followers.model, *followers.copies)
+    alone = Followers(model=followers.model, optimizers=followers.optimizers)
+    for network in networks:
+        if any(site.chain is not None for site in host_for(network).sites()):
+            reconstruct(network, optimizer=list(alone.optimizers) or None if network is followers.model else None, state="reset", inplace=True)
+    held = alone.hold(host_for(followers.model, effective_weights=True).sites())
+    with undone_on_error() as undo:
+        for network in networks:
+            with_empty_chains(network, plan, Path("the schedule's state"), undo)
+        alone.follow(held, host_for(followers.model).sites(), undo)
+    for network in networks if whole_again else ():
+        reconstruct(network, optimizer=list(alone.optimizers) or None if network is followers.model else None, state="reset", inplace=True)
+
+
+def read_state(state: Any) -> dict[str, Any]:
+    """The facts in a state dict, checked."""
+    if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+        raise SurgeryValueError(f'schedule: expected what state_dict gave, a dict with "format": "{FORMAT}"')
+    if state.get("version") != VERSION:
+        raise SurgeryValueError(f"schedule: version {state.get('version')!r} is not one that this release reads ({VERSION})")
+    fields: dict[str, Any] = {"cuts_done": int, "whole_again": bool, "plan": dict | None, "record": dict | None, "history": list}
+    fields |= {"looked_at": int | None, "warmed_up": int}
+    for name, kind in fields.items():
+        if name not in state or not isinstance(state[name], kind):
+            raise SurgeryValueError(f"schedule: its field {name!r} is missing or damaged ({state.get(name)!r})")
+    record = None if state["record"] is None else record_from_text(json.dumps(state["record"]), Path("the schedule's state"))
+    return {**state, "plan": None if state["plan"] is None else Plan.from_data(state["plan"]), "record": record, "history": list(state["history"])}

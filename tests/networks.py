@@ -121,6 +121,18 @@ def random_states() -> tuple[object, ...]:
     return torch.get_rng_state().tolist(), random.getstate(), kind, keys.tolist(), rest
 
 
+class ByHand(nn.Module):
+    """A chain that somebody wrote by hand, with a batch norm behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze, self.core, self.expand = nn.Conv2d(3, 6, 1, bias=False), nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.Conv2d(6, 12, 1)
+        self.norm = nn.BatchNorm2d(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.norm(self.expand(self.core(self.squeeze(x)))))
+
+
 class Keyword(nn.Module):
     """Inputs by keyword, a dict as output."""
 

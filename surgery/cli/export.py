@@ -33,6 +33,10 @@ def add(commands: Commands) -> None:
     export.add_argument("--dynamic-batch", action="store_true", help="leave the batch dimension open")
     export.add_argument("--dynamic-size", action="store_true", help="leave height, width and the like open, as far as the network takes other sizes")
     export.add_argument("--opset", type=int, help="ONNX operator set")
+    export.add_argument(
+        "--fuse", action="store_true", help="first fuse linear runs into layers, chains of surgery and runs that somebody wrote by hand"
+    )
+    export.add_argument("--deploy", action="store_true", help="first fold batch norms, drop identities and merge 1x1 layers where that lowers MACs")
     export.add_argument("--exporter", choices=("auto", "dynamo", "torchscript"), help="torch's exporter to ONNX, for .onnx and .xml (default: auto)")
 
 
@@ -43,6 +47,10 @@ def _export(options: argparse.Namespace) -> None:
     except surgery.SurgeryValueError as error:
         options.wrong(str(error))
     model, inputs = open_model(options)
+    if options.fuse:
+        model = surgery.reconstruct(model, foreign=True, example_inputs=inputs)
+    if options.deploy:
+        model = surgery.deploy(model, inputs)
     export_to(model, options.out, inputs, as_json=options.json, **chosen)
 
 

@@ -67,6 +67,17 @@ def test_export_and_bench(capsys, tmp_path):
     assert measured["flops_ratio"] > 2
 
 
+@pytest.mark.parametrize(
+    ("options", "convolutions", "norms"), [((), 3, 1), (("--deploy",), 3, 0), (("--fuse",), 1, 0), (("--fuse", "--deploy"), 1, 0)]
+)
+def test_export_of_a_network_that_was_made_ready(capsys, tmp_path, options, convolutions, norms):
+    path = str(tmp_path / "net.pt")
+    out(capsys, "export", "tests.networks:ByHand", path, "--input-shape", "2,3,8,8", *options)
+    nodes = [node.kind() for node in torch.jit.load(path).inlined_graph.nodes()]
+    assert sum("convolution" in kind for kind in nodes) == convolutions
+    assert nodes.count("aten::batch_norm") == norms
+
+
 def keep_all(site, spectra):
     return surgery.Keep(f"{len(spectra)} spectra seen")
 

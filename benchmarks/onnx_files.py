@@ -12,7 +12,7 @@ Every .onnx file that the two packages ship (none is in this repository), on one
   machine was.
 - ``text``: ``Budget(macs=0.9), method="auto"`` for the recognisers, with the weights alone, and with calibration on other rendered lines: how many of
   20 rendered lines of the kind that a network is made for (one reads captchas: letters without case, and digits) are read as before; and how many of
-  200 more, half of which have letters of both cases, whatever the network makes of them. How many the original reads right is said beside.
+  200 more, half of them drawn from letters of both cases, whatever the network makes of them. How many the original reads right is said beside.
 
 What is done is kept in ``results/onnx_files.json`` and not done again, unless ``--again`` names it; ``results/onnx_files.md`` is made from it.
 """
@@ -204,7 +204,7 @@ def text(file: Path) -> dict[str, Any] | None:
     found: dict[str, Any] = {
         "lines": lines,
         "read_before": before[:20],
-        "right_before": right(before, lines),
+        "right_before": right(before[:20], lines),
         "right_of_more_before": right(before[20:], more),
     }
     budget: dict[str, Any] = {"ranks": surgery.Budget(macs=0.9), "method": "auto", "example_inputs": example(file)}
@@ -214,7 +214,7 @@ def text(file: Path) -> dict[str, Any] | None:
             done = surgery.decompose_onnx(file, out, calibration=calibration, **budget)
             after = reads(out, file, lines + more)
             ratio = convolution_macs(out, size_of(file)) / convolution_macs(file, size_of(file))
-            found[how] = {"same": right(after, before[:20]), "right": right(after, lines), "read": after[:20]}
+            found[how] = {"same": right(after[:20], before[:20]), "right": right(after[:20], lines), "read": after[:20]}
             found[how] |= {"same_of_more": right(after[20:], before[20:]), "right_of_more": right(after[20:], more)}
             found[how] |= {"convolution_macs_share": ratio, "difference": done.difference}
     return found
@@ -222,7 +222,7 @@ def text(file: Path) -> dict[str, Any] | None:
 
 def right(read: Sequence[str], lines: Sequence[str]) -> int:
     """How many of the lines are read as they should be."""
-    return sum(a == b for a, b in zip(read, lines, strict=False))
+    return sum(a == b for a, b in zip(read, lines, strict=True))
 
 
 def codes(count: int, seed: int, letters: str = BOTH_CASES) -> list[str]:
@@ -286,7 +286,7 @@ def table(data: dict[str, Any]) -> str:
         "convolution MACs left at `macs=0.6`",
         "time after / before (quartiles), load",
         "20 lines read as before at `macs=0.9`",
-        "200 more, half of them of both cases",
+        "of 200 more, half of them drawn from both cases",
     ]
     lines += [f"| {' | '.join(heads)} |"]
     lines += ["|" + "---|" * len(heads)]

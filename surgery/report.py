@@ -200,7 +200,8 @@ def report(model: nn.Module, *, example_inputs: Any = None, before: nn.Module | 
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; with them the report knows the graph (``flow``), drawn on
             its page. The MACs are those of the inputs that were given when it was cut.
         before: the network that the model was made from; with it the report knows what other budgets would have cost in error (``tradeoff``).
-        benchmark: what ``surgery.benchmark(original, model, inputs, layers=True)`` found: its times stand beside MACs and parameters on the page.
+        benchmark: what ``surgery.benchmark(original, model, inputs, layers=True)`` found: its times stand beside MACs and parameters on the
+            page. That it is of this model is checked by the names of its layers, and so not without ``layers``.
 
     Raises:
         SurgeryTypeError: ``model`` or ``before`` is no module, ``benchmark`` no result of ``surgery.benchmark``, or a model whose graph is asked for
@@ -209,6 +210,8 @@ def report(model: nn.Module, *, example_inputs: Any = None, before: nn.Module | 
     """
     if not isinstance(model, nn.Module):
         raise SurgeryTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if benchmark is not None:
+        _check_benchmark(benchmark)
     inner = unwrap(model)
     record = read_record(inner)
     fused_params, fused_macs = fused_in(inner)
@@ -235,12 +238,15 @@ def report(model: nn.Module, *, example_inputs: Any = None, before: nn.Module | 
     return made if benchmark is None else _timed(made, benchmark)
 
 
-def _timed(report: Report, benchmark: Benchmark) -> Report:
-    """The report with the times of its layers."""
+def _check_benchmark(benchmark: Any) -> None:
     from surgery.benchmarking.result import Benchmark
 
     if not isinstance(benchmark, Benchmark):
         raise SurgeryTypeError(f"benchmark: expected what surgery.benchmark returns, got {type(benchmark).__name__}")
+
+
+def _timed(report: Report, benchmark: Benchmark) -> Report:
+    """The report with the times of its layers, as far as can be told those of its model."""
     names = {row.name for row in report.layers}
     strange = next((layer.name for layer in benchmark.layers if layer.name not in names), None)
     if strange is not None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from torch import Tensor, nn
 
+    from surgery.benchmark import Benchmark
+
 RULES = ("evbmf", "energy", "stable", "budget")  # that may have options after a colon
 Commands = Any
 """What ``ArgumentParser.add_subparsers`` gives."""
@@ -158,10 +160,10 @@ def rank_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("method", "include", "exclude", "guard", "round_to", "device", "effective_weights")}
 
 
-def show_report(options: argparse.Namespace, model: nn.Module) -> None:
+def show_report(options: argparse.Namespace, model: nn.Module, benchmark: Benchmark | None = None) -> None:
     from surgery.tables import report_table
 
-    found = surgery.report(model)
+    found = surgery.report(model, benchmark=benchmark)
     show(options, lambda: report_table(found), found.to_json)
 
 

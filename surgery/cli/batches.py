@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import SurgeryValueError
+from passes.running import first_line
 
 if TYPE_CHECKING:
     import argparse
@@ -18,11 +19,11 @@ HELP = "inputs to choose ranks and factors for: a batch in a .npy file, or in a 
 
 
 def add_calibration_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--calibration", metavar="FILE", type=Path, help=HELP)
+    parser.add_argument("--calibration", metavar="PATH", type=Path, help=HELP)
 
 
 def calibration_of(options: argparse.Namespace) -> list[Tensor | dict[str, Tensor]] | None:
-    """The batches that ``--calibration`` names, those of a folder in the order of their names; None without it.
+    """The batches that ``--calibration`` names, those of a folder in the order of their names; None without it. Double precision becomes single.
 
     Raises:
         SurgeryValueError: a file holds no array of numbers, or a folder no file.
@@ -41,13 +42,23 @@ def _batch_in(file: Path) -> Tensor | dict[str, Tensor]:
     import numpy
 
     try:
-        found: Any = numpy.load(file, allow_pickle=False)
-        return _tensor(found) if isinstance(found, numpy.ndarray) else {name: _tensor(found[name]) for name in found.files}
-    except (ValueError, TypeError, EOFError) as error:
-        raise SurgeryValueError(f"--calibration: {file}: not an array that numpy.save wrote, or several by numpy.savez: {error}") from error
+        with file.open("rb") as stream:
+            found: Any = numpy.load(stream, allow_pickle=False)
+            arrays = {"": found} if isinstance(found, numpy.ndarray) else dict(found)
+    except OSError:
+        raise
+    except Exception as error:  # numpy's readers, zipfile and zlib have no family of errors of their own
+        raise SurgeryValueError(f"--calibration: {file}: no batch that numpy.save or numpy.savez wrote: {first_line(error)}") from error
+    tensors = {name: _tensor(array, file) for name, array in arrays.items()}
+    return tensors[""] if list(tensors) == [""] else tensors
 
 
-def _tensor(array: Any) -> Tensor:
+def _tensor(array: Any, file: Path) -> Tensor:
+    import numpy
     import torch
 
-    return torch.from_numpy(array.copy())
+    if not isinstance(array, numpy.ndarray) or array.dtype.kind not in "fiub":
+        what = f"an array of {array.dtype}" if isinstance(array, numpy.ndarray) else "something that is no array"
+        raise SurgeryValueError(f"--calibration: {file}: {what} in it is no batch of inputs; write real numbers by numpy.save")
+    native = array.astype(numpy.float32 if array.dtype.kind == "f" and array.dtype.itemsize > 4 else array.dtype.newbyteorder("="))
+    return torch.from_numpy(native)

@@ -53,13 +53,15 @@ def _of_a_cut(options: argparse.Namespace) -> Benchmark:
         options.wrong("--size: it is for two ONNX files; give --input-shape")
     runtimes = options.runtimes or ["eager", "onnxruntime"]
     known(runtimes)  # before minutes are spent on a model
-    model, inputs = open_model(options)
     batches = calibration_of(options)
+    model, inputs = open_model(options)
     net = surgery.decompose(model, options.ranks, example_inputs=inputs, calibration=batches, progress=True, **rank_options(options))
     return surgery.benchmark(surgery.reconstruct(model), net, inputs, runtimes=runtimes, **_conditions(options))
 
 
 def _of_files(options: argparse.Namespace) -> Benchmark:
+    if options.calibration is not None:
+        options.wrong("--calibration: nothing is cut where two ONNX files are timed")
     from surgery.benchmarking.files import file_inputs, made_up
 
     inputs = made_up(file_inputs(Path(options.model)), dict(options.size), options.input_shape)

@@ -38,13 +38,13 @@ def _decompose(options: argparse.Namespace) -> None:
         decompose_file(options, target)
         return
     check_page_arguments(options)
+    batches = calibration_of(options)
     model, inputs = open_model(options)
-    net = surgery.decompose(model, options.ranks, example_inputs=inputs, calibration=calibration_of(options), progress=True, **rank_options(options))
+    net = surgery.decompose(model, options.ranks, example_inputs=inputs, calibration=batches, progress=True, **rank_options(options))
     if options.out is not None:
         surgery.save(net, options.out)
-    if options.html is not None:
-        save_page(options, net, inputs, model)
-    show_report(options, net)
+    times = None if options.html is None else save_page(options, net, inputs, model)
+    show_report(options, net, times)
 
 
 def _reconstruct(options: argparse.Namespace) -> None:

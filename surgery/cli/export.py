@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
     export.add_argument("--dynamic-size", action="store_true", help="leave height, width and the like open, as far as the network takes other sizes")
     export.add_argument("--opset", type=int, help="ONNX operator set")
     export.add_argument(
-        "--fuse", action="store_true", help="first fuse linear runs into layers, chains of surgery and runs that somebody wrote by hand"
+        "--fuse", action="store_true", help="first fuse linear runs into layers: chains of surgery too, runs written by hand, batch norms"
     )
     export.add_argument("--deploy", action="store_true", help="first fold batch norms, drop identities and merge 1x1 layers where that lowers MACs")
     export.add_argument("--exporter", choices=("auto", "dynamo", "torchscript"), help="torch's exporter to ONNX, for .onnx and .xml (default: auto)")

@@ -28,8 +28,8 @@ def _plan(options: argparse.Namespace) -> None:
     if is_onnx_file(options.model):
         plan_file(options)
         return
-    model, inputs = open_model(options)
     batches = calibration_of(options)
+    model, inputs = open_model(options)
     plan = surgery.plan(model, options.ranks, example_inputs=inputs, calibration=batches, progress=True, **rank_options(options))
     if options.out is not None:
         plan.save(options.out)

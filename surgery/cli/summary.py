@@ -41,9 +41,8 @@ def _report(options: argparse.Namespace) -> None:
         return
     check_page_arguments(options)
     model, inputs = open_model(options)
-    if options.html is not None:
-        save_page(options, model, inputs, _before(options, model))
-    show_report(options, model)
+    times = None if options.html is None else save_page(options, model, inputs, _before(options, model))
+    show_report(options, model, times)
 
 
 def _before(options: argparse.Namespace, model: nn.Module) -> nn.Module | None:

@@ -28,7 +28,7 @@ def calibration_feeds(model: ModelProto, calibration: Any) -> list[Feed]:
     batches = [calibration] if isinstance(calibration, numpy.ndarray) else batches_of(calibration)
     if any(batch is None for batch in batches):
         raise SurgeryValueError("calibration: a batch is None")
-    return [example_feed(model, batch) or {} for batch in batches]
+    return [example_feed(model, batch, argument=f"calibration: batch {number}") or {} for number, batch in enumerate(batches)]
 
 
 def calibrate_file(model: ModelProto, feeds: Sequence[Feed], sites: Sequence[Site], reads: Mapping[str, str], *, external: bool) -> Calibration:

@@ -21,7 +21,9 @@ __all__ = ["Feed", "example_feed", "noise_like", "open_inputs", "shaken", "shape
 Feed = Mapping[str, Tensor]
 
 
-def example_feed(model: ModelProto, example_inputs: Any = None, sizes: Mapping[str, tuple[int, ...]] | None = None) -> Feed | None:
+def example_feed(
+    model: ModelProto, example_inputs: Any = None, sizes: Mapping[str, tuple[int, ...]] | None = None, *, argument: str = "example_inputs"
+) -> Feed | None:
     """One tensor for each input.
 
     Args:
@@ -29,6 +31,7 @@ def example_feed(model: ModelProto, example_inputs: Any = None, sizes: Mapping[s
         example_inputs: an array or tensor, several of them in the order of the inputs, or a mapping from their names; None for noise of the declared
             shapes, where a first dimension that is open counts as 1.
         sizes: what noise has to be like where more is open.
+        argument: what errors call them.
 
     Returns:
         None where nothing is given and other dimensions are open as well.
@@ -43,8 +46,8 @@ def example_feed(model: ModelProto, example_inputs: Any = None, sizes: Mapping[s
         if any(shape is None for shape in wanted.values()):
             return None
         return {name: _noise(name, shape or (), dtypes[name], torch.Generator().manual_seed(0)) for name, shape in wanted.items()}
-    given = _by_name(true_inputs(model.graph), example_inputs)
-    return {name: _fitting(name, value, shapes[name], dtypes[name]) for name, value in given.items()}
+    given = _by_name(true_inputs(model.graph), example_inputs, argument)
+    return {name: _fitting(f"{argument}: {name!r}", value, shapes[name], dtypes[name]) for name, value in given.items()}
 
 
 def open_inputs(model: ModelProto) -> str:
@@ -104,37 +107,33 @@ def _noise(name: str, shape: Sequence[int], dtype: torch.dtype | None, generator
     return torch.randint(0, 2, tuple(shape), generator=generator).to(dtype)
 
 
-def _by_name(names: Sequence[str], given: Any) -> dict[str, Any]:
+def _by_name(names: Sequence[str], given: Any, argument: str) -> dict[str, Any]:
     if isinstance(given, Mapping):
         found = dict(given)
     elif isinstance(given, Tensor | numpy.ndarray):
         found = dict(zip(names, [given], strict=False))
         if len(names) != 1:
-            raise SurgeryValueError(
-                f"example_inputs: the file has {len(names)} inputs ({', '.join(names)}), got one; give a mapping from their names"
-            )
+            raise SurgeryValueError(f"{argument}: the file has {len(names)} inputs ({', '.join(names)}), got one; give a mapping from their names")
     elif isinstance(given, Sequence) and not isinstance(given, str | bytes):
         found = dict(zip(names, given, strict=False))
         if len(given) != len(names):
-            raise SurgeryValueError(f"example_inputs: the file has {len(names)} inputs ({', '.join(names)}), got {len(given)}")
+            raise SurgeryValueError(f"{argument}: the file has {len(names)} inputs ({', '.join(names)}), got {len(given)}")
     else:
-        raise SurgeryTypeError(f"example_inputs: expected arrays or tensors, or a mapping from names to them, got {type(given).__name__}")
+        raise SurgeryTypeError(f"{argument}: expected arrays or tensors, or a mapping from names to them, got {type(given).__name__}")
     if set(found) != set(names):
-        raise SurgeryValueError(
-            f"example_inputs: the inputs of the file are {', '.join(names) or 'none'}; got {', '.join(map(str, found)) or 'none'}"
-        )
+        raise SurgeryValueError(f"{argument}: the inputs of the file are {', '.join(names) or 'none'}; got {', '.join(map(str, found)) or 'none'}")
     return {name: found[name] for name in names}
 
 
 def _fitting(name: str, value: Any, shape: Sequence[int | None] | None, dtype: torch.dtype | None) -> Tensor:
-    """A private tensor, in the type that the input has."""
+    """A private tensor, in the type that the input has; ``name`` says which in errors."""
     try:
         tensor = value.detach().cpu().clone() if isinstance(value, Tensor) else torch.from_numpy(numpy.array(value))
     except TypeError as error:
-        raise SurgeryTypeError(f"example_inputs: {name!r}: expected an array or a tensor of numbers, got {type(value).__name__}") from error
+        raise SurgeryTypeError(f"{name}: expected an array or a tensor of numbers, got {type(value).__name__}") from error
     if shape is not None and (len(shape) != tensor.ndim or any(n is not None and n != m for n, m in zip(shape, tensor.shape, strict=True))):
         declared = " x ".join("?" if size is None else str(size) for size in shape)
-        raise SurgeryValueError(f"example_inputs: {name!r} is {' x '.join(map(str, tensor.shape))}, the file takes {declared}")
+        raise SurgeryValueError(f"{name} is {' x '.join(map(str, tensor.shape))}, the file takes {declared}")
     if dtype is None:
-        raise SurgeryValueError(f"example_inputs: the input {name!r} is of a type that torch has not")
+        raise SurgeryValueError(f"{name}: the input is of a type that torch has not")
     return tensor.to(dtype)

@@ -29,7 +29,7 @@ class Layer:
         name: of the site.
         nodes: places of its nodes, first to last.
         geometry: of the (original) layer.
-        constants: the weights of its nodes; the reason why it has none where one is computed.
+        constants: the weights of its nodes; none where one is computed, and ``keep`` says how.
         pieces: names and geometries of a chain's layers.
         lies: for each node, whether its weight lies.
         keep: why it must stay, if so.

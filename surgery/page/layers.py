@@ -45,7 +45,7 @@ def section(report: Report) -> Markup | None:
             "before, or unchanged",
             element("i", class_="key now"),
             "after. Errors are relative, 0 to 1.",
-            "Times are of each layer by itself." if timings else None,
+            " Times are of each layer by itself." if timings else None,
         ),
         element(
             "table",

@@ -99,8 +99,7 @@ def test_a_rule_of_your_own(capsys):
         (["summary", MODEL, "--weights", "absent.pt"], "absent.pt"),
         (["plan", MODEL, "--calibration", "absent.npy"], "absent.npy"),
         (["plan", MODEL, "--calibration", "."], "there is no .npy or .npz file in this folder"),
-        (["plan", MODEL, "--calibration", __file__], "test_cli.py: not an array that numpy.save wrote"),
-        (["decompose", MODEL, "--html", "page.html", "--time", "cuda"], "layers: single layers are timed in"),
+        (["plan", MODEL, "--calibration", __file__], "test_cli.py: no batch that numpy.save or numpy.savez wrote"),
         (["export", "tests.networks:Random", "net.pt", "--input-shape", "1,3,8,8"], "the network itself differs"),
     ],
 )
@@ -134,6 +133,8 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_1(capsys, arguments, mess
         (["bench", MODEL, "--size", "batch=2"], "--size: it is for two ONNX files"),
         (["report", MODEL, "--time", "eager"], "--time: it is for the page; give --html FILE"),
         (["decompose", MODEL, "--time", "tensorrt"], "'tensorrt' is none of"),
+        (["decompose", MODEL, "--html", "page.html", "--time", "cuda"], "argument --time: 'cuda' is none of"),
+        (["bench", "a.onnx", "b.onnx", "--calibration", "seen.npy"], "--calibration: nothing is cut"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(capsys, arguments, message, tmp_path, monkeypatch):
@@ -288,6 +289,49 @@ def test_calibration_from_files(capsys, tmp_path, form):
         numpy.savez(path, **{onnx.load(model).graph.input[0].name: batches[0]})
     done = json.loads(out(capsys, "decompose", model, cut, "--ranks", "budget:macs=0.5", "--calibration", str(path), "--json"))
     assert done["calibrated"] == found["calibrated"]
+
+
+def damaged(path):
+    numpy.savez(path, x=numpy.zeros((2, 3, 32, 32), numpy.float32))
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: torch.save(torch.zeros(2, 3, 32, 32), path), "something that is no array in it"),
+        (damaged, "no batch that numpy.save or numpy.savez wrote"),
+        (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00\x08\x00{'descr'"), "no batch that numpy.save or numpy.savez wrote"),
+        (lambda path: numpy.savez(path, x=numpy.zeros((1, 3, 32, 32), numpy.complex64)), "an array of complex64 in it"),
+        (lambda path: numpy.savez(path, x=numpy.array(["image"])), "an array of <U5 in it"),
+    ],
+    ids=["torch", "truncated", "header", "complex", "strings"],
+)
+def test_files_that_hold_no_batch(capsys, tmp_path, write, message):
+    path = tmp_path / "seen.npz"
+    write(path)
+    assert main(["plan", MODEL, "--calibration", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --calibration: {path}: {message}")
+    assert error.count("\n") == 1
+
+
+def test_double_precision_and_foreign_byte_order_are_read(capsys, tmp_path):
+    batch = numpy.random.default_rng(0).normal(size=(4, 3, 32, 32))
+    found = []
+    for array in (batch.astype(numpy.float32), batch, batch.astype(">f4")):
+        numpy.save(tmp_path / "seen.npy", array)
+        found.append(out(capsys, "plan", MODEL, "--ranks", "budget:macs=0.5", "--calibration", str(tmp_path / "seen.npy"), "--json"))
+    assert len(set(found)) == 1
+
+
+def test_a_batch_that_does_not_fit_an_onnx_file_is_named(capsys, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = str(tmp_path / "model.onnx")
+    out(capsys, "export", MODEL, model, "--exporter", "torchscript", "--dynamic-batch")
+    numpy.savez(tmp_path / "seen.npz", numpy.zeros((2, 3, 32, 32), numpy.float32))
+    assert main(["decompose", model, str(tmp_path / "cut.onnx"), "--calibration", str(tmp_path / "seen.npz")]) == 1
+    assert "calibration: batch 0: the inputs of the file are x; got arr_0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -93,12 +93,15 @@ def test_times_of_layers_stand_beside_their_macs(small, net):
     found = surgery.benchmark(small, net, X, runtimes=("eager",), repeats=8, layers=True)
     row = {layer.name: layer for layer in found.layers}["conv2"]
     sure = replace(row, before_ms=8.0, after_ms=2.0, spread=0.5)
-    page = Page(surgery.report(net, benchmark=replace(found, layers=(replace(row, name="mix", before_ms=1.0, after_ms=1.1), sure))).to_html())
+    page = Page(
+        surgery.report(net, benchmark=replace(found, layers=(replace(row, name="mix", before_ms=1.0, after_ms=1.1, spread=0.2), sure))).to_html()
+    )
     assert closed_off(page)
     told = found.rows[0]
     assert f"{told.time_ratio:.2f} times as fast ({told.time_ratio_low:.2f} to {told.time_ratio_high:.2f}): {told.verdict}" in page.text
     assert "8 -> 2 ms, 4.00x" in page.text
     assert "1 -> 1.1 ms, no verdict" in page.text
+    assert "0 to 1. Times are of each layer by itself." in page.text
     widths = [a["style"] for tag, a in page.elements if tag == "i" and "style" in a]
     assert {"width:100.00%", "width:25.00%", "width:12.50%", "width:13.75%"} <= set(widths)
     with pytest.raises(surgery.SurgeryValueError, match="times of a layer 'absent'"):
@@ -112,6 +115,14 @@ def test_times_on_the_page_from_the_command_line(tmp_path, capsys):
     path = tmp_path / "page.html"
     assert main(["decompose", "surgery:resnet20", "--ranks", '{"layer3.0.conv1": [16, 8]}', "--html", str(path), "--time", "eager", "--json"]) == 0
     assert {"Time in eager, batch 1", "Time in eager"} <= set(Page(path.read_text(encoding="utf-8")).texts)
+    assert [layer["name"] for layer in json.loads(capsys.readouterr().out)["benchmark"]["layers"]] == ["layer3.0.conv1"]
+
+
+def test_a_page_without_the_times_that_cannot_be_had(tmp_path, capsys):
+    path = tmp_path / "page.html"
+    assert main(["report", "surgery:resnet20", "--html", str(path), "--time", "eager"]) == 0
+    assert "without times: nothing was cut" in capsys.readouterr().err
+    assert "not decomposed" in Page(path.read_text(encoding="utf-8")).text
 
 
 HOSTILE = [

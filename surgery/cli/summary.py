@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import surgery
@@ -52,7 +53,7 @@ def _before(options: argparse.Namespace, model: nn.Module) -> nn.Module | None:
     from surgery.zoo import make
 
     if options.before is not None:
-        return make(options.before, options.architecture)[0]
+        return make(options.before, options.architecture if Path(options.before).is_dir() else None)[0]
     found, record = surgery.report(model), read_record(model)
     if all(row.status == "kept" for row in found.layers):
         return surgery.reconstruct(model)

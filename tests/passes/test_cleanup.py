@@ -816,3 +816,16 @@ def test_pooling_over_one_pixel_goes_all_at_once():
     assert [DropIdentities()(host).modified for _ in range(3)] == [True, False, False]
     assert targets(model) == ["0", "6", "7", "8"]
     assert difference(model(X), net(X)) == 0.0
+
+
+def test_what_cannot_be_fused_says_why():
+    def reasons(*layers, **options):
+        result = FuseLinearRuns()(host_for(nn.Sequential(*layers).eval(), **options))
+        return [outcome.reason for outcome in result.outcomes]
+
+    spoilt = nn.BatchNorm2d(4)
+    spoilt.running_mean[0] = float("nan")
+    assert "they differ in dtype or device" in reasons(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3).double())[0]
+    assert "on the meta device" in reasons(nn.Conv2d(4, 4, 1, device="meta"), nn.Conv2d(4, 4, 3))[0]
+    assert "a scale or shift that is not finite" in reasons(nn.Conv2d(4, 4, 1), spoilt)[1]
+    assert any("neither is a layer" in reason for reason in reasons(nn.BatchNorm2d(4), nn.BatchNorm2d(4)))

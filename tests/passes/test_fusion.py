@@ -202,3 +202,11 @@ def test_geometry_of_a_fused_pair_is_known_without_weights():
     left, right = piece_of(conv(kernel=(3, 1), groups=2)), piece_of(conv(6, 4, (1, 3), groups=2))
     assert fused_geometry(left.geometry, right.geometry) == fuse(left, right).geometry
     assert str(fuse(left, right).geometry) == "Conv2d 4->4 3x3 groups=2"
+
+
+def test_layers_that_do_not_follow_each_other_have_no_fused_geometry():
+    assert (
+        fused_geometry(Geometry.of(conv()), Geometry.of(nn.Conv2d(5, 4, 1))) == f"the first gives {conv().out_channels} channels, the second takes 5"
+    )
+    with pytest.raises(SurgeryValueError, match="ReLU is neither a convolution nor a linear layer"):
+        Geometry.of(nn.ReLU())

@@ -57,6 +57,8 @@ def test_special_values_must_stand_in_the_same_places():
     other = holes.clone()
     other[1, 1, 1] = float("inf")
     assert difference(other, holes) == float("inf")
+    assert difference(torch.tensor([float("inf"), 1.0]), torch.tensor([1.0, float("inf")])) == float("inf")
+    assert difference(torch.empty(0, 3), torch.empty(0, 3)) == 0.0
 
 
 def test_nested_outputs():

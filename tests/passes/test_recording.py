@@ -480,3 +480,34 @@ def test_a_decomposed_network_is_captured_as_well():
     net = surgery.decompose(Branching(), {"conv": 1.0}, example_inputs=X)
     assert nodes(surgery.capture(net, X), "conv")
     assert isinstance(surgery.capture(Small().train(), X), fx.Graph)
+
+
+class Unusual(nn.Module):
+    """Hands a layer of torch a container of its own kind, reads an empty part of a tensor that is written to, and sets what a tensor holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.pass_on, self.conv = nn.Identity(), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        pair = self.pass_on(Halves(x, x + 1))
+        held = torch.zeros_like(x)
+        held.data = pair.first * 2
+        none = held[:0]
+        held[0] = 1.0
+        return self.conv(held + pair.second) if not len(none) else none
+
+
+@dataclass
+class Halves:
+    first: Tensor
+    second: Tensor
+
+
+def test_containers_of_ones_own_and_what_tensors_are_told_to_hold():
+    model = Unusual().eval()
+    graph = record(model, X)
+    assert [str(n.target) for n in graph.nodes if n.op == "call_module"] == ["pass_on", "conv"]
+    handed = next(n for n in graph.nodes if n.target == "pass_on")
+    assert set(handed.args[0]) == {"first", "second"}
+    assert any(n.target is setattr and n.args[1] == "data" for n in graph.nodes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -199,3 +201,19 @@ def test_weights_of_eight_bits_are_kept(dtype):
     model = nn.Sequential(nn.Conv2d(4, 4, 3))
     model[0].weight.data = model[0].weight.data.to(dtype)
     assert "not floating point of 16 bits or more" in surgery.report(surgery.decompose(model, 0.5))["0"].reason
+
+
+def test_weights_that_do_not_fit_their_layer_are_kept():
+    odd = nn.Conv2d(4, 8, 3)
+    odd.weight = nn.Parameter(torch.randn(8, 4, 1, 1))
+    assert reason(nn.Sequential(odd)) == "its weight has the shape (8, 4, 1, 1), a Conv2d of its attributes has (8, 4, 3, 3)"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that initializing it does nothing
+        assert reason(nn.Sequential(nn.Linear(0, 4))) == "its weight is empty"
+
+
+def test_factors_that_the_dtype_cannot_hold_are_an_error():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3)).half()
+    nn.init.constant_(model[0].weight, 6e4)
+    with pytest.raises(SurgeryValueError, match=r"0: the factors of its weight overflow torch\.float16"):
+        surgery.decompose(model, {"0": (4, 4)})

@@ -380,3 +380,25 @@ def test_the_command_takes_two_files(two_files, capsys):
     assert json.loads(capsys.readouterr().out)["rows"][0]["batch"] == 2
     assert cli.main([*command, "--input-shape", "1,3,12,12"]) == 0
     assert "onnxruntime" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("dtype", "memory_format"), [("float64", None), (None, "channels_last")])
+def test_one_condition_without_the_other(dtype, memory_format):
+    conditions = conditions_of(batch=None, dtype=dtype, memory_format=memory_format)
+    model, inputs = conditions.network(Small()), conditions.cast(X)
+    assert inputs.dtype == model.conv1.weight.dtype == (torch.float64 if dtype else torch.float32)
+    for tensor in (inputs, model.conv1.weight):
+        assert tensor.is_contiguous(memory_format=torch.channels_last) == (memory_format is not None)
+
+
+def test_inputs_without_a_batch():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, x):
+            return self.weight * x
+
+    with pytest.raises(SurgeryValueError, match="batch: the example inputs have no dimension that could be a batch"):
+        surgery.benchmark(Scaled(), Scaled(), torch.tensor(3.0), runtimes=["eager"], batch=4)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import surgery
+from passes.geometry import Geometry
 from surgery.cli import main, parse_ranks_text
+from surgery.cost.profile import Profile, TimedShape, write_shapes
 from tests.conftest import ROOT
 
 MODEL = "surgery:resnet20"
@@ -350,3 +352,21 @@ def test_wrong_usage_with_onnx_files(capsys, arguments, message):
         main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_page_of_an_onnx_file_and_one_with_the_network_before(capsys, tmp_path):
+    model, cut, page = (str(tmp_path / name) for name in ("model.onnx", "cut.onnx", "page.html"))
+    out(capsys, "export", MODEL, model, "--exporter", "torchscript", "--dynamic-batch")
+    out(capsys, "decompose", model, cut, "--ranks", '{"layer3.0.conv1": [8, 4]}', "--html", page)
+    assert "tucker 8, 4" in (tmp_path / "page.html").read_text()
+    out(capsys, "decompose", MODEL, "--ranks", '{"layer3.0.conv1": [8, 4]}', "--out", str(tmp_path / "net"))
+    out(capsys, "report", str(tmp_path / "net"), "--architecture", MODEL, "--before", MODEL, "--html", page)
+    assert "Error against MACs" in (tmp_path / "page.html").read_text()
+
+
+def test_a_profile_on_one_thread(capsys, tmp_path):
+    shape = TimedShape((Geometry(in_channels=4, out_channels=4),), (2, 4), "float32", False)
+    write_shapes([shape], tmp_path / "shapes.json")
+    told = out(capsys, "profile", str(tmp_path / "shapes.json"), "--out", str(tmp_path / "times.json"), "--runtime", "eager", "--threads", "1")
+    assert "1 times in eager" in told
+    assert list(Profile.load(tmp_path / "times.json").entries) == [shape.key]

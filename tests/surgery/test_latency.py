@@ -393,3 +393,33 @@ def test_a_small_network_for_real(monkeypatch, tmp_path):
     plan = surgery.plan(model, Budget(latency=0.75, runtime="onnxruntime", threads=1), example_inputs=torch.randn(1, 3, 48, 48))
     assert plan.latency.measured < 1 or all(isinstance(d, Keep) for d in plan.values())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"entries": []}, '"entries" must be an object'),
+        ({"device": {"runtime": 1}}, '"device" must be an object of texts'),
+        ({"reference": -1}, '"reference" must be seconds or null, got -1'),
+    ],
+)
+def test_profiles_that_are_none(tmp_path, change, message):
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps(json.loads(Profile({"runtime": "eager"}, 1.0, {}).to_json()) | change))
+    with pytest.raises(surgery.SurgeryValueError, match=f"profile.json: profile: {message}"):
+        Profile.load(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shapes": []}, '"shapes" must be an object'),
+        ({"shapes": {"x": {"layers": [], "input_shape": [1], "dtype": "float32", "channels_last": False}}}, "0 layers"),
+    ],
+)
+def test_lists_of_shapes_that_are_none(tmp_path, change, message):
+    file = tmp_path / "shapes.json"
+    write_shapes([], file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(surgery.SurgeryValueError, match=f"shapes.json: .*{message}"):
+        read_shapes(file)

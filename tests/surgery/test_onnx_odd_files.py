@@ -502,3 +502,60 @@ def test_an_optimized_file_is_no_longer_taken_for_its_chains(tmp_path):
     assert [row.status for row in surgery.report_onnx(tmp_path / "renamed.onnx").layers] == ["kept"] * 3
     with pytest.raises(SurgeryValueError, match="its plan names 1, but the nodes"):
         surgery.reconstruct_onnx(tmp_path / "renamed.onnx", tmp_path / "back.onnx")
+
+
+def test_products_and_convolutions_that_are_no_layers():
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "t"], ["square"], name="both_computed"),
+        helper.make_node("Gemm", ["square", "a"], ["g"], name="transposes", transA=1),
+        helper.make_node("MatMul", ["g", "stack"], ["y"], name="of_a_stack"),
+    ]
+    model = model_of(nodes, {"a": draw(4, 5), "stack": draw(3, 5, 2)}, (4, 6))
+    assert reasons(model) == {"transposes": "it transposes its input (transA)"}
+
+
+def test_weights_that_are_no_floating_point_numbers_or_none_at_all_are_kept():
+    whole = model_of(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="m")], {"w": numpy.ones((6, 5), numpy.int32)}, (4, 6), elem=TensorProto.INT32
+    )
+    assert reasons(whole) == {"m": "its weight is torch.int32, not floating point of 16 bits or more"}
+    empty = model_of([helper.make_node("MatMul", ["x", "w"], ["y"], name="m")], {"w": numpy.ones((6, 0), numpy.float32)}, (4, 6))
+    assert reasons(empty) == {"m": "its weight is empty"}
+
+
+def test_macs_of_recurrent_layers_are_counted(tmp_path):
+    nodes = [helper.make_node("LSTM", ["x", "w", "r"], ["h", "", ""], hidden_size=5), helper.make_node("MatMul", ["h", "a"], ["y"], name="m")]
+    onnx.save(model_of(nodes, {"w": draw(1, 20, 6), "r": draw(1, 20, 5), "a": draw(5, 7)}, (3, 2, 6)), tmp_path / "in.onnx")
+    assert surgery.report_onnx(tmp_path / "in.onnx").macs_before == 3 * 2 * (20 * 6 + 20 * 5) + 3 * 1 * 2 * 5 * 7
+
+
+@pytest.mark.parametrize("change", ["a bias in between", "another reader", "other ranks", "another kind"])
+def test_nodes_that_are_no_longer_what_the_plan_says_are_no_chain(tmp_path, change):
+    onnx.save(model_of([conv("x", "w", "y")], {"w": draw(6, 4, 3, 3)}), tmp_path / "in.onnx")
+    surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "cut.onnx", {"conv": (4, 3)})
+    model = onnx.load(tmp_path / "cut.onnx")
+    reduce = next(node for node in model.graph.node if node.name == "conv.reduce")
+    if change == "a bias in between":
+        model.graph.initializer.append(numpy_helper.from_array(draw(3), "b"))
+        reduce.input.append("b")
+    elif change == "another reader":
+        model.graph.node.append(helper.make_node("Relu", [reduce.output[0]], ["also"]))
+    else:
+        entry = next(entry for entry in model.metadata_props if entry.key == "surgery.plan")
+        old, new = ('"rank_in": 3', '"rank_in": 2') if change == "other ranks" else ('"kind": "tucker"', '"kind": "spatial"')
+        assert old in entry.value
+        entry.value = entry.value.replace(old, new)
+        if change == "another kind":
+            entry.value = entry.value.replace('"rank_out": 4, "rank_in": 3', '"rank": 4').replace('"rank_out": 4,\n   "rank_in": 3', '"rank": 4')
+    assert {site.name: site.chain for site in OnnxHost(model).sites()} == dict.fromkeys(("conv.reduce", "conv.core", "conv.expand"))
+
+
+def test_inputs_that_are_no_numbers_need_examples(tmp_path):
+    nodes = [conv("x", "w", "y"), helper.make_node("Identity", ["text"], ["same"])]
+    more = [helper.make_tensor_value_info("text", TensorProto.STRING, [1])]
+    onnx.save(model_of(nodes, {"w": draw(6, 4, 3, 3)}, more=more, also=["same"]), tmp_path / "in.onnx")
+    with pytest.raises(SurgeryValueError, match="'text' takes no numbers that noise c"):
+        surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", EVERYTHING)
+    with pytest.raises(SurgeryValueError, match="example_inputs: 'text': the input is of a type that torch has not"):
+        surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", EVERYTHING, example_inputs=(draw(2, 4, 9, 10), numpy.zeros(1)))

@@ -13,6 +13,7 @@ from torch import nn
 import surgery
 from passes.outline import places
 from surgery.cli import main
+from surgery.cost.outcome import LatencyOutcome
 from surgery.page.markup import element, text
 from tests.networks import Small
 
@@ -255,3 +256,32 @@ def test_what_a_rule_looked_at_and_kept_is_shown():
     report = surgery.report(surgery.decompose(model, "energy:0.999999"))
     assert report["0"].status == "kept"
     assert "out: kept, full rank 8" in Page(report.to_html()).text
+
+
+def test_the_outcome_of_a_latency_budget_is_a_card(net):
+    told = {"runtime": "onnxruntime 1.0", "asked": 0.7, "predicted": 0.69, "replans": 0, "batch": 1, "threads": 2}
+    outcome = LatencyOutcome(measured=0.68, low=0.66, high=0.71, **told)
+    page = Page(replace(surgery.report(net), latency=outcome).to_html())
+    assert "0.68 measured in onnxruntime 1.0 (0.66 to 0.71)" in page.text
+    assert (
+        "measured in"
+        not in Page(replace(surgery.report(net), latency=LatencyOutcome(measured=None, low=None, high=None, **told)).to_html()).text.partition(
+            "Passes"
+        )[0]
+    )
+
+
+def test_a_trade_off_without_a_place_on_it(small, net):
+    report = surgery.report(net, example_inputs=X, before=small)
+    assert report.place is not None
+    lost = replace(report, layers=tuple(replace(row, error=None) for row in report.layers))
+    assert lost.place is None
+    page = Page(lost.to_html())
+    assert "Error against MACs" in page.text
+    assert "this network" not in page.text
+    assert "this network" in Page(report.to_html()).text
+
+
+def test_the_graph_of_a_network_without_chains(small):
+    page = Page(surgery.report(small, example_inputs=X).to_html())
+    assert sum(tag == "rect" for tag, _ in page.elements) == len(surgery.report(small, example_inputs=X).flow.nodes)

@@ -405,3 +405,21 @@ def test_balanced_chains_are_of_one_size_and_the_same_function_to_the_bit(build)
             assert max(sizes) / min(sizes) < 4.01
             assert torch.equal(before.weight, after.weight)
     assert chains >= 4
+
+
+def test_states_that_are_not_those_of_all_factors_are_said_and_dropped():
+    model, x = Small(), torch.randn(2, 3, 12, 12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    net = surgery.decompose(model, {"conv2": (8, 4)}, optimizer=optimizer, inplace=True)
+    net(x).sum().backward()
+    optimizer.step()
+    optimizer.state.pop(net.conv2.core.weight)
+    with pytest.warns(UserWarning, match=r"knows some of a chain's factors only"):
+        surgery.reconstruct(net, optimizer=optimizer, inplace=True)
+    odd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    odd.state[net.conv2.weight] = {"momentum_buffer": torch.zeros(3)}
+    with pytest.warns(UserWarning, match=r"'momentum_buffer' does not have the shape of its parameter"):
+        surgery.decompose(net, {"conv2": (8, 4)}, optimizer=odd, inplace=True)
+    sharded = type("ZeroRedundancyOptimizer", (torch.optim.SGD,), {})(net.parameters(), lr=0.1)
+    with pytest.raises(surgery.SurgeryTypeError, match="ZeroRedundancyOptimizer holds a part of the state only"):
+        surgery.decompose(net, 0.5, optimizer=sharded, inplace=True)

@@ -15,6 +15,8 @@ import surgery
 from passes import host_for
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from surgery import DecompositionSchedule, Keep, Settled, Tucker
+from surgery.cost.outcome import LatencyOutcome
+from surgery.training.deeper import onto
 from tests.networks import Small
 
 INPUTS = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(3))
@@ -451,3 +453,32 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing(change, message):
     with pytest.raises(SurgeryValueError, match=message):
         DecompositionSchedule(0, ranks=0.5).load_state_dict(schedule.state_dict() | change, fresh, optimizer)
     assert before == list(map(id, fresh.parameters())) == list(map(id, optimizer.param_groups[0]["params"]))
+
+
+def test_cutting_again_leaves_what_is_to_be_kept_and_changes_the_kind_where_it_is_asked_to():
+    net = surgery.decompose(Small(), {"conv1": (8, 2), "conv2": (8, 4), "tail.1": (8, 8)})
+    wanted = surgery.Plan(
+        {
+            "conv1": surgery.Keep("mine"),
+            "conv2": surgery.Spatial(5),
+            "tail.1": surgery.Tucker(12, 4),
+            "mix": surgery.SVD(3),
+            "head": surgery.Keep("no"),
+        }
+    )
+    found = onto(net, wanted)
+    assert found["conv1"] == surgery.Keep("already decomposed")
+    assert found["conv2"] == surgery.Spatial(5)
+    assert found["tail.1"] == surgery.Tucker(8, 4)
+    assert found["mix"] == surgery.SVD(3)
+    assert onto(net, surgery.Plan({"tail.1": surgery.Tucker(16, 16)}))["tail.1"] == surgery.Keep("already decomposed")
+
+
+def test_the_outcome_of_a_latency_budget_goes_with_the_network(monkeypatch):
+    model, inputs = Small(), torch.randn(2, 3, 12, 12)
+    outcome = LatencyOutcome(runtime="train", asked=0.9, predicted=0.9, measured=0.9, low=0.8, high=1.0, replans=0, batch=2, threads=1)
+    chosen = surgery.Plan({"conv2": Tucker(8, 4)})
+    chosen.latency = outcome
+    monkeypatch.setattr("surgery.training.schedule.plan", lambda *_, **__: chosen)
+    report = surgery.DecompositionSchedule(0, ranks=surgery.Budget(latency=0.9), example_inputs=inputs).step(0, model)
+    assert report.latency == outcome

@@ -286,3 +286,17 @@ def test_correcting_nothing_changes_nothing():
     model = Small().eval()
     assert correct(model, copy.deepcopy(model), {}, [IMAGES]) == {}
     assert kind_named("tucker").mixes_inputs
+
+
+def test_layers_that_see_no_tensor_or_give_nothing_to_differentiate_are_passed_over():
+    class Rounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.pair = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.pair(self.conv(x)).argmax(1)
+
+    model = Rounded()
+    net = surgery.decompose(model, {"conv": 0.5}, calibration=[torch.randn(4, 3, 8, 8)])
+    assert 0 < surgery.report(net)["conv"].output_error < 1

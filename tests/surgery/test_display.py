@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import surgery
+from surgery.benchmarking.result import Benchmark, RuntimeResult
 from surgery.benchmarking.table import benchmark_table
 from surgery.tables import change, explain_table, plan_table, print_table, render, report_table, summary_table, tradeoff_table
 from tests.networks import Small
@@ -124,3 +126,13 @@ def test_without_matplotlib_the_extra_is_named(small, monkeypatch, tmp_path):
         surgery.report(small).plot()
     with pytest.raises(surgery.MissingExtra, match=r"surgery\[plots\]"):
         surgery.tradeoff(small, shares=[0.6]).save_picture(tmp_path / "x.png")
+
+
+def test_a_benchmark_whose_rows_tell_no_sizes_has_no_table_of_them():
+    row = RuntimeResult(runtime="eager", before_ms=2.0, after_ms=1.0, time_ratio=2.0, time_ratio_low=1.9, time_ratio_high=2.1, pairs=9, settled=True)
+    found = Benchmark(rows=(row,), macs_before=None, macs_after=None, threads=1, input_shapes=((1,),), environment={})
+    assert "memory before" not in str(found)
+    sized = replace(row, runtime="onnxruntime", file_bytes_before=2_000_000, file_bytes_after=1_000_000)
+    told = str(replace(found, rows=(row, sized)))
+    assert "memory before" in told
+    assert told.partition("memory before")[2].count("eager") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib.util
 from collections import namedtuple
@@ -305,3 +306,34 @@ def test_operators_of_openvino_have_the_names_of_layers(small, tmp_path):
     text = (tmp_path / "net.xml").read_text()
     assert all(f'name="{name}' in text for name in ("conv2.reduce", "conv2.core", "conv2.expand", "mix", "wide"))
     assert str(tmp_path) not in text
+
+
+class Several(nn.Module):
+    """Gives a list, with a mapping and something of its own in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return [Scored({"y": y, 3: y + 1}), [y, (y * 2, None)]]
+
+
+class Scored(collections.UserDict):
+    pass
+
+
+def test_programs_with_containers_that_torch_export_does_not_know(tmp_path):
+    done = surgery.export_program(Several(), tmp_path / "net.pt2", torch.randn(1, 3, 8, 8))
+    assert done.difference < 1e-5
+    loaded = torch.export.load(tmp_path / "net.pt2").module()(torch.ones(1, 3, 8, 8))
+    assert list(loaded[0]) == ["y", "3"]
+
+
+def test_what_was_not_checked_says_so(tmp_path):
+    done = surgery.export_onnx(Several().conv, tmp_path / "net.onnx", torch.randn(1, 3, 8, 8), exporter="torchscript", check=False)
+    assert done.difference is None
+    assert "not checked" in str(done)
+    cut = surgery.decompose_onnx(tmp_path / "net.onnx", tmp_path / "cut.onnx", {"re:.*": 0.5}, check=False)
+    assert "not checked" in str(cut)

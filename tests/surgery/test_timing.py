@@ -6,7 +6,9 @@ import random
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
+from passes.errors import SurgeryValueError
 from passes.geometry import Geometry
 from surgery.cost import timing
 from surgery.cost.profile import TimedShape
@@ -99,3 +101,17 @@ def test_a_network_in_terms_of_its_layers(machine):
     layers = [SHAPES[0], SHAPES[1], SHAPES[1]]
     alone = sum(1e-9 * each.macs for each in layers)
     assert in_terms_of_layers(lambda: device.work(1.5 * alone), layers, HERE) == pytest.approx(1.5)
+
+
+def test_layers_on_single_examples_and_flat_inputs_are_timed_in_onnxruntime():
+    conv = Geometry.of(nn.Conv2d(3, 4, 3))
+    linear = Geometry.of(nn.Linear(6, 5))
+    shapes = [
+        TimedShape((conv,), (3, 8, 8), "float32", False),
+        TimedShape((linear,), (2, 6), "float32", False),
+        TimedShape((linear,), (2, 4, 6), "float32", False),
+    ]
+    found, _ = time_shapes(shapes, Conditions(runtime="onnxruntime", threads=1))
+    assert {shape.key for shape in shapes} == set(found)
+    with pytest.raises(SurgeryValueError, match="onnxruntime and openvino are timed with"):
+        time_shapes([TimedShape((conv,), (1, 3, 8, 8), "bfloat16", False)], Conditions(runtime="onnxruntime", threads=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,3 +154,38 @@ def test_without_the_framework_the_error_names_the_extra(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtra, match=rf"surgery\[{name}\]"):
         importlib.import_module(module)
+
+
+def test_hugging_face_by_steps_and_what_its_callback_refuses(tmp_path):
+    frameworks("transformers")
+    from surgery.training.hugging_face import DecompositionCallback
+
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    known = {"model": model, "optimizer": optimizer}
+    callback = DecompositionCallback(DecompositionSchedule(2, ranks={"2": 0.5}), unit="step")
+    state = SimpleNamespace(epoch=9.0, global_step=1, is_world_process_zero=False)
+    args = SimpleNamespace(world_size=1, output_dir=str(tmp_path))
+    callback.on_train_begin(args, state, None, **known)
+    callback.on_epoch_begin(args, state, None, **known)  # epochs are not what it counts
+    callback.on_step_begin(args, state, None, **known)
+    assert surgery.report(model)["2"].status == "kept"
+    state.global_step = 2
+    callback.on_step_begin(args, state, None, **known)
+    assert surgery.report(model)["2"].status == "decomposed"
+    (tmp_path / "checkpoint-2").mkdir()
+    callback.on_save(args, state, None)  # another process writes it
+    assert list((tmp_path / "checkpoint-2").iterdir()) == []
+    with pytest.raises(SurgeryTypeError, match="wrapped the model for several processes"):
+        callback.on_train_begin(SimpleNamespace(world_size=2), state, None, **known)
+    by_epochs = DecompositionCallback(DecompositionSchedule(0, ranks={"2": 0.25}))
+    by_epochs.on_step_begin(args, state, None, **known)
+    assert by_epochs.schedule.cuts_done == 0
+
+
+def test_lightning_in_several_processes_is_refused():
+    frameworks("lightning")
+    from surgery.training.lightning import DecompositionCallback
+
+    with pytest.raises(SurgeryTypeError, match="wrapped the module for several processes"):
+        DecompositionCallback(schedule()).on_fit_start(SimpleNamespace(world_size=2), None)

@@ -2,7 +2,7 @@
 
     python examples/ship.py [MODEL] [--budget 0.6] [--inputs FILE] [--out FOLDER]
 
-MODEL is written as on the command line (``surgery summary --help``). ``--inputs`` is a tensor (N, C, H, W) of real inputs, written by ``torch.save``;
+MODEL is written as on the command line (``surgery export --help``). ``--inputs`` is a tensor (N, C, H, W) of real inputs, written by ``torch.save``;
 with it the factors are fitted to what the network sees, without labels. Everything is left in FOLDER: both ONNX files and the plan.
 """
 
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for network, name in ((before, "before.onnx"), (after, "after.onnx")):
         print(surgery.export_onnx(network, options.out / name, inputs, dynamic_batch=True, exporter=options.exporter))
-    surgery.exported_plan(options.out / "after.onnx").save(options.out / "plan.json")
+    surgery.plan(model, {row.name: row.factorization for row in surgery.report(net).layers if row.factorization}).save(options.out / "plan.json")
     print(surgery.benchmark(before, after, inputs, seconds=options.seconds))
 
 

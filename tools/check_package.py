@@ -49,7 +49,7 @@ model, shape = make("surgery:resnet20")
 try:
     surgery.export_onnx(model, "net.onnx", torch.randn(shape))
 except surgery.MissingExtra as error:
-    assert "surgery[export]" in str(error), error
+    assert "'.[export]'" in str(error), error
 else:
     raise AssertionError("exported without the extra")
 """

@@ -379,4 +379,4 @@ def need(package: str, what: str, extra: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(package) is None:
-        raise MissingExtra(f"{what} needs {package}: pip install 'surgery[{extra}]'")
+        raise MissingExtra(f"{what} needs {package}: pip install '.[{extra}]' in a checkout of surgery")

@@ -42,7 +42,7 @@ class Times:
                 profile = Profile(need_here)
             return cls(conditions, profile, file, False)
         file = Path(path)
-        profile = Profile.load(file)
+        profile = Profile.load(file) if file.exists() else Profile({})  # of a device that has timed nothing yet
         return cls(conditions, profile, file, profile.device != need_here)
 
     def __getitem__(self, shape: TimedShape) -> Entry:
@@ -70,10 +70,12 @@ class Times:
         missing = [shape for shape in dict.fromkeys(shapes) if shape not in self]
         try:
             write_shapes(missing, file)
-            told = f"they are listed in {file}: run `surgery profile {file} --out {self.file}` on that device"
+            how = f"--runtime {self.conditions.runtime} --threads {self.conditions.threads}"
+            told = f"they are listed in {file}: run `surgery profile {file} --out {self.file} {how}` on that device"
         except OSError as error:
             told = f"their list could not be written to {file} ({error}); give a profile in a folder that can be written"
-        return SurgeryValueError(f"ranks: the profile {self.file} lacks {len(missing)} shapes, the first is {missing[0].key!r}; {told}")
+        there = "" if self.file.exists() else " (which is not there yet)"
+        return SurgeryValueError(f"ranks: the profile {self.file}{there} lacks {len(missing)} shapes, the first is {missing[0].key!r}; {told}")
 
 
 def profile_of(shapes: Sequence[TimedShape], path: Path, runtime: str, threads: int | None = None) -> Profile:

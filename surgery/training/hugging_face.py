@@ -17,7 +17,7 @@ from surgery.training.schedule import DecompositionSchedule
 try:
     from transformers import TrainerCallback
 except ImportError as error:
-    raise MissingExtra("transformers is not installed: pip install 'surgery[transformers]'") from error
+    raise MissingExtra("transformers is not installed: pip install '.[transformers]' in a checkout of surgery") from error
 
 __all__ = ["DecompositionCallback"]
 
@@ -85,4 +85,4 @@ class DecompositionCallback(TrainerCallback):  # type: ignore[misc]
             write_atomically(folder / FILE, (json.dumps(self.schedule.state_dict()) + "\n").encode())
 
     def _step(self, position: int, **known: Any) -> None:
-        self.schedule.step(position, known["model"], known["optimizer"], also=self.also)
+        self.schedule.step(position, known["model"], known["optimizer"], known.get("lr_scheduler"), also=self.also)

@@ -163,7 +163,7 @@ def _torchvision(name: str) -> tuple[nn.Module, tuple[int, ...]]:
 
 def _timm(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     if importlib.util.find_spec("timm") is None:
-        raise MissingExtra("timm is not installed: pip install 'surgery[zoo]'")
+        raise MissingExtra("timm is not installed: pip install '.[zoo]' in a checkout of surgery")
     import_torchvision()  # timm imports it
     import timm
 

@@ -263,7 +263,7 @@ class FixedBatch(nn.Module):
 @pytest.mark.parametrize(("form", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
 def test_a_missing_extra_is_named(small, tmp_path, monkeypatch, form, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=rf"needs {package}: pip install 'surgery\[(export|openvino)\]'"):
+    with pytest.raises(MissingExtra, match=rf"needs {package}: pip install '\.\[(export|openvino)\]'"):
         export(form, small, tmp_path, X)
     with pytest.raises(MissingExtra, match="needs onnxscript"):
         export(form, small, tmp_path, X, exporter="dynamo")

@@ -194,9 +194,11 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 def test_a_profile_from_another_device(clock, tmp_path):
     """It says what it lacks, that is timed there, and then the plan is made by it alone."""
     model, file = resnet(), tmp_path / "phone.json"
+    budget = Budget(latency=0.7, profile=str(file), threads=3)
+    with pytest.raises(surgery.SurgeryValueError, match=r"not there yet\) lacks \d+ shapes.*phone.missing.json .*--runtime onnxruntime --threads 3"):
+        surgery.plan(model, budget, example_inputs=X)
     Profile({"runtime": "onnxruntime 1.0", "processor": "a phone"}).save(file)
-    budget = Budget(latency=0.7, profile=str(file))
-    with pytest.raises(surgery.SurgeryValueError, match=r"lacks \d+ shapes.*surgery profile .*phone.missing.json"):
+    with pytest.raises(surgery.SurgeryValueError, match=r"phone.json lacks \d+ shapes.*surgery profile .*phone.missing.json"):
         surgery.plan(model, budget, example_inputs=X)
     assert clock.timed == []
     shapes = read_shapes(tmp_path / "phone.missing.json")

@@ -152,7 +152,7 @@ def test_without_the_framework_the_error_names_the_extra(name, monkeypatch):
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingExtra, match=rf"surgery\[{name}\]"):
+    with pytest.raises(MissingExtra, match=rf"'\.\[{name}\]' in a checkout"):
         importlib.import_module(module)
 
 

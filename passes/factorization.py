@@ -23,7 +23,7 @@ class Factorization:
     def __post_init__(self) -> None:
         for field in fields(self):
             rank = getattr(self, field.name)
-            optional = "None" in str(field.type)
+            optional = any(word in str(field.type) for word in ("None", "Optional"))
             if rank is None and optional:
                 continue
             if not isinstance(rank, Integral) or isinstance(rank, bool):

@@ -22,6 +22,8 @@ __all__ = ["KINDS", "all_kinds", "decision_from_json", "kind_named", "kind_of", 
 
 KINDS = tuple(Blockwise(kind) for kind in (TUCKER, SVD_KIND, SPATIAL, CHANNEL, DEPTHWISE, CP_KIND))
 RESERVED = ("auto", "keep")
+FLAGS = ("ranks_are_channels", "mixes_inputs", "has_spectra")
+MOST_MODES = 2
 METHODS = ("refuses", "full_ranks", "from_ranks", "unfoldings", "shapes", "split", "error_surface", "merge")
 
 _registered: dict[str, Blockwise] = {}
@@ -56,11 +58,14 @@ def register_kind(kind: Kind) -> Blockwise:
         raise SurgeryTypeError(f"{factorization.__name__}: kind must be the name of the kind, a text that is not empty, got {name!r}")
     if name in RESERVED or name in {own.name for own in KINDS}:
         raise SurgeryValueError(f"{factorization.__name__}: the name {name!r} is taken; give the kind another one")
-    missing = [method for method in METHODS if not callable(getattr(kind, method, None))]
+    missing = [m for m in METHODS if not callable(getattr(kind, m, None)) or getattr(type(kind), m, None) is getattr(Kind, m)]
+    missing += [flag for flag in FLAGS if not isinstance(getattr(kind, flag, None), bool)]
     if missing:
         raise SurgeryTypeError(f"{type(kind).__name__}: lacks {', '.join(missing)} of passes.kind.Kind")
     if len(getattr(kind, "modes", ())) != len(fields(factorization)):
         raise SurgeryTypeError(f"{type(kind).__name__}: modes must name the ranks of {factorization.__name__}, {len(fields(factorization))} of them")
+    if len(kind.modes) > MOST_MODES and kind.has_spectra:
+        raise SurgeryTypeError(f"{type(kind).__name__}: a kind with spectra has at most {MOST_MODES} ranks, as budgets look at all pairs of them")
     _registered[name] = Blockwise(kind)
     return _registered[name]
 

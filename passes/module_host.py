@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -121,6 +122,8 @@ class ModuleHost(Host):
             self._place_fusions(proof, undo)
         except BaseException:
             undo()
+            self._prepared = {}
+            self._find()  # nothing prepared is left over for another try
             raise
         if self._prepared or self._graphs or self._private:
             self._neighbours = None
@@ -209,6 +212,8 @@ class ModuleHost(Host):
         for alias in found.names:
             path, _, child = alias.rpartition(".")
             if alias == "":
+                if undo is not None:
+                    undo.later(partial(setattr, self, "model", self.model))
                 self.model = module
             elif undo is None:
                 self.model.get_submodule(path)._modules[child] = module

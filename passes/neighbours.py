@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from passes.chain import Chain, has_hooks
+from passes.chain import Chain, TransposedChain, has_hooks
 from passes.site import Call, held_outside, is_layer, named_groups, reason_to_keep
 
 __all__ = ["BATCH_NORMS", "Neighbour", "is_batch_norm", "is_norm", "read_neighbours", "sequence_graph", "unproved"]
 
-PLAIN_CONTAINERS = (nn.Sequential, Chain)
+PLAIN_CONTAINERS = (nn.Sequential, Chain, TransposedChain)
 BATCH_NORMS: dict[type[nn.Module], int | None] = {nn.BatchNorm1d: None, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None}
 """Spatial dimensions that each takes; None where that is known only of a call."""
 

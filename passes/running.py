@@ -78,14 +78,14 @@ def private_copy(model: nn.Module, *, share_parameters: bool = False) -> nn.Modu
         raise SurgeryTypeError(f"the model ({type(model).__name__}) cannot be copied ({error}); give a model that copy.deepcopy accepts") from error
 
 
-def run(model: nn.Module, example_inputs: Any) -> Any:
+def run(model: nn.Module, example_inputs: Any, argument: str = "example_inputs") -> Any:
     """The model's output: a tuple is its positional arguments, a mapping its keyword arguments, anything else its one argument.
 
     Raises:
         SurgeryValueError: the model does not accept these inputs; the model's own error is the cause.
     """
     args, kwargs = arguments(private_inputs(example_inputs))
-    with model_errors(model, example_inputs):
+    with model_errors(model, example_inputs, argument):
         return callable_of(model)(*args, **kwargs)
 
 
@@ -94,11 +94,11 @@ def callable_of(model: nn.Module) -> Callable[..., Any]:
     return model.forward if isinstance(model, fx.GraphModule) and not has_hooks(model) else model
 
 
-def output_of(model: nn.Module, example_inputs: Any, *, gradients: bool = False) -> Any:
+def output_of(model: nn.Module, example_inputs: Any, *, gradients: bool = False, argument: str = "example_inputs") -> Any:
     """The output of a private copy, always with the same random numbers, and with gradients only where the model is known to need them."""
     with kept_random_states(), torch.set_grad_enabled(gradients):
         seed_all(SEEDS[0])
-        return run(private_copy(model), example_inputs)
+        return run(private_copy(model), example_inputs, argument)
 
 
 def outputs_in_a_row(model: nn.Module, several: Sequence[Any]) -> list[list[Tensor]]:

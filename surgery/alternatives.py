@@ -135,7 +135,7 @@ def tradeoff(
     unit = _unit(by, example_inputs)
     draft = _draft(model, unit, example_inputs, calibration, options)
     family = _family(draft, unit)
-    asked = [_checked(share) for share in shares]
+    asked = sorted((_checked(share) for share in shares), reverse=True)
     rows = tuple(_row(family, share) for share in itertools.takewhile(lambda share: family.floor <= share, tracked(asked, "budget", name=str)))
     return Tradeoff(unit, rows, tuple(each.site.name for each in draft.candidates), calibration is not None)
 

@@ -312,10 +312,27 @@ def record_from_text(text: str, file: Path) -> SurgeryRecord:
                 )
                 for item in data.get("functions", [])
             ),
-            latency=None if data.get("latency") is None else LatencyOutcome(**data["latency"]),
+            latency=None if data.get("latency") is None else _latency(data["latency"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SurgeryValueError(f"{file}: its surgery record is damaged ({type(error).__name__}: {error})") from error
+
+
+def _latency(item: Any) -> LatencyOutcome:
+    share = {name: None if item[name] is None else float(item[name]) for name in ("predicted", "measured", "low", "high")}
+    return LatencyOutcome(
+        runtime=_of(str, item["runtime"]),
+        asked=float(item["asked"]),
+        predicted=share["predicted"],
+        measured=share["measured"],
+        low=share["low"],
+        high=share["high"],
+        replans=_of(int, item["replans"]),
+        batch=_of(int, item["batch"]),
+        threads=_of(int, item["threads"]),
+        kept=item["kept"] is True,
+        note=None if item["note"] is None else _of(str, item["note"]),
+    )
 
 
 def _outline(item: Any) -> Outline:

@@ -14,7 +14,7 @@ from typing import Any
 
 from passes.errors import SurgeryTypeError, SurgeryValueError
 
-__all__ = ["as_path", "naming", "replacing", "temporary_beside", "write_atomically"]
+__all__ = ["as_path", "naming", "replacing", "temporary_beside", "usable_target", "write_atomically"]
 
 
 def as_path(argument: str, value: Any) -> Path:
@@ -30,6 +30,22 @@ def as_path(argument: str, value: Any) -> Path:
     if not isinstance(text, str) or not text or "\0" in text:
         raise SurgeryValueError(f"{argument}: {text!r} is no path")
     return Path(text)
+
+
+def usable_target(argument: str, value: Any) -> Path:
+    """The file to write that a user named.
+
+    Raises:
+        SurgeryTypeError, SurgeryValueError: no path; a folder, a device or a pipe; or its folder does not exist.
+    """
+    target = as_path(argument, value)
+    if target.is_dir():
+        raise SurgeryValueError(f"{argument}: {target} is a folder; give the name of a file in it")
+    if target.exists() and not target.is_file():
+        raise SurgeryValueError(f"{argument}: {target} is a device or a pipe; give the name of a file")
+    if not target.parent.is_dir():
+        raise SurgeryValueError(f"{argument}: the folder {target.parent} does not exist; make it first")
+    return target
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -32,7 +32,7 @@ def callable_named(module_name: str, name: str, argument: str, other: str) -> Ca
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise _failed(module_name, name, error) from error
         raise SurgeryValueError(f"{module_name}:{name}: there is no module {module_name!r}, and no {other}") from error
     except (Exception, SystemExit) as error:  # the user's own code runs here: it may raise anything

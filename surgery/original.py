@@ -8,8 +8,10 @@ from torch import nn
 
 from passes import host_for
 from passes.errors import SurgeryValueError
+from passes.kinds import kind_named
 from surgery.alternatives import Tradeoff, tradeoff
 from surgery.inspection import usable_model
+from surgery.tables import USUAL
 
 if TYPE_CHECKING:
     from surgery.report import Report
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["is_original", "tradeoff_before"]
 
 SAME = 1e-3  # how far, of itself, an error may be from the recorded one: factors are rounded to the network's dtype
-USUAL = ("tucker", "svd")
 
 
 def tradeoff_before(before: nn.Module, after: nn.Module, report: Report, example_inputs: Any) -> Tradeoff:
@@ -31,7 +32,9 @@ def tradeoff_before(before: nn.Module, after: nn.Module, report: Report, example
     if difference is not None:
         raise SurgeryValueError(f"before: it is not the network that this one was made from: {difference}")
     kinds = {row.kind for row in report.layers if row.kind is not None and row.kind not in USUAL}
-    method = "tucker" if not kinds else "auto" if len(kinds) > 1 or "cp" in kinds else str(next(iter(kinds)))
+    method = (
+        "tucker" if not kinds else "auto" if len(kinds) > 1 or not all(kind_named(kind).has_spectra for kind in kinds) else str(next(iter(kinds)))
+    )
     return tradeoff(before, example_inputs=example_inputs, method=method)
 
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -20,7 +19,7 @@ from passes.outline import Outline
 from passes.site import Site
 from passes.watching import FunctionUse
 from surgery.cost import chain_macs, chain_params, site_params
-from surgery.files import write_atomically
+from surgery.files import as_path, write_atomically
 from surgery.record import SiteRecord, functions_of, fused_in, passes_of, read_record, records_by_name, unwrap
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ class Report:
 
     def save_html(self, path: str | os.PathLike[str], title: str = "Surgery report") -> None:
         """Write ``to_html`` with this ``title`` to the file ``path``; an error leaves whatever was there. ``OSError`` passes through."""
-        write_atomically(Path(path), self.to_html(title).encode())
+        write_atomically(as_path("path", path), self.to_html(title).encode())
 
     def plot(self) -> Figure:
         """A Matplotlib figure for papers: MACs (parameters where those are not known) and error of every layer, and the trade-off where it is known.

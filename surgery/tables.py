@@ -41,7 +41,7 @@ def count(number: int | None) -> str:
     if number is None:
         return "-"
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
+        if number >= 0.9995 * size:  # what rounds to 1 of the unit
             return f"{number / size:.3g}{unit}"
     return str(number)
 

@@ -10,7 +10,7 @@ import surgery
 from surgery.cli.arguments import is_onnx_file, rank_options, show
 from surgery.cli.batches import calibration_of
 
-ONLY_FOR_MODELS = ("architecture", "weights", "effective_weights", "pareto", "picture", "explain", "out", "before", "time")
+ONLY_FOR_MODELS = ("architecture", "weights", "effective_weights", "pareto", "picture", "explain", "out", "before", "time", "diff", "by")
 
 
 def refuse_options(options: argparse.Namespace, allowed: tuple[str, ...] = ()) -> None:

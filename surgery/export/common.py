@@ -24,7 +24,7 @@ from passes.parity import assert_parity, difference, private_inputs, tensors_in
 from passes.running import first_line, kept_random_states, private_copy, run, seed_all, shorten
 from surgery.export.inputs import DynamicSize, Openings, Shapes, filled, fresh_inputs, input_names, openings, shapes_of
 from surgery.export.metadata import metadata_of
-from surgery.files import as_path, naming, temporary_beside
+from surgery.files import naming, temporary_beside, usable_target
 from surgery.inspection import usable_model
 from surgery.progress import stage
 from surgery.undoing import undone_on_error
@@ -148,17 +148,11 @@ def prepare(
         SurgeryValueError: no such folder; the model does not take the inputs, or no others where dimensions are to be open; they hold no tensor.
     """
     usable_model(model)
-    target = as_path("path", path)
+    target = usable_target("path", path)
     true_or_false("check", check)
     true_or_false("dynamic_batch", dynamic_batch)
     if not isinstance(dynamic_size, bool | Mapping):
         raise SurgeryTypeError(f'dynamic_size: expected True, False or the dimensions of each input, as {{"x": [2, 3]}}, got {dynamic_size!r}')
-    if target.is_dir():
-        raise SurgeryValueError(f"path: {target} is a folder; give the name of a file in it")
-    if target.exists() and not target.is_file():
-        raise SurgeryValueError(f"path: {target} is a device or a pipe; give the name of a file")
-    if not target.parent.is_dir():
-        raise SurgeryValueError(f"path: the folder {target.parent} does not exist; make it first")
     check_numbers(model)
     if next(tensors_in(example_inputs), None) is None:
         raise SurgeryValueError("example_inputs: they hold no tensor, so nothing can be exported")
@@ -342,8 +336,10 @@ def quiet() -> Iterator[None]:
 def installed(target: Path) -> Iterator[Path]:
     """A file name in a temporary folder; when the block ends without an error, all files written beside it move to their places.
 
-    Either all of them move or none: files that were there before come back where a later one cannot be moved.
+    Either all of them move or none: files that were there before come back where a later one cannot be moved. Links go on pointing where they did,
+    permissions stay.
     """
+    target = target.resolve()
     with temporary_beside(target) as folder, naming(target):
         work = folder / target.name
         yield work
@@ -354,6 +350,8 @@ def _move(files: Sequence[Path], target: Path) -> None:
     with temporary_beside(target) as kept, undone_on_error() as undo:
         for file in files:
             place = target.parent / file.name
+            if place.is_file():
+                shutil.copymode(place, file)
             if not place.exists():
                 undo.later(partial(place.unlink, missing_ok=True))
             elif len(files) > 1:

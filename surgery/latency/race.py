@@ -15,6 +15,7 @@ from torch import nn
 from passes import host_for
 from passes.chain import Chain
 from passes.factorization import Decision, Factorization
+from passes.parity import tensors_in
 from passes.running import private_copy
 from passes.site import Site
 from surgery.latency.onnx_cut import Exported, quick_onnx
@@ -113,10 +114,12 @@ def _on_file(file: Path, inputs: Any, runtime: str) -> Callable[[], object]:
         from surgery.benchmarking.onnx_files import openvino_call
 
         return openvino_call(file, inputs)
-    from surgery.export.onnx import onnx_session, run_session
+    from surgery.export.onnx import onnx_session, session_call
 
     session = onnx_session(file, torch.get_num_threads())
-    return lambda: run_session(session, inputs)
+    names = [i.name for i in session.get_inputs()]
+    named = isinstance(inputs, Mapping) and set(names) <= set(inputs)
+    return session_call(session, {name: inputs[name] for name in names} if named else dict(zip(names, tensors_in(inputs), strict=True)))
 
 
 def with_noise(model: nn.Module, decisions: Mapping[str, Decision]) -> nn.Module:

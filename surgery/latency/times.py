@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,8 @@ class Times:
     conditions: Conditions
     profile: Profile
     file: Path
-    foreign: bool
+    foreign: bool = False
+    cached: bool = False  # the file is ours, not one that the user named
 
     @classmethod
     def of(cls, conditions: Conditions, path: str | os.PathLike[str] | None) -> Times:
@@ -40,7 +41,7 @@ class Times:
                 profile = Profile(need_here)
             if profile.device != need_here:
                 profile = Profile(need_here)
-            return cls(conditions, profile, file, False)
+            return cls(conditions, profile, file, cached=True)
         file = Path(path)
         profile = Profile.load(file) if file.exists() else Profile({})  # of a device that has timed nothing yet
         return cls(conditions, profile, file, profile.device != need_here)
@@ -60,8 +61,9 @@ class Times:
         with suppress(SurgeryError, OSError):  # what another process has found meanwhile stays
             self.profile = Profile.load(self.file)
         self.profile.add(found, reference)
-        with suppress(OSError):  # a cache that cannot be written costs time only
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError) if self.cached else nullcontext():  # a cache that cannot be written costs time only
+            if self.cached:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
             self.profile.save(self.file)
 
     def lacks(self, shapes: Sequence[TimedShape]) -> SurgeryValueError:
@@ -87,9 +89,7 @@ def profile_of(shapes: Sequence[TimedShape], path: Path, runtime: str, threads: 
     """
     conditions = Conditions(runtime=runtime, threads=threads or torch.get_num_threads())
     need(runtime)
-    if not path.exists():
-        Profile(describe(conditions)).save(path)
-    times = Times.of(conditions, str(path))
+    times = Times.of(conditions, str(path)) if path.exists() else Times(conditions, Profile(describe(conditions)), path)
     if times.foreign:
         raise SurgeryValueError(f"{path}: it is a profile of {times.profile.device}, this is {describe(conditions)}; give another file")
     times.measure(shapes)

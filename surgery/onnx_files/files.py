@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from passes.errors import SurgeryError, SurgeryValueError
+from surgery.files import as_path
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["check_valid", "copied", "has_external_data", "open_model", "usable_target", "write_model"]
+__all__ = ["check_valid", "copied", "has_external_data", "open_model", "write_model"]
 
 LARGEST = 2**31 - 2**20  # bytes that a message of protobuf can hold, with room for its frame
 
@@ -26,7 +27,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelProto:
     import onnx
     from google.protobuf.message import DecodeError
 
-    file = Path(path)
+    file = as_path("path", path)
     try:
         model = onnx.load(str(file), format="protobuf", load_external_data=False)
     except DecodeError as error:
@@ -65,20 +66,6 @@ def has_external_data(path: str | os.PathLike[str]) -> bool:
 
     model = onnx.load(os.fspath(path), format="protobuf", load_external_data=False)
     return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
-
-
-def usable_target(path: str | os.PathLike[str]) -> Path:
-    """The file to write.
-
-    Raises:
-        SurgeryValueError: it is a folder, or its folder does not exist.
-    """
-    target = Path(path)
-    if target.is_dir():
-        raise SurgeryValueError(f"path: {target} is a folder; give the name of a file in it")
-    if not target.parent.is_dir():
-        raise SurgeryValueError(f"path: the folder {target.parent} does not exist; make it first")
-    return target
 
 
 def write_model(model: ModelProto, file: Path, *, external: bool) -> None:

@@ -23,10 +23,11 @@ from surgery.calibration import Calibration
 from surgery.decompose import DEFAULT, Ranks
 from surgery.draft import Draft
 from surgery.export.common import installed, need
+from surgery.files import usable_target
 from surgery.inspection import saved_macs
 from surgery.onnx_files.check import merged_copy, prove
 from surgery.onnx_files.feeds import Feed, example_feed, open_inputs, shapes_of_feed
-from surgery.onnx_files.files import copied, has_external_data, open_model, usable_target, write_model
+from surgery.onnx_files.files import copied, has_external_data, open_model, write_model
 from surgery.onnx_files.graph import Constant, Graph, tensor_dtype
 from surgery.onnx_files.host import OnnxHost
 from surgery.onnx_files.record import FileRecord, read_file_record, write_file_record, write_plan
@@ -127,7 +128,7 @@ def decompose_onnx(
         OSError: a file cannot be read or written.
     """
     options = Options(method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device)
-    target = usable_target(out)
+    target = usable_target("out", out)
     work = _opened(path, example_inputs, ranks, options, check=check)
     with show_progress(progress), stage("decomposing", len(work.sites)) as step:
         feeds = work.feeds(calibration)
@@ -188,7 +189,7 @@ def reconstruct_onnx(path: str | os.PathLike[str], out: str | os.PathLike[str], 
         SurgeryValueError: no ONNX file, or one in which there is no chain that surgery made.
         ParityError: the written file computes something else. Nothing is written.
     """
-    target = usable_target(out)
+    target = usable_target("out", out)
     work = _opened(path, example_inputs, {}, DEFAULT, check=check)
     if not any(site.chain is not None for site in work.sites):
         planned = sum(not isinstance(decision, Keep) for decision in read_file_record(work.model).plan.values())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from surgery.benchmarking.result import NO_VERDICT
 from surgery.page.markup import Markup, element
-from surgery.tables import change, factorization_text
+from surgery.tables import USUAL, change, factorization_text
 
 if TYPE_CHECKING:
     from surgery.benchmarking.result import LayerResult
@@ -57,7 +57,8 @@ def section(report: Report) -> Markup | None:
 
 
 def _what(row: LayerReport) -> tuple[Markup, ...]:
-    done = f" → {row.kind} {factorization_text(row)}" if row.status == "decomposed" else ", kept"
+    kind = f"{row.kind} " if row.kind in USUAL else ""  # others are named with their ranks
+    done = f" → {kind}{factorization_text(row)}" if row.status == "decomposed" else ", kept"
     return (element("span", row.name or "(the model)", class_="name"), element("br"), element("span", f"{row.layer}{done}", class_="soft"))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from passes.errors import SurgeryValueError
 from passes.factorization import Factorization, Keep
 from passes.linalg import Spectrum
 from passes.site import Site
@@ -36,6 +37,12 @@ class Evbmf:
     weaken: float = 0.0
     noise: float | str | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.weaken, int | float) or isinstance(self.weaken, bool) or not 0 <= self.weaken < 1:
+            raise SurgeryValueError(f"Evbmf: weaken must be in [0, 1), got {self.weaken!r}")
+        if self.noise is not None and self.noise != "tucker-1":
+            _check_share("Evbmf: noise", self.noise)
+
     def __call__(self, site: Site, spectra: Sequence[Spectrum]) -> Answer:
         """One rank for each of the ``spectra`` of the ``site``, or why it is kept."""
         ranks = [_evbmf(s) for s in spectra]
@@ -58,6 +65,9 @@ class Energy:
 
     share: float
 
+    def __post_init__(self) -> None:
+        _check_share("Energy: share", self.share)
+
     def __call__(self, site: Site, spectra: Sequence[Spectrum]) -> Answer:
         """One rank for each of the ``spectra`` of the ``site``, or why it is kept."""
         ranks = []
@@ -74,6 +84,9 @@ class Fraction:
     """The same share of the full rank in each mode, max(1, ceil(share * full)), share in (0, 1]."""
 
     share: float
+
+    def __post_init__(self) -> None:
+        _check_share("Fraction: share", self.share)
 
     def __call__(self, site: Site, spectra: Sequence[Spectrum]) -> Answer:
         """One rank for each of the ``spectra`` of the ``site``."""
@@ -100,3 +113,8 @@ def _evbmf(spectrum: Spectrum) -> int:
 def fraction_of(full: int, share: float) -> int:
     """max(1, ceil(share * full)); rounding of the product does not raise the rank."""
     return max(1, ceil(share * full - 1e-9))
+
+
+def _check_share(what: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+        raise SurgeryValueError(f"{what} must be in (0, 1], got {value!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -103,22 +103,18 @@ def _send_state(optimizer: Any) -> None:
                 optimizer.state.pop(parameter, None)
                 continue
             state = optimizer.state.setdefault(parameter, {})
-            for key, (value, dtype) in keys.items():
-                fits = isinstance(state.get(key), Tensor) and state[key].shape == parameter.shape and state[key].dtype == dtype
-                if dtype is None:
+            for key, (value, tensor) in keys.items():
+                if tensor is None:
                     state[key] = value
-                elif not fits:
-                    state[key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-                if dtype is not None:
-                    _send(state[key])
+                    continue
+                shape, dtype = tensor
+                if not (isinstance(state.get(key), Tensor) and state[key].shape == shape and state[key].dtype == dtype):
+                    like = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+                    state[key] = like if like.shape == shape else like.new_empty(shape)
+                _send(state[key])
 
 
-def _outline(state: Mapping[str, Any]) -> dict[str, tuple[Any, torch.dtype | None]]:
-    """For each key its value, or the number type of a tensor of the parameter's shape, which is sent on its own."""
-    return dict(_outlined(state))
-
-
-def _outlined(state: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, torch.dtype | None]]]:
-    for key, value in state.items():
-        large = isinstance(value, Tensor) and value.ndim > 0
-        yield key, (None, value.dtype) if large else (value, None)
+def _outline(state: Mapping[str, Any]) -> dict[str, tuple[Any, tuple[torch.Size, torch.dtype] | None]]:
+    """For each key its value, or shape and number type of a tensor, which is sent on its own."""
+    large = {key for key, value in state.items() if isinstance(value, Tensor) and value.ndim > 0}
+    return {key: (None, (value.shape, value.dtype)) if key in large else (value, None) for key, value in state.items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 from passes import host_for
 from passes.errors import SurgeryValueError
+from passes.running import private_copy
 from surgery.checkpoint import record_from_text, with_empty_chains
 from surgery.plan import Plan
 from surgery.reconstruct import reconstruct
@@ -24,6 +25,8 @@ VERSION = 1
 def rebuild(followers: Followers, plan: Plan, *, whole_again: bool = False) -> None:
     """Give a model and its copies the chains of a plan, empty, and optimizers their slots, without state."""
     networks = (followers.model, *followers.copies)
+    for network in networks:  # a plan that does not fit is refused before anything is changed
+        with_empty_chains(reconstruct(private_copy(network, share_parameters=True)), plan, Path("the schedule's state"))
     alone = Followers(model=followers.model, optimizers=followers.optimizers)
     for network in networks:
         if any(site.chain is not None for site in host_for(network).sites()):

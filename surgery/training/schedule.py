@@ -168,11 +168,13 @@ class DecompositionSchedule:
         while (work := self._due(position, model)) is not None:
             cuts = self.cuts_done
             followers = followers_of(model, optimizer, also, self.state, inplace=True) or Followers(model=model)
-            with show_progress(self.progress):
-                done_together(lambda act=work, f=followers: act(f), self._facts, self._take, followers)  # type: ignore[misc]
-            self._unhook()
-            self._warmed_up = 0 if self.cuts_done > cuts else self._warmed_up
-            self._hook(model, optimizers)
+            try:
+                with show_progress(self.progress):
+                    done_together(lambda act=work, f=followers: act(f), self._facts, self._take, followers)  # type: ignore[misc]
+            finally:  # also where the statistics of batch norms could not be taken after a cut that is made
+                self._unhook()
+                self._warmed_up = 0 if self.cuts_done > cuts else self._warmed_up
+                self._hook(model, optimizers)
             for each in schedulers:
                 if isinstance(each, torch.optim.lr_scheduler.ReduceLROnPlateau):
                     each._reset()
@@ -223,8 +225,8 @@ class DecompositionSchedule:
         followers = followers_of(model, optimizer, also, "reset", inplace=True) or Followers(model=model)
         if hooks and facts["plan"] is not None:
             self._check_optimizers(followers.optimizers)
-        self._unhook()
         self._take(facts, followers)
+        self._unhook()
         self.history, self._looked_at, self._warmed_up = facts["history"], facts["looked_at"], facts["warmed_up"]
         if hooks:
             self._hook(model, followers.optimizers)
@@ -266,7 +268,8 @@ class DecompositionSchedule:
         whole = reconstruct(model) if cut_before else model
         batches, statistics = _batches("calibration", self.calibration), _batches("batch_norm", self.batch_norm)
         if statistics is not None:
-            output_of(model, statistics[0])  # what cannot be run is said before anything is cut
+            for batch in statistics:  # what cannot be run is said before anything is cut
+                output_of(model, batch, argument="batch_norm")
         chosen = self._chosen(model, whole, batches)
         decompose(
             model,

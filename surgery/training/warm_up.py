@@ -26,7 +26,7 @@ class WarmUp:
         self.done = done
         self._handles: list[Any] = []
         self._rates: dict[int, list[Any]] = {}
-        optimizers = as_optimizers(optimizer) if self.left else ()
+        self._slowed = optimizers = as_optimizers(optimizer) if self.left else ()
         for each in optimizers:
             self._handles += [each.register_step_pre_hook(self._before), each.register_step_post_hook(self._after)]
         self._last = id(optimizers[-1]) if optimizers else None
@@ -41,15 +41,22 @@ class WarmUp:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for optimizer in self._slowed:
+            self._restore(optimizer)
+
+    def _restore(self, optimizer: Any) -> None:
+        """The rates as its scheduler knows them; a step that failed has left them low."""
+        for group, rate in zip(optimizer.param_groups, self._rates.pop(id(optimizer), ()), strict=False):
+            group["lr"] = rate
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._restore(optimizer)
         self._rates[id(optimizer)] = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * ((self.done + 1) / (self.steps + 1))
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        for group, rate in zip(optimizer.param_groups, self._rates.pop(id(optimizer)), strict=True):
-            group["lr"] = rate
+        self._restore(optimizer)
         if id(optimizer) == self._last:
             self.done += 1
             if not self.left:

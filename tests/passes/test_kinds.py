@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar, Optional
 
 import numpy as np
 import pytest
@@ -16,7 +19,8 @@ from passes import Decompose, ModuleHost
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.factorization import Factorization, Keep
 from passes.geometry import Geometry, Piece
-from passes.kinds import KINDS, all_kinds, decision_from_json, kind_named, kind_of, register_kind, usual_kind
+from passes.kinds import KINDS, METHODS, all_kinds, decision_from_json, kind_named, kind_of, register_kind, usual_kind
+from passes.one_rank import OneRank
 from passes.parity import assert_parity
 from passes.site import Call
 from passes.spectra import Spectra
@@ -347,3 +351,33 @@ def test_cp_is_as_good_as_tensorly_s():
         ours = relative_error(conv, kind_named("cp"), split(conv, kind_named("cp"), [rank])[1])
         theirs = tensorly.cp_to_tensor(parafac(tensor, rank, n_iter_max=100, tol=1e-6, random_state=0, init="svd"))
         assert ours <= 1.01 * np.linalg.norm(theirs - tensor) / np.linalg.norm(tensor)
+
+
+def test_a_kind_that_leaves_out_what_it_must_say_is_refused():
+    class Unfinished(OneRank):
+        modes = ("rank", "other")
+
+    @dataclass(frozen=True, slots=True)
+    class Mine(Factorization):
+        kind: ClassVar[str] = "mine"
+        rank: int
+        other: Optional[int] = None  # noqa: UP045 - written as many write it
+
+    Unfinished.factorization = Mine
+    with pytest.raises(SurgeryTypeError, match=r"lacks .*shapes, split, .*merge"):
+        register_kind(Unfinished())
+    assert Mine(4).other is None
+    duck = SimpleNamespace(factorization=Mine, modes=("rank", "other"), **dict.fromkeys(METHODS, lambda *_: None))
+    with pytest.raises(SurgeryTypeError, match=r"lacks ranks_are_channels, mixes_inputs, has_spectra"):
+        register_kind(duck)
+
+    @dataclass(frozen=True, slots=True)
+    class Three(Factorization):
+        kind: ClassVar[str] = "three"
+        a: int
+        b: int
+        c: int
+
+    flags = {"ranks_are_channels": True, "mixes_inputs": True, "has_spectra": True}
+    with pytest.raises(SurgeryTypeError, match="at most 2 ranks"):
+        register_kind(SimpleNamespace(factorization=Three, modes=("a", "b", "c"), **flags, **dict.fromkeys(METHODS, lambda *_: None)))

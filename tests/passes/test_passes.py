@@ -11,11 +11,13 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes import Decompose, GraphHost, ModuleHost, Reconstruct, capture, host_for, trace
+from passes.chain import Chain
 from passes.errors import SurgeryValueError
 from passes.factorization import Keep
 from passes.graph_view import same_graph, to_networkx
 from passes.kinds import KINDS, kind_of, usual_kind
 from passes.parity import assert_parity, difference
+from passes.tucker import Tucker
 from surgery.cost import chain_macs, site_macs
 from tests.networks import Kinds, Small, Twice
 
@@ -413,3 +415,12 @@ def test_a_node_that_asks_for_an_output_size_keeps_its_layer():
     assert "more than its input" in host_for(chain).sites()[0].keep
     assert not Reconstruct()(host_for(chain)).modified
     assert_parity(chain(x), model(x))
+
+
+def test_a_failed_or_undone_commit_of_a_model_that_is_itself_a_layer_leaves_the_layer():
+    conv = nn.Conv2d(4, 8, 3)
+    host = ModuleHost(conv)
+    Decompose(assignment={"": Tucker(4, 2)})(host)
+    assert isinstance(host.model, Chain)
+    host.rollback()
+    assert host.model is conv

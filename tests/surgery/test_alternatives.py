@@ -105,3 +105,10 @@ def test_on_the_command_line(capsys, tmp_path):
     change = next(change for change in changes if change["site"] == "layer3.1.conv2")
     assert change["before"] == {"kind": "tucker", "rank_out": 32, "rank_in": 32}
     assert change["after"] == {"kind": "tucker", "rank_out": 26, "rank_in": 26}
+
+
+def test_shares_may_come_in_any_order(small):
+    x = torch.randn(1, 3, 12, 12)
+    rising = surgery.tradeoff(small, shares=(0.001, 0.6, 0.9), example_inputs=x)
+    assert [row.share for row in rising.rows] == [0.9, 0.6]
+    assert rising.rows == surgery.tradeoff(small, shares=(0.9, 0.6, 0.001), example_inputs=x).rows

@@ -13,7 +13,7 @@ from torch import nn
 import surgery
 from surgery.benchmarking.result import Benchmark, RuntimeResult
 from surgery.benchmarking.table import benchmark_table
-from surgery.tables import change, explain_table, plan_table, print_table, render, report_table, summary_table, tradeoff_table
+from surgery.tables import change, count, explain_table, plan_table, print_table, render, report_table, summary_table, tradeoff_table
 from tests.networks import Small
 from tests.surgery.page.test_page import HOSTILE, Page, closed_off
 
@@ -136,3 +136,17 @@ def test_a_benchmark_whose_rows_tell_no_sizes_has_no_table_of_them():
     told = str(replace(found, rows=(row, sized)))
     assert "memory before" in told
     assert told.partition("memory before")[2].count("eager") == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(999, "999"), (999_400, "999k"), (999_999, "1M"), (1_000_000, "1M"), (999_999_999, "1G"), (853_000, "853k")]
+)
+def test_counts_that_round_up_take_the_next_unit(number, told):
+    assert count(number) == told
+
+
+def test_the_page_names_a_kind_once(small):
+    net = surgery.decompose(small, {"conv2": surgery.Channel(4), "conv1": surgery.Tucker(4, 2)})
+    text = Page(surgery.report(net).to_html()).text
+    assert "→ channel 4" in text
+    assert "→ tucker 4, 2" in text

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import errno
 import os
+import stat
 import threading
 
 import pytest
 import torch
+from torch import nn
 
 import surgery
 from surgery.alternatives import Tradeoff, TradeoffRow
 from surgery.cost.profile import Entry, Profile, TimedShape, write_shapes
 from surgery.files import replacing, temporary_beside, write_atomically
+from surgery.latency.times import profile_of
+from surgery.zoo import load_weights
 from tests.conftest import LONG
 from tests.networks import Small
 
@@ -136,3 +142,46 @@ def test_an_error_in_the_block_leaves_the_old_file(tmp_path):
         work.write_text("half")
         raise KeyboardInterrupt
     assert contents(tmp_path) == {"file": b"old"}
+
+
+def test_exports_go_where_a_link_points_and_keep_permissions(tmp_path):
+    real, link = tmp_path / "real.pt", tmp_path / "link.pt"
+    real.write_bytes(b"old")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    surgery.export_torchscript(nn.Conv2d(3, 4, 3), link, torch.zeros(1, 3, 8, 8))
+    assert link.is_symlink()
+    assert real.stat().st_size > 1000
+    assert stat.S_IMODE(real.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("verb", ["decompose_onnx", "reconstruct_onnx"])
+def test_onnx_files_are_not_written_over_devices_and_pipes(verb, tmp_path):
+    surgery.export_onnx(nn.Conv2d(3, 4, 3), tmp_path / "net.onnx", torch.zeros(1, 3, 8, 8), exporter="torchscript")
+    pipe = tmp_path / "pipe.onnx"
+    os.mkfifo(pipe)
+    with pytest.raises(surgery.SurgeryValueError, match=r"out: .*pipe\.onnx is a device or a pipe"):
+        getattr(surgery, verb)(tmp_path / "net.onnx", pipe)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    with pytest.raises(surgery.SurgeryTypeError, match="out: expected the path of a file"):
+        getattr(surgery, verb)(tmp_path / "net.onnx", None)
+
+
+def test_a_profile_that_the_user_named_and_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Profile, "save", full)
+    monkeypatch.setattr("surgery.latency.times.time_shapes", lambda shapes, _: ({shape.key: Entry(0.5) for shape in shapes}, 1.0))
+    with pytest.raises(OSError, match="No space left"):
+        profile_of([SHAPE], tmp_path / "times.json", "eager", 1)
+    assert not (tmp_path / "times.json").exists()
+
+
+def test_weights_that_do_not_fit_fill_nothing(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    torch.save({"0.weight": torch.zeros(4, 3, 3, 3), "1.weight": torch.zeros(2, 2)}, tmp_path / "weights.pt")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(surgery.SurgeryValueError, match="does not fit Sequential"):
+        load_weights(model, tmp_path / "weights.pt")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -14,7 +14,7 @@ from torch import nn
 import surgery
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from surgery import SVD, Keep, Plan, Tucker
-from surgery.ranks.rules import fraction_of
+from surgery.ranks.rules import Energy, Evbmf, Fraction, fraction_of
 from tests.networks import Small, Twice, low_rank_conv
 
 DEPTHWISE = "depthwise convolution (groups=32): each output sees one input channel, so there is nothing to share"
@@ -333,3 +333,19 @@ def test_the_error_surface_of_a_weight(method):
         surgery.ranks.error_surface([1, 2])
     with pytest.raises(SurgeryValueError, match=r"error_surface: (svd|tucker) does not take"):
         surgery.ranks.error_surface(torch.randn(8, 6, *((3, 3) if method == "svd" else (1, 1))), method=method)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Evbmf(weaken=1.0), "weaken must be in"),
+        (lambda: Evbmf(noise="tucker-2"), "noise must be in"),
+        (lambda: Evbmf(noise=0), "noise must be in"),
+        (lambda: Energy(0), "share must be in"),
+        (lambda: Fraction(1.5), "share must be in"),
+        (lambda: Fraction(True), "share must be in"),
+    ],
+)
+def test_rules_that_mean_nothing_are_refused_where_they_are_made(make, message):
+    with pytest.raises(SurgeryValueError, match=message):
+        make()

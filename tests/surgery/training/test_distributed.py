@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import traceback
+import warnings
 from itertools import chain, pairwise
 
 import pytest
@@ -82,6 +83,18 @@ def other_ranks_differ(rank, folder):
     torch.save([model.state_dict(), twin.state_dict(), states, report.to_json(), schedule.state_dict()], folder / f"{rank}.pt")
 
 
+def factored_states(rank, folder):
+    """An optimizer whose states have other shapes than its parameters."""
+    model = network()
+    optimizer = torch.optim.Adafactor(model.parameters(), 1e-3)
+    if rank == 0:  # the second process has none yet
+        train(model, [optimizer], range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that those of cut layers are begun again
+        DecompositionSchedule(0, ranks={"3": (4, 4)}, guard="none").step(0, model, optimizer)
+    torch.save([optimizer.state[p] for group in optimizer.param_groups for p in group["params"]], folder / f"{rank}.pt")
+
+
 def failure(rank, folder):
     def rule(site, spectra):
         if rank == 0:
@@ -112,7 +125,7 @@ def sharded(rank, folder):
     torch.save(whole, folder / f"{rank}.pt")
 
 
-WORKS = (ddp, other_ranks_differ, failure, sharded)
+WORKS = (ddp, other_ranks_differ, factored_states, failure, sharded)
 
 
 def start(rank, port, folder):
@@ -177,6 +190,14 @@ def test_the_others_get_what_the_first_has(found):
         assert mine
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
     assert first[3:] == second[3:]
+
+
+def test_states_that_are_not_of_their_parameters_shapes_are_sent_as_they_are(found):
+    first, second = found(factored_states)
+    assert any("row_var" in state for state in first)
+    for mine, theirs in zip(first, second, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) if isinstance(mine[key], torch.Tensor) else mine[key] == theirs[key] for key in mine)
 
 
 def test_a_failure_of_the_first_is_told_to_all(found):

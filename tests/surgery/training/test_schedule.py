@@ -17,6 +17,7 @@ from passes.errors import SurgeryTypeError, SurgeryValueError
 from surgery import DecompositionSchedule, Keep, Settled, Tucker
 from surgery.cost.outcome import LatencyOutcome
 from surgery.training.deeper import onto
+from surgery.training.warm_up import WarmUp
 from tests.networks import Small
 
 INPUTS = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(3))
@@ -482,3 +483,45 @@ def test_the_outcome_of_a_latency_budget_goes_with_the_network(monkeypatch):
     monkeypatch.setattr("surgery.training.schedule.plan", lambda *_, **__: chosen)
     report = surgery.DecompositionSchedule(0, ranks=surgery.Budget(latency=0.9), example_inputs=inputs).step(0, model)
     assert report.latency == outcome
+
+
+def test_a_step_that_fails_during_the_warm_up_leaves_the_rate_to_its_scheduler():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    warming = WarmUp([optimizer], 3)
+
+    def out_of_memory():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(out_of_memory)
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert parameter.tolist() == pytest.approx([0.75, 0.75])  # a quarter of the rate, once
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    with pytest.raises(RuntimeError):
+        optimizer.step(out_of_memory)
+    warming.remove()
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_batches_for_batch_norms_that_do_not_fit_are_said_before_the_cut():
+    model = Small().train()
+    batches = [torch.randn(2, 3, 12, 12), torch.randn(2, 4, 12, 12)]
+    schedule = DecompositionSchedule(0, ranks=0.5, batch_norm=batches)
+    with pytest.raises(SurgeryValueError, match="batch_norm: Small fails on them"):
+        schedule.step(0, model)
+    assert schedule.cuts_done == 0
+    assert surgery.report(model)["conv2"].status == "kept"
+
+
+def test_a_state_that_does_not_fit_leaves_a_model_that_was_cut_before_as_it_was():
+    schedule, model = DecompositionSchedule(0, ranks={"conv2": (8, 4)}), Small()
+    schedule.step(0, model)
+    other = DecompositionSchedule(0, ranks={"0": (4, 2)})
+    other.step(0, nn.Sequential(nn.Conv2d(3, 8, 3)))
+    keys = list(model.state_dict())
+    with pytest.raises(SurgeryValueError, match="'0', which is no layer"):
+        schedule.load_state_dict(other.state_dict(), model)
+    assert list(model.state_dict()) == keys
+    assert schedule.plan == surgery.Plan({"conv2": Tucker(8, 4)})

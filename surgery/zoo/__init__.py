@@ -108,7 +108,7 @@ def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
     if state and all(isinstance(k, str) and k.startswith("module.") for k in state):
         state = {k.removeprefix("module."): v for k, v in state.items()}
     try:
-        copy.deepcopy(model).to("meta").load_state_dict(state, strict=True)  # so that a model which it does not fit stays as it was
+        copy.deepcopy(model).to("meta").load_state_dict(state, strict=True, assign=True)  # so that a model which it does not fit stays as it was
         model.load_state_dict(state, strict=True)
     except (RuntimeError, AttributeError, TypeError) as error:
         told = " ".join(str(error).partition(":\n")[2].split()) or first_line(error)

@@ -261,7 +261,7 @@ def test_a_kind_that_is_none_is_not_registered():
         register_kind(with_factorization(Factorization))
     with pytest.raises(SurgeryTypeError, match="modes must name the ranks of Mine, 0 of them"):
         register_kind(with_factorization(Mine))
-    with pytest.raises(SurgeryTypeError, match=r"Empty: lacks refuses, full_ranks, .*, merge of passes.kind.Kind"):
+    with pytest.raises(SurgeryTypeError, match=r"Empty: lacks refuses, full_ranks, .*, merge, .*has_spectra of passes.kind.Kind"):
         register_kind(type("Empty", (), {"factorization": Mine, "modes": ()})())
     assert [kind.name for kind in all_kinds()] == [kind.name for kind in KINDS]
 

@@ -60,7 +60,8 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
     seen = {site.name: Moments(site.geometry) for site in sites if site.chain is None and site.keep is None}
-    handles = [twin.get_submodule(name).register_forward_hook(partial(_note, moments), with_kwargs=True) for name, moments in seen.items()]
+    for name, moments in seen.items():
+        twin.get_submodule(name).register_forward_hook(partial(_note, moments), with_kwargs=True)
     examples = 0
     with kept_random_states(), torch.enable_grad():
         generator = torch.Generator().manual_seed(SEED)
@@ -70,8 +71,6 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
                 output = twin(*args, **kwargs)
             _project(output, generator)
             examples += next((len(t) for t in tensors_in(batch) if t.ndim), 0)
-    for handle in handles:
-        handle.remove()
     return Calibration(metrics={name: moments.metric(name) for name, moments in seen.items() if moments.positions}, examples=examples)
 
 
@@ -90,7 +89,7 @@ def batches_of(calibration: Any, argument: str = "calibration") -> list[Any]:
     with callers_code(f"{argument}: iterating over it failed"):
         batches = [_without_labels(batch) for batch in calibration]
     if not batches:
-        used = "; it is an iterator that was used up: give a list, a DataLoader, or a function" if isinstance(calibration, Iterator) else ""
+        used = "; it is an iterator that was used up: give a list or a DataLoader" if isinstance(calibration, Iterator) else ""
         raise SurgeryValueError(f"{argument}: there is no batch in it{used}")
     for index, batch in enumerate(batches):
         if any(t.numel() == 0 for t in tensors_in(batch)) and all(t.numel() == 0 for t in tensors_in(batch)):

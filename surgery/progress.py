@@ -79,9 +79,9 @@ def stage(what: str, total: int | None = None) -> Iterator[Callable[[object], No
         yield step
 
 
-def tracked(items: Iterable[Item], what: str, total: int | None = None, *, name: Callable[[Item], object] = lambda _: "") -> Iterator[Item]:
+def tracked(items: Iterable[Item], what: str, *, name: Callable[[Item], object] = lambda _: "") -> Iterator[Item]:
     """The items, one after the other, as a stage."""
-    with stage(what, len(items) if total is None and isinstance(items, Sized) else total) as step:
+    with stage(what, len(items) if isinstance(items, Sized) else None) as step:
         for item in items:
             step(name(item))
             yield item

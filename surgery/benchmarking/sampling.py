@@ -95,8 +95,8 @@ def time_in_turn(
     return Comparison(before=median(times[0]), after=median(times[1]), ratio=middle, low=low, high=high, pairs=len(ratios), settled=narrow)
 
 
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """The median between the two values that hold it with this confidence, whatever the distribution; the extremes where there are too few.
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median between the two values that hold it with 99 % confidence, whatever the distribution; the extremes where there are too few.
 
     The k-th smallest of n lies above the median if fewer than k do not: with probability P(Binomial(n, 1/2) < k) (David and Nagaraja, Order
     Statistics, 7.1).
@@ -107,7 +107,7 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     from scipy.special import bdtr
 
     ordered, n = sorted(values), len(values)
-    rank = int((bdtr(np.arange(n // 2), n, 0.5) <= (1 - confidence) / 2).sum())
+    rank = int((bdtr(np.arange(n // 2), n, 0.5) <= (1 - CONFIDENCE) / 2).sum())
     outermost = max(rank, 1) - 1
     return ordered[outermost], median(ordered), ordered[n - 1 - outermost]
 

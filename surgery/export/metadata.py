@@ -45,7 +45,7 @@ def exported_plan(path: str | os.PathLike[str]) -> Plan:
         OSError: it cannot be read.
     """
     file = as_path("path", path)
-    reader = {".onnx": _onnx, ".xml": _openvino, ".pt2": _archive}.get(file.suffix, _archive)
+    reader = {".onnx": _onnx, ".xml": _openvino}.get(file.suffix, _archive)
     text = reader(file).get(PLAN)
     if text is None:
         raise SurgeryValueError(f"{file}: it holds no plan; only files that surgery exported do")

@@ -109,7 +109,7 @@ def _lagrangian(costs: Sequence[Numbers], losses: Sequence[Numbers], budget: flo
     if _total(costs, free) <= budget:
         return 0.0, free
     cheapest = [int(np.lexsort((loss, cost))[0]) for cost, loss in zip(costs, losses, strict=True)]
-    low, high, best = 0.0, 1.0, cheapest
+    low, best = 0.0, cheapest
     scale = max(float(loss.max()) for loss in losses) / max(min(float(cost.max() - cost.min()) or 1.0 for cost in costs), 1e-12)
     high = max(scale, 1e-12)
     while _total(costs, _at_price(costs, losses, high)) > budget:

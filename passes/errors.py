@@ -35,6 +35,11 @@ class ParityError(SurgeryError, RuntimeError):
 class MissingExtra(SurgeryError, ImportError):
     """An optional dependency is needed and absent; the message names the extra to install."""
 
+    @classmethod
+    def of(cls, what: str, extra: str) -> MissingExtra:
+        """``what`` is missing, and which extra brings it."""
+        return cls(f"{what}: pip install '.[{extra}]' in a checkout of surgery")
+
 
 def true_or_false(argument: str, value: object) -> None:
     """Refuse what is no bool: a text such as ``"no"`` would count as true.

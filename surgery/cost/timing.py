@@ -121,7 +121,7 @@ def need(runtime: str) -> None:
     package = {"onnxruntime": "onnxruntime", "openvino": "openvino"}.get(runtime)
     if package is not None and importlib.util.find_spec(package) is None:
         extra = "export" if package == "onnxruntime" else package
-        raise MissingExtra(f"runtime {runtime!r} is not installed: pip install '.[{extra}]' in a checkout of surgery")
+        raise MissingExtra.of(f"runtime {runtime!r} is not installed", extra)
 
 
 def _groups(shapes: Sequence[TimedShape]) -> Iterator[list[TimedShape]]:

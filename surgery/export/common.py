@@ -377,4 +377,4 @@ def need(package: str, what: str, extra: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(package) is None:
-        raise MissingExtra(f"{what} needs {package}: pip install '.[{extra}]' in a checkout of surgery")
+        raise MissingExtra.of(f"{what} needs {package}", extra)

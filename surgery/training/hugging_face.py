@@ -17,7 +17,7 @@ from surgery.training.schedule import DecompositionSchedule
 try:
     from transformers import TrainerCallback
 except ImportError as error:
-    raise MissingExtra("transformers is not installed: pip install '.[transformers]' in a checkout of surgery") from error
+    raise MissingExtra.of("transformers is not installed", "transformers") from error
 
 __all__ = ["DecompositionCallback"]
 

@@ -15,7 +15,7 @@ from surgery.training.schedule import DecompositionSchedule
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise MissingExtra("lightning is not installed: pip install '.[lightning]' in a checkout of surgery") from error
+    raise MissingExtra.of("lightning is not installed", "lightning") from error
 
 __all__ = ["DecompositionCallback"]
 

@@ -165,7 +165,7 @@ def _torchvision(name: str) -> tuple[nn.Module, tuple[int, ...]]:
 
 def _timm(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     if importlib.util.find_spec("timm") is None:
-        raise MissingExtra("timm is not installed: pip install '.[zoo]' in a checkout of surgery")
+        raise MissingExtra.of("timm is not installed", "zoo")
     import_torchvision()  # timm imports it
     import timm
 

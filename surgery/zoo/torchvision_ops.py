@@ -31,7 +31,7 @@ def import_torchvision() -> ModuleType:
     import importlib.util
 
     if importlib.util.find_spec("torchvision") is None:
-        raise MissingExtra("torchvision is not installed: pip install '.[zoo]' in a checkout of surgery")
+        raise MissingExtra.of("torchvision is not installed", "zoo")
     try:
         import torchvision
     except RuntimeError as error:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import random
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -107,7 +109,8 @@ def check(network: Network) -> dict[str, Any]:
                 prepare(model, inputs)
             row["dtype"] = _short(dtype)
     if not row["failures"]:
-        _check_prepared(model, inputs, dtype, row, step)
+        with tempfile.TemporaryDirectory() as folder:
+            _check_prepared(model, inputs, dtype, row, step, Path(folder))
     row["seconds"]["all"] = round(sum(row["seconds"].values()), 2)
     row["passed"] = not row["failures"]
     return row
@@ -134,7 +137,8 @@ class Steps:
             self._row["seconds"][name] = round(time.perf_counter() - began, 2)
 
 
-def _check_prepared(model: nn.Module, inputs: Any, dtype: torch.dtype, row: dict[str, Any], step: Steps) -> None:
+def _check_prepared(model: nn.Module, inputs: Any, dtype: torch.dtype, row: dict[str, Any], step: Steps, folder: Path) -> None:
+    """What each layer gave waits in a file until it is compared with: all of that may take more memory than the network."""
     with step("capture"):
         graph = surgery.capture(model, inputs)
         row["capture"] = "recorded" if type(graph).__name__ == "RecordedGraph" else "traced"
@@ -144,8 +148,11 @@ def _check_prepared(model: nn.Module, inputs: Any, dtype: torch.dtype, row: dict
         inputs = to_dtype(inputs, dtype)
         original = private_copy(model.to(dtype))
         for mode in ("eval", "train") if row["train"] else ("eval",):
-            references[mode] = run(original.train(mode == "train"), inputs)
-            row.setdefault("meaning", {})[mode] = meaning(references[mode])
+            reference = run(original.train(mode == "train"), inputs)
+            row.setdefault("meaning", {})[mode] = meaning(reference)
+            torch.save(reference.calls, folder / mode)
+            reference.calls = {}
+            references[mode] = reference
         del original
     if row["failures"] and not references:
         return
@@ -157,7 +164,9 @@ def _check_prepared(model: nn.Module, inputs: Any, dtype: torch.dtype, row: dict
             account(model, full, row)
         for mode, reference in references.items():
             with step(f"full, {mode}"):
+                reference.calls = torch.load(folder / mode, weights_only=True)
                 row[f"full_{mode}"] = compare_conditioned(reference, model, full.train(mode == "train"), inputs)
+            reference.calls = {}
     del full
     references.clear()
     keys = state_of(model)

@@ -60,6 +60,9 @@ def class_line(name: str, item: type) -> str:
         return f"class {name}({', '.join(base.__name__ for base in item.__bases__)})"
     if getattr(item, "_is_protocol", False):
         return f"class {name}(Protocol)"
+    maker = next(base for base in item.__mro__ if {"__init__", "__new__"} & set(vars(base)))
+    if maker.__module__.partition(".")[0] not in ("surgery", "passes", "builtins"):
+        return f"class {name}({', '.join(base.__name__ for base in item.__bases__)})"  # how it is made is told where it comes from
     return "class " + signature(name, item)
 
 

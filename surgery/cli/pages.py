@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_page_arguments", "check_page_arguments", "save_page"]
 
+SECONDS = 5.0  # of timing the whole network, in each runtime
 TIME_HELP = "with times for the page, the network's and each cut layer's beside those before: eager, compile, train, onnxruntime, openvino"
 
 
@@ -72,4 +73,4 @@ def _times(runtimes: list[str], model: nn.Module, inputs: Any) -> Benchmark | No
         return None
     if all(row.status == "kept" for row in surgery.report(model).layers):
         raise surgery.SurgeryValueError("nothing was cut, so there is nothing to compare")
-    return surgery.benchmark(surgery.reconstruct(model), model, inputs, runtimes=runtimes, layers=True)
+    return surgery.benchmark(surgery.reconstruct(model), model, inputs, runtimes=runtimes, seconds=SECONDS, layers=True)

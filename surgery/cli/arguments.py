@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,8 +197,19 @@ def runtime_names(text: str) -> list[str]:
     """Reads runtimes with commas between them."""
     from surgery.benchmarking.runtimes import RUNTIMES
 
+    return _names_among(RUNTIMES, text)
+
+
+def timed_names(text: str) -> list[str]:
+    """Reads runtimes that time single layers too, with commas between them."""
+    from surgery.cost.timing import RUNTIMES
+
+    return _names_among(RUNTIMES, text, ", which time single layers")
+
+
+def _names_among(known: Collection[str], text: str, which: str = "") -> list[str]:
     found = text.split(",")
     for name in found:
-        if name not in RUNTIMES:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {list(RUNTIMES)}")
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {list(known)}{which}")
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import surgery
+from surgery.cli.arguments import timed_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,17 +24,6 @@ TIME_HELP = "with times for the page, the network's and each cut layer's beside 
 def add_page_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", type=Path, help="also write the report as one self-contained page")
     parser.add_argument("--time", metavar="RUNTIME,...", type=timed_names, default=[], help=TIME_HELP)
-
-
-def timed_names(text: str) -> list[str]:
-    """Reads runtimes that time single layers too, with commas between them."""
-    from surgery.cost.timing import RUNTIMES
-
-    found = text.split(",")
-    for name in found:
-        if name not in RUNTIMES:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {list(RUNTIMES)}, which time single layers")
-    return found
 
 
 def check_page_arguments(options: argparse.Namespace) -> None:

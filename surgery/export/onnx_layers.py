@@ -17,7 +17,7 @@ from passes.errors import ParityError
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
-__all__ = ["OnnxConvolution", "check_chains", "name_layers", "onnx_convolutions"]
+__all__ = ["OnnxConvolution", "check_chains", "name_layers", "numbered", "onnx_convolutions"]
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 LAYERS = (*CONVOLUTIONS, "Gemm", "MatMul")
@@ -97,7 +97,7 @@ def name_layers(model: ModelProto, network: nn.Module, prefix: str) -> None:
         for node in graph.node:
             layer = _layer(node, layers, holders) if node.op_type in LAYERS else None
             if layer is not None:
-                node.name = _numbered(layer, taken)
+                node.name = numbered(layer, taken)
             elif node.op_type in CONVOLUTIONS and "/" not in node.name:
                 node.name = f"/{node.name}"
             taken.add(node.name)
@@ -137,7 +137,8 @@ def _scopes(node: NodeProto) -> list[str]:
     return scopes
 
 
-def _numbered(layer: str, taken: Collection[str]) -> str:
+def numbered(layer: str, taken: Collection[str]) -> str:
+    """The name, with a number where it is taken."""
     name, number = layer, 1
     while name in taken:
         number += 1

@@ -15,9 +15,10 @@ from passes.factorization import Factorization, Keep
 from passes.geometry import Piece
 from passes.host import Host, Undo
 from passes.site import COMPUTING_DTYPES, Call, Site, kept_together
+from surgery.export.onnx_layers import numbered
 from surgery.onnx_files.edit import Edit, apply_edits
 from surgery.onnx_files.graph import Constant, Graph, read_tensor, tensor_dtype, write_tensor
-from surgery.onnx_files.layers import InnerLayer, Layer, bias_of, find_layers, inner_layers, numbered
+from surgery.onnx_files.layers import InnerLayer, Layer, bias_of, find_layers, inner_layers
 from surgery.onnx_files.nodes import auto_pad, piece_node, stored
 from surgery.onnx_files.record import read_file_record, write_plan
 from surgery.onnx_files.shapes import Shapes

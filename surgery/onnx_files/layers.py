@@ -11,6 +11,7 @@ from torch import Tensor
 from passes.factorization import Decision, Factorization
 from passes.geometry import Geometry, Piece
 from passes.kinds import kind_of
+from surgery.export.onnx_layers import numbered
 from surgery.onnx_files.graph import Constant, Graph, inner_graphs, read_tensor, told
 from surgery.onnx_files.nodes import layer_node, stored, weight_place, whole_geometry
 from surgery.onnx_files.shapes import Shapes
@@ -18,7 +19,7 @@ from surgery.onnx_files.shapes import Shapes
 if TYPE_CHECKING:
     from onnx import NodeProto
 
-__all__ = ["InnerLayer", "Layer", "bias_of", "find_layers", "inner_layers", "numbered"]
+__all__ = ["InnerLayer", "Layer", "bias_of", "find_layers", "inner_layers"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -204,15 +205,6 @@ def _shapes(geometry: Geometry, factorization: Factorization) -> list[tuple[str,
     if kind.refuses(geometry) or kind.refuses_ranks(geometry, factorization.ranks):
         return None
     return [(shape.name, shape.geometry) for shape in kind.shapes(geometry, factorization, False)]
-
-
-def numbered(name: str, taken: set[str]) -> str:
-    """The name, with a number where it is taken."""
-    unique, number = name, 1
-    while unique in taken:
-        number += 1
-        unique = f"{name}#{number}"
-    return unique
 
 
 def bias_of(node: NodeProto) -> str | None:

@@ -806,7 +806,7 @@ MONAI: tuple[Row, ...] = (
     medical("SegResNetVAE", SOLID, input_image_size=(32, 32, 32), in_channels=1, out_channels=2, init_filters=8),
     medical("SegResNetDS", SOLID, **THREE, init_filters=8, blocks_down=(1, 2, 2)),
     medical("VNet", SOLID, **THREE),
-    medical("AHNet", volumes(128), layers=(1, 1, 1, 1), **THREE),
+    medical("AHNet", volumes(64), layers=(1, 1, 1, 1), psp_block_num=2, **THREE),
     medical("HighResNet", SOLID, **THREE),
     medical("UNETR", SOLID, in_channels=1, out_channels=2, img_size=32, feature_size=8, hidden_size=48, mlp_dim=64, num_heads=4),
     medical("SwinUNETR", pixels(1, 64, 64, 64), in_channels=1, out_channels=2, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4)),

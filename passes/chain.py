@@ -17,20 +17,27 @@ from passes.geometry import Geometry, Piece
 from passes.kinds import kind_of
 
 __all__ = [
+    "BUILT",
+    "FORMATS",
+    "HOOKS",
+    "MODULE_ATTRIBUTES",
     "Chain",
     "ChainInfo",
+    "TransposedChain",
     "chain_module",
     "changed_since_cut",
     "cut_chain",
     "cut_layer",
     "has_hooks",
     "in_format_of",
+    "merge",
     "merged_piece",
     "original_layer",
     "pieces_of",
     "plain_layer",
     "weightless",
     "without_hooks",
+    "wraps_numbers",
 ]
 
 HOOKS = (

@@ -17,7 +17,7 @@ from passes.result import Outcome, PassResult
 from passes.site import Site
 from passes.spectra import Spectra, usable_weight
 
-__all__ = ["ALREADY", "Decompose", "most_ranks", "refusal_of", "settled"]
+__all__ = ["ALREADY", "Decompose", "most_ranks", "refusal_of", "refusal_of_ranks", "settled"]
 
 ALREADY = "already decomposed"
 
@@ -126,14 +126,16 @@ def _reason_to_keep(site: Site, decision: Decision) -> str | None:
 def refusal_of(site: Site, factorization: Factorization) -> str | None:
     """Why this factorization cannot be applied to the site's layer or chain, or None where it can."""
     kind = kind_of(factorization)
-    reason = kind.refuses(site.geometry)
-    if reason is not None:
-        return reason
-    refused = kind.refuses_ranks(site.geometry, factorization.ranks)
+    return kind.refuses(site.geometry) or refusal_of_ranks(site, kind, factorization.ranks)
+
+
+def refusal_of_ranks(site: Site, kind: Blockwise, ranks: tuple[int | None, ...]) -> str | None:
+    """Likewise for ranks of a kind that can be applied to the layer."""
+    refused = kind.refuses_ranks(site.geometry, ranks)
     if refused is not None:
         return refused
     whose = "the chain's own rank" if _cut_again(site, kind) else "its full rank"
-    for mode, rank, most in zip(kind.modes, factorization.ranks, most_ranks(site, kind), strict=True):
+    for mode, rank, most in zip(kind.modes, ranks, most_ranks(site, kind), strict=True):
         if rank is not None and rank > most:
             return f"rank {rank} of mode {mode!r} is above {whose} {most}"
     return None

@@ -162,18 +162,12 @@ def _blocks(weight: Tensor, groups: int, coarser: int) -> Tensor:
 
 def _by_output(piece: Piece) -> Tensor:
     """Its weight as (out, in / groups, *kernel), float64, also for a transposed convolution."""
-    g, weight = piece.geometry, piece.weight.double()
-    if not g.transposed:
-        return weight
-    apart = weight.reshape(g.groups, g.in_channels // g.groups, g.out_channels // g.groups, *g.kernel)
-    return apart.transpose(1, 2).reshape(g.out_channels, g.in_channels // g.groups, *g.kernel)
+    return piece.geometry.forward_blocks(piece.weight.double()).flatten(0, 1)
 
 
 def _stored(weight: Tensor, g: Geometry) -> Tensor:
     """A weight (out, in / groups, *kernel) as torch stores it for this layer."""
-    if g.transposed:
-        weight = weight.reshape(g.groups, g.out_channels // g.groups, g.in_channels // g.groups, *g.kernel).transpose(1, 2)
-    return weight.reshape(g.weight_shape)
+    return g.stored(weight.reshape(g.groups, -1, *weight.shape[1:])).reshape(g.weight_shape)
 
 
 def _unrolled(g: Geometry) -> Geometry:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from passes.errors import ParityError, SurgeryTypeError
 
-__all__ = ["TOLERANCE_EVAL", "TOLERANCE_TRAIN", "assert_parity", "difference", "tensors_in"]
+__all__ = ["TOLERANCE_EVAL", "TOLERANCE_TRAIN", "assert_parity", "difference", "private_inputs", "tensors_in"]
 
 TOLERANCE_EVAL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 TOLERANCE_TRAIN = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}

@@ -14,7 +14,19 @@ from passes.errors import SurgeryValueError
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
 
-__all__ = ["Call", "Found", "Site", "computes_weight", "find_layers", "held_outside", "is_layer", "kept_together", "named_groups", "reason_to_keep"]
+__all__ = [
+    "COMPUTING_DTYPES",
+    "Call",
+    "Found",
+    "Site",
+    "computes_weight",
+    "find_layers",
+    "held_outside",
+    "is_layer",
+    "kept_together",
+    "named_groups",
+    "reason_to_keep",
+]
 
 COMPUTING_METHODS = ("forward", "_conv_forward", "__call__")
 COMPUTING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

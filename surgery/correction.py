@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.chain import pieces_of, plain_layer
 from passes.geometry import Geometry, Piece
@@ -23,6 +21,7 @@ from passes.refit import refit, rows
 from passes.running import arguments, private_copy, quiet_run
 from surgery.lockstep import Enough, OutOfStep, Pass
 from surgery.progress import tracked
+from surgery.storages import Storages
 
 __all__ = ["STAGES", "Refit", "can_be_refitted", "correct"]
 
@@ -101,27 +100,6 @@ def _memory(model: nn.Module) -> float:
         return 16 * 2.0**30
 
 
-class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what tensors are made, to know how many bytes are still held."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(output):
-            if tensor.layout == torch.strided:
-                storage = tensor.untyped_storage()
-                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
-        return output
-
-    def held(self) -> int:
-        """Bytes of those that are there."""
-        self._made = {key: (storage, size) for key, (storage, size) in self._made.items() if not storage.expired()}  # type: ignore[no-untyped-call]
-        return sum(size for _, size in self._made.values())
-
-
 def _first_pass(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> tuple[dict[str, int], float]:
     """How often each module is called, in the order of the first calls, and the bytes that passes of all batches hold at most, stopped there.
 
@@ -135,7 +113,7 @@ def _first_pass(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) 
         calls[name] = calls.get(name, 0) + 1
         most = max(most, alive.held())
 
-    with _Alive() as alive:
+    with Storages() as alive:
         _watched(model, names, note, batches[0])
     sizes = [sum(t.numel() for t in tensors_in(batch)) for batch in batches]
     return calls, most * sum(sizes) / max(sizes[0], 1)

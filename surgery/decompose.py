@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from surgery.refinement import Refine
     from surgery.training.followers import Followers
 
-__all__ = ["Ranks", "decompose", "following", "plan"]
+__all__ = ["DEFAULT", "DEFAULT_STATE", "Ranks", "decompose", "following", "plan"]
 
 Ranks = str | float | Mapping[str, Any] | Plan | Budget | Rule | os.PathLike[str]
 DEFAULT = Options()

@@ -5,31 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from math import ceil, lcm
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from passes import host_for
 from passes.blockwise import Blockwise
-from passes.decompose import ALREADY, most_ranks, refusal_of, settled
-from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
+from passes.decompose import ALREADY
+from passes.errors import SurgeryValueError
 from passes.factorization import Decision, Factorization, Keep
 from passes.kinds import all_kinds, kind_named, kind_of, usual_kind
 from passes.metric import Metric
 from passes.running import callers_code
 from passes.site import Site
 from passes.spectra import Spectra
-from surgery.cost import chain_macs, chain_params, macs_under, params_under, site_macs, site_params
+from surgery.cost import macs_under, params_under
 from surgery.fitting import learn, usable_batches
 from surgery.inspection import check_not_quantized, look, totals_of
 from surgery.options import AUTO, Options, runtime_of
 from surgery.plan import Plan
 from surgery.progress import tracked
+from surgery.ranks.asked import as_answered, as_asked, no_gain
 from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.request import Named, Names, as_names, parse_ranks
-from surgery.ranks.rules import Rule, fraction_of
+from surgery.ranks.rules import Rule
 
 if TYPE_CHECKING:
     from surgery.cost.outcome import LatencyOutcome
@@ -164,51 +163,7 @@ class Draft(Mapping[str, Decision]):
         if callable(named.value):
             self._own[site.name] = named.value
             return self._ruled_out(site, named)
-        return self._explicit(site, named)
-
-    def _explicit(self, site: Site, named: Named) -> Decision:
-        """A layer that the caller named: done as asked, without rounding or guard. A pattern may meet layers that cannot be cut."""
-        if named.value is None:
-            return Keep("asked to keep it")
-        if isinstance(named.value, Keep):
-            return named.value
-        try:
-            decision, refusal = self._requested(site, named), site.keep
-        except SurgeryError as error:
-            if named.exact or isinstance(named.value, str) or not isinstance(named.value, Sequence | Integral):
-                raise
-            return Keep(str(error).removeprefix("ranks: "))
-        refusal = refusal or (refusal_of(site, decision) if isinstance(decision, Factorization) else decision.reason)
-        if refusal is None:
-            return decision
-        if named.exact:
-            raise SurgeryValueError(f"ranks: {named.key!r} cannot be cut as asked: {refusal}")
-        return Keep(refusal)
-
-    def _requested(self, site: Site, named: Named) -> Decision:
-        """The factorization that a table's value stands for."""
-        value = named.value
-        if isinstance(value, Factorization):
-            return _settled(site, value)
-        kind = self._kind(site)
-        reason = kind.refuses(site.geometry)
-        if reason is not None:
-            return Keep(reason)
-        most = most_ranks(site, kind)
-        if isinstance(value, Real) and not isinstance(value, Integral):
-            equal = _fraction(float(value), most, kind.unit(site.geometry), f"ranks: {named.key!r}")
-            return _settled(site, kind.from_ranks(site.geometry, equal))
-        ranks = _as_ranks(value, kind, f"ranks: {named.key!r} ({site})")
-        for mode, rank, limit in zip(kind.modes, ranks, most, strict=True):
-            if rank is not None and rank > limit:
-                whose = "its full rank" if site.chain is None else "the chain's own rank"
-                raise SurgeryValueError(f"ranks: {named.key!r}: rank {rank} of mode {mode!r} of {site} ({site.geometry}) is above {whose} {limit}")
-        refused = kind.refuses_ranks(site.geometry, ranks)
-        if refused is not None:
-            raise SurgeryValueError(f"ranks: {named.key!r}: {refused} ({site}: {site.geometry})")
-        if all(rank is None for rank in ranks):
-            raise SurgeryValueError(f"ranks: {named.key!r}: no mode is cut; to keep the layer give None")
-        return _settled(site, kind.from_ranks(site.geometry, ranks))
+        return as_asked(site, self._kind(site), named)
 
     def _ruled_out(self, site: Site, included: Named | None) -> Keep | None:
         """Why a rule is not asked about this site, or None where it is."""
@@ -306,7 +261,7 @@ class Draft(Mapping[str, Decision]):
         spectra = self.spectra.of(site, kind)
         with callers_code(f"ranks: the rank rule fails for {site}"):
             answer = rule(site, spectra)
-        decision = self._answer(site, kind, answer)
+        decision = as_answered(site, kind, answer, self._options.round_to)
         if isinstance(decision, Factorization):
             decision = self._guard(site, decision)
         if isinstance(decision, Factorization) and self._options.method == AUTO and not isinstance(answer, Factorization):
@@ -315,55 +270,13 @@ class Draft(Mapping[str, Decision]):
             return self._guard(site, best_kind(site, decision, self.spectra, self._options.round_to))
         return decision
 
-    def _answer(self, site: Site, kind: Blockwise, answer: Any) -> Decision:
-        """A rule's answer as a factorization: rounded up, and uncut in a mode that is full or in which nothing was seen."""
-        if isinstance(answer, Keep):
-            return answer
-        if answer is None:
-            return Keep("the rule keeps it")
-        if isinstance(answer, Factorization):
-            refusal = refusal_of(site, answer)
-            if refusal is not None:
-                raise SurgeryValueError(f"the rank rule answered {answer} for {site}: {refusal}")
-            return self._rounded_up(site, answer)
-        what = f"the rank rule's answer for {site}"
-        full, unit = kind.full_ranks(site.geometry), kind.unit(site.geometry)
-        if isinstance(answer, Real) and not isinstance(answer, Integral):
-            answer = _fraction(float(answer), full, unit, what)
-        ranks: list[int | None] = []
-        for rank, most in zip(_as_ranks(answer, kind, what, zero=True), full, strict=True):
-            if rank is not None and rank > most:
-                raise SurgeryValueError(f"{what}: rank {rank} is above the full rank {most}")
-            rounded = None if not rank else self._round(rank, unit)
-            ranks.append(None if rounded is None or rounded >= most else rounded)
-        if all(rank is None for rank in ranks):
-            return Keep(f"at full rank ({', '.join(map(str, full))}) a chain saves nothing")
-        return kind.from_ranks(site.geometry, ranks)
-
-    def _rounded_up(self, site: Site, factorization: Factorization) -> Factorization:
-        kind = kind_of(factorization)
-        full, unit = kind.full_ranks(site.geometry), kind.unit(site.geometry)
-        ranks = [None if r is None else min(self._round(r, unit), f) for r, f in zip(factorization.ranks, full, strict=True)]
-        return kind.from_ranks(site.geometry, ranks)
-
-    def _round(self, rank: int, unit: int) -> int:
-        step = lcm(self._options.round_to, unit)
-        return step * ceil(rank / step)
-
     def _guard(self, site: Site, factorization: Factorization) -> Decision:
         if self._options.guard == "none":
             return factorization
         runtime = runtime_of(self._options.guard)
         if runtime is not None and self._stopwatch is not None:
             return self._stopwatch.pays(site, factorization, runtime) or factorization
-        shapes = kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None)
-        before, after = site_params(site), chain_params(shapes)
-        if after >= before:
-            return Keep(f"no gain: ranks {_text(factorization)} would take {after:,} parameters instead of {before:,}")
-        macs_before, macs_after = site_macs(site), chain_macs(shapes, site.calls)
-        if macs_before and macs_after is not None and macs_after >= macs_before:
-            return Keep(f"no gain: ranks {_text(factorization)} would take {macs_after:,} MACs instead of {macs_before:,}")
-        return factorization
+        return no_gain(site, factorization) or factorization
 
 
 def _macs_and_params(site: Site, guard: str) -> list[Callable[[Factorization | None], int]]:
@@ -371,45 +284,8 @@ def _macs_and_params(site: Site, guard: str) -> list[Callable[[Factorization | N
     return [] if guard != "macs" else [partial(macs_under, site), partial(params_under, site)]
 
 
-def _fraction(share: float, full: Sequence[int], unit: int, what: str) -> list[int]:
-    """In every mode this share of the full rank."""
-    if not 0 < share <= 1:
-        raise SurgeryValueError(f"{what}: a fraction must be in (0, 1], got {share}")
-    return [unit * fraction_of(most // unit, share) for most in full]
-
-
-def _as_ranks(value: Any, kind: Blockwise, what: str, *, zero: bool = False) -> list[int | None]:
-    """One rank a mode: an int where the kind has one mode, else a sequence of ints and None."""
-    modes = kind.modes
-    name = kind.name
-    given = value
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        value = [value]
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) != len(modes):
-        expected = "an int" if len(modes) == 1 else f"{len(modes)} ranks ({', '.join('rank_' + m for m in modes)})"
-        raise SurgeryTypeError(f"{what}: {name} takes {expected}, a fraction, a factorization or None, got {given!r}")
-    least = 0 if zero else 1
-    for rank in value:
-        if rank is None and len(modes) > 1:
-            continue
-        if not isinstance(rank, Integral) or isinstance(rank, bool):
-            raise SurgeryTypeError(f"{what}: a rank is an int, got {rank!r}")
-        if rank < least:
-            raise SurgeryValueError(f"{what}: a rank is at least {least}, got {rank}")
-    return [None if rank is None else int(rank) for rank in value]
-
-
 def _with_ties(first: Site, sites: Sequence[Site]) -> Site:
     """The first of tied sites with the names and calls of all: they are decided together."""
     alike = [site for site in sites if site is first or site.tied_to == first.name]
     calls = None if first.calls is None else tuple(call for site in alike for call in site.calls or ())
     return replace(first, aliases=tuple(alias for site in alike for alias in site.aliases), calls=calls)
-
-
-def _settled(site: Site, factorization: Factorization) -> Factorization:
-    """As ``passes.decompose.settled``; what is refused is left as it is, for the refusal to say why."""
-    return factorization if refusal_of(site, factorization) is not None else settled(site, factorization)
-
-
-def _text(factorization: Factorization) -> str:
-    return "(" + ", ".join("full" if r is None else str(r) for r in factorization.ranks) + ")"

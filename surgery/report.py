@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from surgery.cost.outcome import LatencyOutcome
     from surgery.flow import Flow
 
-__all__ = ["LayerReport", "Report", "report", "report_of"]
+__all__ = ["NOT_DECOMPOSED", "LayerReport", "Report", "report", "report_of"]
 
 FORMAT = "surgery.report"
 VERSION = 1

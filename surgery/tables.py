@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 USUAL = ("tucker", "svd")
 
 __all__ = [
+    "USUAL",
     "change",
     "count",
+    "explain_table",
     "export_table",
     "factorization_text",
     "function_text",
@@ -33,6 +35,7 @@ __all__ = [
     "report_table",
     "summary_table",
     "to_html",
+    "tradeoff_table",
 ]
 
 

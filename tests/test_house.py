@@ -35,6 +35,23 @@ def test_imports_go_one_way(path):
         assert not names & {"torchvision", "timm"}
 
 
+def test_what_one_module_takes_from_another_is_among_what_that_one_offers():
+    offered = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): names_offered(path) for path in SOURCES}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and offered.get(node.module or "") is not None:
+                taken = {alias.name for alias in node.names if f"{node.module}.{alias.name}" not in offered}
+                assert taken <= offered[node.module], f"{path} takes more from {node.module} than its __all__ names"
+
+
+def names_offered(path: Path) -> set[str] | None:
+    """Its ``__all__``, or None where it has none, or computes it."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" and isinstance(node.value, ast.List):
+            return {element.value for element in node.value.elts if isinstance(element, ast.Constant)}
+    return None
+
+
 def fresh_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 

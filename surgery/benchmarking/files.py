@@ -12,10 +12,9 @@ from torch import Tensor
 
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import tensors_in
-from passes.running import first_line
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    pass
 
 __all__ = ["FileInput", "file_inputs", "inputs_for", "macs_of_file", "made_up"]
 
@@ -44,9 +43,10 @@ def file_inputs(file: Path) -> tuple[FileInput, ...]:
         SurgeryError: it takes something that is no tensor of numbers, or says nothing of a shape.
         OSError: it cannot be read.
     """
+    from surgery.onnx_files.files import read_graph
     from surgery.onnx_files.graph import tensor_dtype, true_inputs
 
-    graph = opened(file).graph
+    graph = read_graph(file).graph
     given = true_inputs(graph)
     found = []
     for value in graph.input:
@@ -61,25 +61,6 @@ def file_inputs(file: Path) -> tuple[FileInput, ...]:
         named = ((dim.dim_value, dim.dim_param or f"{value.name}[{index}]") for index, dim in enumerate(kind.shape.dim))
         found.append(FileInput(value.name, dtype, tuple(size if size > 0 else name for size, name in named)))
     return tuple(found)
-
-
-def opened(file: Path) -> ModelProto:
-    """The graph without weights that lie beside the file.
-
-    Raises:
-        SurgeryValueError: it is no ONNX file.
-        OSError: it cannot be read.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load(str(file), load_external_data=False)
-    except DecodeError as error:
-        raise SurgeryValueError(f"{file}: not an ONNX file ({first_line(error)})") from error
-    if not model.graph.node:
-        raise SurgeryValueError(f"{file}: not an ONNX file, or one without a single node")
-    return model
 
 
 def made_up(inputs: Sequence[FileInput], sizes: Mapping[str, int] | None = None, shape: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -146,9 +127,10 @@ def inputs_for(before: Path, after: Path, example_inputs: Any) -> dict[str, Tens
 
 def macs_of_file(file: Path, inputs: Mapping[str, Tensor]) -> int | None:
     """Of one call with these inputs, by shape inference; None where some shape cannot be told."""
+    from surgery.onnx_files.files import read_graph
     from surgery.onnx_files.shapes import network_macs, value_shapes
 
-    model = opened(file)
+    model = read_graph(file)
     try:
         return network_macs(model, value_shapes(model, {name: tuple(tensor.shape) for name, tensor in inputs.items()}))
     except SurgeryError:  # a file whose shapes do not fit together may run all the same

@@ -13,8 +13,9 @@ from passes.errors import SurgeryValueError
 from passes.parity import tensors_in
 from passes.site import Site
 from surgery.benchmarking.result import LayerResult
+from surgery.cost.chains import RUNTIMES, Setup
 from surgery.cost.profile import Entry, TimedShape
-from surgery.cost.timing import RUNTIMES, Conditions, time_shapes
+from surgery.cost.timing import time_shapes
 
 __all__ = ["check_runtimes", "layer_results"]
 
@@ -48,7 +49,7 @@ def layer_results(before: nn.Module, after: nn.Module, example_inputs: Any, runt
     for runtime in dict.fromkeys(runtimes):
         shapes = {name: (_shapes(old, old, runtime), _shapes(new, old, runtime)) for name, (old, new) in pairs.items()}
         wanted = [shape for both in shapes.values() for side in both for shape in side]
-        times, _ = time_shapes(wanted, Conditions(runtime=runtime, threads=torch.get_num_threads(), device=device))
+        times, _ = time_shapes(wanted, Setup(runtime=runtime, threads=torch.get_num_threads(), device=device))
         found += [_result(name, runtime, times, *shapes[name]) for name in pairs]
     return tuple(found)
 

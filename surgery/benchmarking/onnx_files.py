@@ -58,11 +58,11 @@ def _exported(network: nn.Module, example_inputs: Any) -> Iterator[tuple[Path, d
 
 def size_of(file: Path) -> int:
     """Bytes of an ONNX file with the weights beside it that belong to it."""
-    import onnx
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-    proto = onnx.load(str(file), load_external_data=False)
-    beside = {ExternalDataInfo(tensor).location for tensor in proto.graph.initializer if uses_external_data(tensor)}
+    from surgery.onnx_files.files import read_graph
+
+    beside = {ExternalDataInfo(tensor).location for tensor in read_graph(file).graph.initializer if uses_external_data(tensor)}
     return file.stat().st_size + sum((file.parent / name).stat().st_size for name in beside)
 
 

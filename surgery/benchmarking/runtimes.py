@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from passes.running import arguments, callable_of, first_line, private_copy, run
 from surgery.benchmarking import cuda, memory, onnx_files
 from surgery.benchmarking.ready import Ready
 from surgery.benchmarking.sampling import Clock, wall_clock
-from surgery.cost.timing import need
+from surgery.cost.calls import check_installed, compiled, waited_for
 
 __all__ = ["RUNTIMES", "Runtime", "known"]
 
@@ -62,7 +62,7 @@ class Runtime:
             MissingExtra: its package is not installed.
             SurgeryValueError: there is no CUDA device.
         """
-        need(self.name)
+        check_installed(self.name)
         if self.name.startswith("cuda"):
             cuda.check(self.name)
 
@@ -88,63 +88,40 @@ def _eager(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
     """Where the inputs are; on CUDA each call waits for its result."""
     run(network, example_inputs)
     args, kwargs = arguments(private_inputs(example_inputs))
-    call = callable_of(network)
-    if not any(t.is_cuda for t in tensors_in(example_inputs)):
-        yield Ready(lambda: call(*args, **kwargs))
-        return
+    yield Ready(waited_for(partial(callable_of(network), *args, **kwargs), _on_cuda(example_inputs)))
 
-    def waiting() -> object:
-        output = call(*args, **kwargs)
-        torch.cuda.synchronize()
-        return output
 
-    yield Ready(waiting)
+def _on_cuda(example_inputs: Any) -> bool:
+    return any(t.is_cuda for t in tensors_in(example_inputs))
 
 
 @contextmanager
 def _train(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
     """Forward in train mode, and backward from all floating-point outputs to all parameters. Nothing is accumulated in ``grad``."""
     wanted = [p for p in network.parameters() if p.requires_grad]
-    on_cuda = any(t.is_cuda for t in tensors_in(example_inputs))
 
     def call() -> object:
         with torch.enable_grad():
             reached = [t for t in tensors_in(run(network, example_inputs)) if t.requires_grad]
-            found = torch.autograd.grad(reached, wanted, [torch.ones_like(t) for t in reached], allow_unused=True) if reached and wanted else ()
-        if on_cuda:
-            torch.cuda.synchronize()
-        return found
+            return torch.autograd.grad(reached, wanted, [torch.ones_like(t) for t in reached], allow_unused=True) if reached and wanted else ()
 
     network.train()
     try:
-        yield Ready(call)
+        yield Ready(waited_for(call, _on_cuda(example_inputs)))
     finally:
         network.eval()
 
 
 @contextmanager
 def _compile(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return network(*args, **kwargs)
-
-    # a code object of its own: torch.compile keeps its results by code, and only a few for each
-    own = FunctionType(forward.__code__.replace(co_name=f"network_{id(network)}"), forward.__globals__, "network", None, forward.__closure__)
-    compiled = torch.compile(own, dynamic=False)
+    call = compiled(network)
     run(network, example_inputs)
     args, kwargs = arguments(private_inputs(example_inputs))
     try:
-        compiled(*args, **kwargs)
+        call(*args, **kwargs)
     except Exception as error:  # a compiler that is not there, or that fails on this network
         raise SurgeryError(f"runtime 'compile': torch.compile fails on this network: {first_line(error)}") from error
-    on_cuda = any(t.is_cuda for t in tensors_in(example_inputs))
-
-    def call() -> object:
-        output = compiled(*args, **kwargs)
-        if on_cuda:
-            torch.cuda.synchronize()
-        return output
-
-    yield Ready(call)
+    yield Ready(waited_for(partial(call, *args, **kwargs), _on_cuda(example_inputs)))
 
 
 @contextmanager

@@ -20,6 +20,23 @@ if TYPE_CHECKING:
 
     from surgery.benchmark import Benchmark
 
+__all__ = [
+    "Commands",
+    "add_command",
+    "add_model_arguments",
+    "add_rank_arguments",
+    "count",
+    "is_onnx_file",
+    "open_model",
+    "parse_ranks_text",
+    "rank_options",
+    "runtime_names",
+    "shape",
+    "show",
+    "show_report",
+    "timed_names",
+]
+
 RULES = ("evbmf", "energy", "stable", "budget")  # that may have options after a colon
 Commands = Any
 """What ``ArgumentParser.add_subparsers`` gives."""
@@ -202,7 +219,7 @@ def runtime_names(text: str) -> list[str]:
 
 def timed_names(text: str) -> list[str]:
     """Reads runtimes that time single layers too, with commas between them."""
-    from surgery.cost.timing import RUNTIMES
+    from surgery.cost.chains import RUNTIMES
 
     return _names_among(RUNTIMES, text, ", which time single layers")
 

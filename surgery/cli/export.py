@@ -14,6 +14,8 @@ from surgery.cli.arguments import Commands, add_command, open_model
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+__all__ = ["export_to"]
+
 ENDINGS = {
     ".onnx": "onnx",
     ".pt": "torchscript",

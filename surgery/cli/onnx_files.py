@@ -10,6 +10,8 @@ import surgery
 from surgery.cli.arguments import is_onnx_file, rank_options, show
 from surgery.cli.batches import calibration_of
 
+__all__ = ["decompose_file", "plan_file", "reconstruct_file", "report_file", "target_of"]
+
 ONLY_FOR_MODELS = ("architecture", "weights", "effective_weights", "pareto", "picture", "explain", "out", "before", "time", "diff", "by")
 
 

@@ -30,6 +30,7 @@ from surgery.progress import stage
 from surgery.undoing import undone_on_error
 
 __all__ = [
+    "TOLERANCE",
     "ExportReport",
     "Job",
     "check_network",

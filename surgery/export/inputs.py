@@ -16,7 +16,20 @@ from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
 from passes.parity import tensors_in
 from passes.running import arguments, first_line, run
 
-__all__ = ["Flat", "Openings", "Shapes", "filled", "fresh_inputs", "input_names", "only_tensors", "openings", "shapes_of", "tensor_names", "unique"]
+__all__ = [
+    "DynamicSize",
+    "Flat",
+    "Openings",
+    "Shapes",
+    "filled",
+    "fresh_inputs",
+    "input_names",
+    "only_tensors",
+    "openings",
+    "shapes_of",
+    "tensor_names",
+    "unique",
+]
 
 Shapes = tuple[tuple[int, ...], ...]
 """Shapes of all tensors in example inputs, in order."""

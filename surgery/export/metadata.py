@@ -56,14 +56,9 @@ def exported_plan(path: str | os.PathLike[str]) -> Plan:
 
 
 def _onnx(file: Path) -> Mapping[str, str]:
-    import onnx
-    from google.protobuf.message import DecodeError
+    from surgery.onnx_files.files import read_graph
 
-    try:
-        model = onnx.load(str(file), load_external_data=False)
-    except DecodeError as error:
-        raise SurgeryValueError(f"{file}: no ONNX file ({error})") from error
-    return {entry.key: entry.value for entry in model.metadata_props}
+    return {entry.key: entry.value for entry in read_graph(file).metadata_props}
 
 
 def _openvino(file: Path) -> Mapping[str, str]:

@@ -21,7 +21,7 @@ from surgery.export.inputs import DynamicSize, Flat, tensor_names, unique
 from surgery.export.onnx_layers import check_chains, name_layers
 from surgery.export.program import exported_program
 
-__all__ = ["Exporter", "export_onnx", "needs", "onnx_session", "run_session", "session_call", "with_exporter", "write_onnx"]
+__all__ = ["Exporter", "check_exporter", "export_onnx", "onnx_session", "run_session", "session_call", "with_exporter", "write_onnx"]
 
 Exporter = Literal["auto", "dynamo", "torchscript"]
 
@@ -69,7 +69,7 @@ def export_onnx(
     """
     _check_opset(opset)
     job = prepare(model, path, example_inputs, check=check, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
-    needs(exporter, "ONNX export", "export")
+    check_exporter(exporter, "ONNX export", "export")
     if check:
         need("onnxruntime", "the check of an ONNX file", "export")
 
@@ -94,7 +94,7 @@ def _check_opset(opset: Any) -> None:
         raise SurgeryValueError(f"opset: torch and this onnx know the operator sets {OLDEST_OPSET} to {onnx_opset_version()}, got {opset}")
 
 
-def needs(exporter: Exporter, what: str, extra: str) -> None:
+def check_exporter(exporter: Exporter, what: str, extra: str) -> None:
     """Refuse an exporter that does not exist, or whose package is not installed."""
     if exporter not in ("auto", "dynamo", "torchscript"):
         raise SurgeryValueError(f"exporter: expected 'auto', 'dynamo' or 'torchscript', got {exporter!r}")

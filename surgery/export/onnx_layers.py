@@ -13,6 +13,7 @@ from torch import nn
 
 from passes.chain import Chain
 from passes.errors import ParityError
+from surgery.files import as_path
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -46,10 +47,10 @@ def onnx_convolutions(model: str | os.PathLike[str] | ModelProto) -> tuple[OnnxC
 
     ``OSError`` passes through.
     """
-    import onnx
-
     if isinstance(model, str | os.PathLike):
-        model = onnx.load(os.fspath(model), load_external_data=False)
+        from surgery.onnx_files.files import read_graph
+
+        model = read_graph(as_path("model", model))
     found = []
     for graph in _graphs(model.graph):
         shapes = _shapes(graph)

@@ -17,7 +17,7 @@ from passes.parity import tensors_in
 from passes.running import first_line, shorten
 from surgery.export.common import ExportReport, Job, exporting, installed, need, prepare, quiet, written
 from surgery.export.inputs import DynamicSize
-from surgery.export.onnx import Exporter, needs, with_exporter, write_onnx
+from surgery.export.onnx import Exporter, check_exporter, with_exporter, write_onnx
 from surgery.files import as_path
 
 __all__ = ["export_openvino", "openvino_errors", "openvino_tensor"]
@@ -62,7 +62,7 @@ def export_openvino(
     if as_path("path", path).suffix != ".xml":
         raise SurgeryValueError(f"path: {path} must end in .xml; the weights go into a .bin of the same name")
     job = prepare(model, path, example_inputs, check=check, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
-    needs(exporter, "OpenVINO export", "openvino")
+    check_exporter(exporter, "OpenVINO export", "openvino")
     need("openvino", "OpenVINO export", "openvino")
 
     def attempt(name: str) -> ExportReport:

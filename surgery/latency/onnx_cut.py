@@ -18,7 +18,7 @@ from passes.kinds import kind_of
 from passes.parity import tensors_in
 from passes.running import arguments
 from passes.site import Site
-from surgery.cost.timing import onnx_nodes
+from surgery.cost.chains import onnx_nodes
 
 __all__ = ["Exported", "quick_onnx"]
 

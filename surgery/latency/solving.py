@@ -96,7 +96,7 @@ class Task:
         times = self.times
         candidates = self._timed(rivals=not times.foreign)
         if all(nothing_to_cut(c) for c in candidates):
-            slow = no_faster(times.conditions.runtime)
+            slow = no_faster(times.setup.runtime)
             return {c.site.name: slow for c in candidates}, self._nothing("no chain was measured faster than its layer")
         if times.foreign:
             return self._by_profile_alone(candidates)
@@ -121,7 +121,7 @@ class Task:
     @contextmanager
     def _racing(self) -> Iterator[Race]:
         with (
-            threads_set(self.times.conditions.threads),
+            threads_set(self.times.setup.threads),
             kept_random_states(),
             torch.no_grad(),
             race_against(self.model, self.inputs, self.runtime, self.free) as race,
@@ -130,8 +130,8 @@ class Task:
 
     def _by_time(self, candidates: Sequence[Candidates], race: Race) -> Solved:
         """Plans by time, where the network takes as many times as long as these layers alone as it does now."""
-        layers = [shape for c in candidates for shape in timed_layer(c.site, self.times.conditions.runtime)]
-        in_layers = in_terms_of_layers(race.before, layers, self.times.conditions)
+        layers = [shape for c in candidates for shape in timed_layer(c.site, self.times.setup.runtime)]
+        in_layers = in_terms_of_layers(race.before, layers, self.times.setup)
         return self._family(candidates, in_layers * sum(float(c.before) for c in candidates))
 
     def _candidates(self, *, rivals: bool) -> list[Candidates]:
@@ -141,7 +141,7 @@ class Task:
             kinds, guards, table = self.terms.kinds(site), self.terms.guards(site), self._tables[site.name]
             shared: dict[str, Any] = {"guards": guards, "round_to": table.step, "keep": BETTER, "pays": self.terms.pays(site)}
             mine = candidates_of(site, kinds, self.terms.spectra, cost=table.layer, table=table, **shared)
-            found.append(replace(mine, decisions=(no_faster(self.times.conditions.runtime),)) if nothing_to_cut(mine) else mine)
+            found.append(replace(mine, decisions=(no_faster(self.times.setup.runtime),)) if nothing_to_cut(mine) else mine)
             if rivals:
                 macs = partial(macs_under, site)
                 self._by_macs.append(candidates_of(site, kinds, self.terms.spectra, cost=macs, **shared))
@@ -153,7 +153,7 @@ class Task:
         """Where the network cannot be run, its time is that of its layers."""
         times, total = self.times, 0.0
         for site in host_for(self.model, observed=observe(self.model, self.inputs), effective_weights=True).sites():
-            layers = timed_layer(site, times.conditions.runtime) if site.chain is None else []
+            layers = timed_layer(site, times.setup.runtime) if site.chain is None else []
             if any(layer not in times for layer in layers) and any(c.site.name == site.name for c in candidates):
                 raise times.lacks(layers)
             total += sum(times[layer].seconds for layer in layers if layer in times)
@@ -216,7 +216,7 @@ class Task:
         share, low, high = (None, None, None) if raced is None else (raced.share, raced.low, raced.high)
         runtime = times.profile.device.get("runtime", "an unnamed runtime")
         return LatencyOutcome(
-            runtime=runtime if times.foreign else describe(replace(times.conditions, runtime=self.runtime))["runtime"],
+            runtime=runtime if times.foreign else describe(replace(times.setup, runtime=self.runtime))["runtime"],
             asked=self._asked,
             predicted=predicted,
             measured=share,
@@ -224,7 +224,7 @@ class Task:
             high=high,
             replans=replans,
             batch=next((t.shape[0] for t in tensors_in(self.inputs) if t.ndim), 1),
-            threads=times.conditions.threads,
+            threads=times.setup.threads,
             note=note,
         )
 

@@ -15,9 +15,10 @@ from passes.errors import SurgeryValueError
 from passes.factorization import Decision, Factorization, Keep
 from passes.parity import tensors_in
 from passes.site import Call, Site
+from surgery.cost.calls import check_installed
+from surgery.cost.chains import Setup, timed_in
 from surgery.cost.outcome import LatencyOutcome
 from surgery.cost.profile import Entry
-from surgery.cost.timing import Conditions, need, timed_in
 from surgery.latency.families import Solved
 from surgery.latency.solving import Task, Terms
 from surgery.latency.table import MARGIN, Table
@@ -86,10 +87,10 @@ class Stopwatch:
         runtime = budget.runtime or "onnxruntime"
         if self.example_inputs is None:
             raise SurgeryValueError(f"ranks: {budget} needs example_inputs: without them there is nothing to time")
-        need(runtime)
+        check_installed(runtime)
         inputs, calls = self._batched(budget.batch)
         free = [site if calls is None else replace(site, calls=calls.get(site.name)) for site in free]
-        conditions = Conditions(runtime=timed_in(runtime), threads=budget.threads or torch.get_num_threads(), device=_device_of(inputs))
+        setup = Setup(runtime=timed_in(runtime), threads=budget.threads or torch.get_num_threads(), device=_device_of(inputs))
         return Task(
             model=self.model,
             inputs=inputs,
@@ -97,15 +98,15 @@ class Stopwatch:
             runtime=runtime,
             free=free,
             terms=terms,
-            times=Times.of(conditions, budget.profile),
+            times=Times.of(setup, budget.profile),
         )
 
     def _times_in(self, runtime: str) -> Times:
         runtime = timed_in(runtime)
         if runtime not in self._guarding:
-            need(runtime)
-            conditions = Conditions(runtime=runtime, threads=torch.get_num_threads(), device=_device_of(self.example_inputs))
-            self._guarding[runtime] = Times.of(conditions, None)
+            check_installed(runtime)
+            setup = Setup(runtime=runtime, threads=torch.get_num_threads(), device=_device_of(self.example_inputs))
+            self._guarding[runtime] = Times.of(setup, None)
         return self._guarding[runtime]
 
     def _batched(self, batch: int | None) -> tuple[Any, dict[str, tuple[Call, ...]] | None]:

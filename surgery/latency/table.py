@@ -22,7 +22,7 @@ from passes.site import Site
 from surgery.cost.profile import TimedShape
 from surgery.latency.times import Times, timed_chain, timed_layer, together
 
-__all__ = ["Table", "interpolated"]
+__all__ = ["MARGIN", "Table", "interpolated"]
 
 MARGIN = 0.02  # by which a chain must be faster than its layer, however little the spread of both
 BEYOND = 2.0  # standard errors of a saving from which on it is taken to be one
@@ -43,7 +43,7 @@ class Table:
     """
 
     def __init__(self, site: Site, kinds: Sequence[Blockwise], times: Times, round_to: int) -> None:
-        self._site, self._times, self._runtime = site, times, times.conditions.runtime
+        self._site, self._times, self._runtime = site, times, times.setup.runtime
         fitting = [kind for kind in kinds if kind.has_spectra and kind.refuses(site.geometry) is None]
         full = max((min(kind.full_ranks(site.geometry)) for kind in fitting), default=1)
         self.step = lcm(round_to, next((step for least, step in STEPS if full >= least), 1))

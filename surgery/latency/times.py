@@ -14,8 +14,10 @@ from passes.errors import SurgeryError, SurgeryValueError
 from passes.factorization import Factorization
 from passes.kinds import kind_of
 from passes.site import Site
+from surgery.cost.calls import check_installed
+from surgery.cost.chains import Setup
 from surgery.cost.profile import Entry, Profile, TimedShape, cache_file, write_shapes
-from surgery.cost.timing import Conditions, describe, need, time_shapes
+from surgery.cost.timing import describe, time_shapes
 
 __all__ = ["Times", "profile_of", "timed_chain", "timed_layer", "together"]
 
@@ -24,15 +26,15 @@ __all__ = ["Times", "profile_of", "timed_chain", "timed_layer", "together"]
 class Times:
     """Times of shapes, from a profile; what it lacks is measured, or an error where it is another device's."""
 
-    conditions: Conditions
+    setup: Setup
     profile: Profile
     file: Path
     foreign: bool = False
     cached: bool = False  # the file is ours, not one that the user named
 
     @classmethod
-    def of(cls, conditions: Conditions, path: str | os.PathLike[str] | None) -> Times:
-        need_here = describe(conditions)
+    def of(cls, setup: Setup, path: str | os.PathLike[str] | None) -> Times:
+        need_here = describe(setup)
         if path is None:
             file = cache_file(need_here)
             try:
@@ -41,10 +43,10 @@ class Times:
                 profile = Profile(need_here)
             if profile.device != need_here:
                 profile = Profile(need_here)
-            return cls(conditions, profile, file, cached=True)
+            return cls(setup, profile, file, cached=True)
         file = Path(path)
         profile = Profile.load(file) if file.exists() else Profile({})  # of a device that has timed nothing yet
-        return cls(conditions, profile, file, profile.device != need_here)
+        return cls(setup, profile, file, profile.device != need_here)
 
     def __getitem__(self, shape: TimedShape) -> Entry:
         return self.profile.entries[shape.key]
@@ -57,7 +59,7 @@ class Times:
         wanted = [shape for shape in dict.fromkeys(shapes) if anew or shape not in self]
         if not wanted or self.foreign:
             return
-        found, reference = time_shapes(wanted, self.conditions)
+        found, reference = time_shapes(wanted, self.setup)
         with suppress(SurgeryError, OSError):  # what another process has found meanwhile stays
             self.profile = Profile.load(self.file)
         self.profile.add(found, reference)
@@ -72,7 +74,7 @@ class Times:
         missing = [shape for shape in dict.fromkeys(shapes) if shape not in self]
         try:
             write_shapes(missing, file)
-            how = f"--runtime {self.conditions.runtime} --threads {self.conditions.threads}"
+            how = f"--runtime {self.setup.runtime} --threads {self.setup.threads}"
             told = f"they are listed in {file}: run `surgery profile {file} --out {self.file} {how}` on that device"
         except OSError as error:
             told = f"their list could not be written to {file} ({error}); give a profile in a folder that can be written"
@@ -87,11 +89,11 @@ def profile_of(shapes: Sequence[TimedShape], path: Path, runtime: str, threads: 
         SurgeryValueError: the file is of another device, or none.
         MissingExtra: the runtime is not installed.
     """
-    conditions = Conditions(runtime=runtime, threads=threads or torch.get_num_threads())
-    need(runtime)
-    times = Times.of(conditions, str(path)) if path.exists() else Times(conditions, Profile(describe(conditions)), path)
+    setup = Setup(runtime=runtime, threads=threads or torch.get_num_threads())
+    check_installed(runtime)
+    times = Times.of(setup, str(path)) if path.exists() else Times(setup, Profile(describe(setup)), path)
     if times.foreign:
-        raise SurgeryValueError(f"{path}: it is a profile of {times.profile.device}, this is {describe(conditions)}; give another file")
+        raise SurgeryValueError(f"{path}: it is a profile of {times.profile.device}, this is {describe(setup)}; give another file")
     times.measure(shapes)
     return times.profile
 

@@ -17,7 +17,7 @@ from passes.parity import difference
 from surgery.export.common import TOLERANCE
 from surgery.export.onnx import onnx_session, run_session
 from surgery.onnx_files.feeds import Feed, noise_like, shaken
-from surgery.onnx_files.files import check_valid, copied, write_model
+from surgery.onnx_files.files import check_valid, copied, read_graph, write_model
 from surgery.onnx_files.graph import tensor_dtype
 from surgery.onnx_files.host import OnnxHost
 
@@ -111,9 +111,7 @@ def _allowed(file: Path, feeds: Sequence[Feed], dtype: torch.dtype) -> float:
 
 def _coarsest(file: Path) -> torch.dtype:
     """The coarsest dtype of the weights in a file."""
-    import onnx
-
-    model = onnx.load(str(file), format="protobuf", load_external_data=False)
+    model = read_graph(file)
     tensors = [
         *model.graph.initializer,
         *(a.t for node in model.graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"),

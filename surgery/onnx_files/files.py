@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from passes.errors import SurgeryError, SurgeryValueError
+from passes.running import first_line
 from surgery.files import as_path
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["check_valid", "copied", "has_external_data", "open_model", "write_model"]
+__all__ = ["check_valid", "copied", "has_external_data", "open_model", "read_graph", "write_model"]
 
 LARGEST = 2**31 - 2**20  # bytes that a message of protobuf can hold, with room for its frame
 
@@ -25,15 +26,9 @@ def open_model(path: str | os.PathLike[str]) -> ModelProto:
         OSError: it cannot be read.
     """
     import onnx
-    from google.protobuf.message import DecodeError
 
     file = as_path("path", path)
-    try:
-        model = onnx.load(str(file), format="protobuf", load_external_data=False)
-    except DecodeError as error:
-        raise SurgeryValueError(f"{file}: no ONNX file ({error})") from error
-    if not model.graph.node or not model.opset_import:
-        raise SurgeryValueError(f"{file}: no ONNX file, or one without a graph")
+    model = read_graph(file)
     try:
         onnx.load_external_data_for_model(model, str(file.parent))
     except (onnx.checker.ValidationError, OSError, ValueError) as error:
@@ -42,6 +37,25 @@ def open_model(path: str | os.PathLike[str]) -> ModelProto:
         from onnx import inliner
 
         model = inliner.inline_local_functions(model)
+    return model
+
+
+def read_graph(file: Path) -> ModelProto:
+    """The model in a file, without weights that lie in files beside it.
+
+    Raises:
+        SurgeryValueError: it is no ONNX file.
+        OSError: it cannot be read.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(file), format="protobuf", load_external_data=False)
+    except DecodeError as error:
+        raise SurgeryValueError(f"{file}: no ONNX file ({first_line(error)})") from error
+    if not model.graph.node or not model.opset_import:
+        raise SurgeryValueError(f"{file}: no ONNX file, or one without a graph")
     return model
 
 
@@ -62,10 +76,9 @@ def _has_layers(nodes: object) -> bool:
 
 def has_external_data(path: str | os.PathLike[str]) -> bool:
     """Whether a file keeps weights in others."""
-    import onnx
+    from onnx.external_data_helper import uses_external_data
 
-    model = onnx.load(os.fspath(path), format="protobuf", load_external_data=False)
-    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
+    return any(uses_external_data(tensor) for tensor in read_graph(Path(path)).graph.initializer)
 
 
 def write_model(model: ModelProto, file: Path, *, external: bool) -> None:

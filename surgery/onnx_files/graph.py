@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-__all__ = ["Constant", "Graph", "Reader", "inner_graphs", "read_tensor", "tensor_dtype", "true_inputs", "write_tensor"]
+__all__ = ["Constant", "Graph", "Reader", "inner_graphs", "read_tensor", "tensor_dtype", "told", "true_inputs", "write_tensor"]
 
 QUANTIZED = ("DequantizeLinear",)
 

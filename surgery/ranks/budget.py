@@ -12,7 +12,7 @@ from numbers import Integral, Real
 
 from passes.errors import SurgeryTypeError, SurgeryValueError
 
-__all__ = ["Budget", "Totals"]
+__all__ = ["RUNTIMES", "Budget", "Totals"]
 
 CRITERIA = ("mean", "max")
 RUNTIMES = ("onnxruntime", "openvino", "eager", "compile", "train")

@@ -18,7 +18,7 @@ from surgery.plan import Plan
 from surgery.ranks.budget import Budget
 from surgery.ranks.rules import Energy, Evbmf, Fraction, Rule, Stable
 
-__all__ = ["Named", "Names", "Request", "parse_ranks"]
+__all__ = ["Named", "Names", "Request", "as_names", "parse_ranks"]
 
 HELP = (
     'ranks: expected "evbmf", "evbmf:weaken=W", "evbmf:noise=SHARE", "energy:P", "stable", a fraction in (0, 1], a dict of layer names, '

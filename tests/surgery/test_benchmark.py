@@ -345,7 +345,7 @@ def test_what_two_files_refuse(two_files, tmp_path):
     with pytest.raises(SurgeryValueError, match=r"leaves dimensions open.*--size batch=N"):
         surgery.benchmark(first, second, None, runtimes=["onnxruntime"])
     (tmp_path / "no.onnx").write_bytes(b"\x00\x01 no graph")
-    with pytest.raises(SurgeryValueError, match="not an ONNX file"):
+    with pytest.raises(SurgeryValueError, match="no ONNX file"):
         surgery.benchmark(first, tmp_path / "no.onnx", X, runtimes=["onnxruntime"])
     with pytest.raises(FileNotFoundError):
         surgery.benchmark(first, tmp_path / "absent.onnx", X, runtimes=["onnxruntime"])

@@ -243,7 +243,7 @@ def test_what_is_made_in_inference_mode_can_be_trained(small, inplace):
 
 def test_a_chain_is_cut_again_at_most_to_its_own_ranks(small):
     net = surgery.decompose(small, {"conv2": (12, 8), "mix": 10})
-    with pytest.raises(surgery.SurgeryValueError, match=r"rank 13 of mode 'out' of conv2 .* is above the chain's own rank 12"):
+    with pytest.raises(surgery.SurgeryValueError, match=r"'conv2' cannot be cut as asked: rank 13 of mode 'out' is above the chain's own rank 12"):
         surgery.decompose(net, {"conv2": (13, 8)})
     with pytest.raises(surgery.SurgeryValueError, match="'conv2' cannot be cut as asked: rank 9 of mode 'in' is above the chain's own rank 8"):
         surgery.decompose(net, Plan({"conv2": Tucker(4, 9)}))

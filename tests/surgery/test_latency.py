@@ -14,9 +14,10 @@ import surgery
 from passes.factorization import Factorization
 from passes.geometry import Geometry
 from surgery import Budget, Keep, cli
-from surgery.cost import timing
+from surgery.cost import chains
+from surgery.cost.chains import RUNTIMES, Setup
 from surgery.cost.profile import Entry, Profile, TimedShape, cache_file, read_shapes, write_shapes
-from surgery.cost.timing import RUNTIMES, Conditions, describe, time_shapes
+from surgery.cost.timing import describe, time_shapes
 from surgery.latency import solving, times
 from surgery.latency.race import Race, Raced
 from surgery.latency.table import interpolated
@@ -39,7 +40,7 @@ class Clock:
     def seconds(self, shape):
         return self.call * len(shape.layers) + self.mac * shape.macs
 
-    def time_shapes(self, shapes, conditions):
+    def time_shapes(self, shapes, setup):
         self.timed += [shape.key for shape in shapes]
         return {shape.key: Entry(self.seconds(shape), 0.001) for shape in shapes}, 1.0
 
@@ -283,7 +284,7 @@ def test_the_onnx_models_compute_what_torch_computes(model):
     from passes.geometry import Piece
 
     for shape in shapes_of(model, torch.randn(1, 3, 16, 16)):
-        made, inputs = timing.onnx_model(shape)
+        made, inputs = chains.onnx_model(shape)
         weight = next(torch.tensor(numpy_helper.to_array(w)) for w in made.graph.initializer if w.name == "w0")
         (g,) = shape.layers
         layer = plain_layer(Piece("", g, weight.T if g.is_linear else weight, None), torch.zeros(g.out_channels))
@@ -301,7 +302,7 @@ def conv(channels):
 def test_a_real_clock_tells_large_from_small(runtime):
     shapes = [TimedShape((conv(channels),), (1, channels, 24, 24)) for channels in (16, 128)]
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    found, reference = time_shapes(shapes, Conditions(runtime=runtime, threads=1))
+    found, reference = time_shapes(shapes, Setup(runtime=runtime, threads=1))
     small, large = (found[shape.key] for shape in shapes)
     assert large.seconds > 3 * small.seconds  # 64 times the MACs
     assert reference > 0
@@ -314,7 +315,7 @@ def test_guard_latency_keeps_what_does_not_pay(clock):
     plan = surgery.plan(model, 0.5, example_inputs=X, guard="latency")
     assert any(isinstance(decision, Factorization) for decision in plan.values())
     clock.call = 1.0  # three layers are slower than one now; nothing that is known already is asked again
-    file = cache_file(describe(Conditions(runtime="eager", threads=torch.get_num_threads())))
+    file = cache_file(describe(Setup(runtime="eager", threads=torch.get_num_threads())))
     file.unlink()
     plan = surgery.plan(model, 0.5, example_inputs=X, guard="latency")
     assert all(isinstance(decision, Keep) for decision in plan.values())

@@ -19,8 +19,8 @@ from passes.spectra import Spectra
 from passes.svd import SVD
 from surgery import Budget, Keep
 from surgery.cost import macs_under
+from surgery.cost.chains import timed_in
 from surgery.cost.profile import Entry
-from surgery.cost.timing import timed_in
 from surgery.latency import race
 from surgery.latency.families import FRACTIONS, Proposal, rungs_of
 from surgery.latency.onnx_cut import Exported
@@ -191,7 +191,7 @@ class Noisy(Clock):
         super().__init__()
         self.spread, self.random = spread, random.Random(seed)
 
-    def time_shapes(self, shapes, conditions):
+    def time_shapes(self, shapes, setup):
         self.timed += [shape.key for shape in shapes]
         return {s.key: Entry(self.seconds(s) * max(1 + self.random.gauss(0, self.spread), 0.1), self.spread) for s in shapes}, 1.0
 

@@ -11,10 +11,11 @@ from torch import nn
 from passes.errors import SurgeryValueError
 from passes.geometry import Geometry
 from surgery.cost import timing
+from surgery.cost.chains import Setup
 from surgery.cost.profile import TimedShape
-from surgery.cost.timing import Conditions, in_terms_of_layers, time_shapes
+from surgery.cost.timing import in_terms_of_layers, time_shapes
 
-HERE = Conditions(runtime="eager", threads=1)
+HERE = Setup(runtime="eager", threads=1)
 
 
 def shape(channels):
@@ -28,7 +29,7 @@ class Machine:
     def __init__(self, busy=lambda now: 1.0, mac=1e-9):
         self.now, self.busy, self.mac, self.calls = 0.0, busy, mac, 0
 
-    def prepared(self, shape, conditions):
+    def prepared(self, shape, setup):
         return lambda: self.work(self.mac * shape.macs)
 
     def work(self, seconds):
@@ -111,7 +112,7 @@ def test_layers_on_single_examples_and_flat_inputs_are_timed_in_onnxruntime():
         TimedShape((linear,), (2, 6), "float32", False),
         TimedShape((linear,), (2, 4, 6), "float32", False),
     ]
-    found, _ = time_shapes(shapes, Conditions(runtime="onnxruntime", threads=1))
+    found, _ = time_shapes(shapes, Setup(runtime="onnxruntime", threads=1))
     assert {shape.key for shape in shapes} == set(found)
     with pytest.raises(SurgeryValueError, match="onnxruntime and openvino are timed with"):
-        time_shapes([TimedShape((conv,), (1, 3, 8, 8), "bfloat16", False)], Conditions(runtime="onnxruntime", threads=1))
+        time_shapes([TimedShape((conv,), (1, 3, 8, 8), "bfloat16", False)], Setup(runtime="onnxruntime", threads=1))

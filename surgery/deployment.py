@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from passes import DropIdentities, FoldBatchNorm, MergePointwise, Pass, PassResult, host_for, name_of, run_pipeline
 from passes.errors import SurgeryError, SurgeryValueError
+from passes.functional_norms import norms_as_modules
 from passes.parity import assert_parity
 from passes.result import Outcome
 from passes.running import output_of, private_copy
@@ -30,7 +31,8 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
     """The network for inference: identities and dropout gone, batch norms folded, neighbouring 1x1 layers merged where that lowers MACs.
 
     It is a flat graph (``surgery.trace``) in eval mode. A model that cannot be traced is cleaned in place on a copy, and only where all is plain
-    ``nn.Sequential`` from the root down. Either way the result is compared with the model on the example inputs. ``surgery.report`` tells what
+    ``nn.Sequential`` from the root down. On the graph, batch norms that a class calls as functions are folded too, and checks of nothing but
+    sizes (``torch._assert``) are dropped. Either way the result is compared with the model on the example inputs. ``surgery.report`` tells what
     became of the layers; chains whose layers were merged cannot be reconstructed any more. It is for exporting: it cannot be saved, and train mode
     means nothing to it.
 
@@ -78,14 +80,14 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
 
 def _graph_of(model: nn.Module, example_inputs: Any) -> nn.Module:
     """The model's verified trace where there is one, else the model."""
-    if isinstance(model, fx.GraphModule):
-        return model
     try:
-        return trace(model, example_inputs)
+        traced = model if isinstance(model, fx.GraphModule) else trace(model, example_inputs)
     except SurgeryValueError:  # it does not accept the inputs
         raise
     except SurgeryError:
         return model
+    norms_as_modules(traced)
+    return traced
 
 
 def _told(results: Sequence[PassResult], sites: Sequence[Site]) -> tuple[Outcome, ...]:

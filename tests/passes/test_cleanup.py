@@ -69,9 +69,8 @@ def randomized(model, seed=3):
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             module.running_mean.copy_(torch.randn(module.num_features, generator=generator))
             module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
-            with torch.no_grad():
-                module.weight.copy_(torch.randn(module.num_features, generator=generator))
-                module.bias.copy_(torch.randn(module.num_features, generator=generator))
+            for parameter in module.parameters(recurse=False):
+                torch.nn.init.normal_(parameter, generator=generator)
     return model.eval()
 
 

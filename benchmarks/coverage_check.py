@@ -143,6 +143,7 @@ def _check_prepared(model: nn.Module, inputs: Any, dtype: torch.dtype, row: dict
         graph = surgery.capture(model, inputs)
         row["capture"] = "recorded" if type(graph).__name__ == "RecordedGraph" else "traced"
         row["nodes"] = len(graph.nodes)
+        del graph  # and with it a copy of all weights
     references: dict[str, Run] = {}
     with step("reference"):
         inputs = to_dtype(inputs, dtype)

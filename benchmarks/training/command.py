@@ -47,9 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: Recipe) -> None:
     add("--round-to", type=int, default=defaults.round_to, help="default: %(default)s")
     add("--decay", choices=["each", "product"], default=defaults.decay, help="default: %(default)s")
     add("--unbalanced", dest="balanced", action="store_false", help="factors as they come from the cut")
+    add("--chain-rate", type=_share, default=defaults.chain_rate, metavar="SHARE", help="of the rate, for factors (default: %(default)s)")
     add("--warm-up", type=int, default=defaults.warm_up, metavar="STEPS", help="default: %(default)s")
     add("--batch-norm", type=int, default=defaults.batch_norm, metavar="BATCHES", help="take statistics anew after the cut")
     add("--calibration", type=int, default=defaults.calibration, metavar="BATCHES", help="factors that fit what the layers see")
+
+
+def _share(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def recipes(options: argparse.Namespace) -> list[Recipe]:

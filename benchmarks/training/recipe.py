@@ -15,7 +15,7 @@ from training.scenario import Scenario
 
 __all__ = ["Recipe", "fresh_network"]
 
-OF_THE_CUT = ("ranks", "method", "guard", "round_to", "decay", "balanced", "warm_up", "batch_norm", "calibration")
+OF_THE_CUT = ("ranks", "method", "guard", "round_to", "decay", "balanced", "chain_rate", "warm_up", "batch_norm", "calibration")
 FINE_TUNING = (0.1, 0.01)  # of the first rate, in the two halves
 
 
@@ -39,6 +39,7 @@ class Recipe:
         channels_last: memory format of weights and pictures.
         ranks: as for ``surgery.DecompositionSchedule``, and so ``method``, ``guard`` (None is its default, the measured training step), ``round_to``,
             ``decay``, ``balanced`` and ``warm_up``.
+        chain_rate: of the learning rate, for factors: what ``DecompositionSchedule`` calls ``rate``.
         batch_norm: batches over which statistics are taken anew after the cut; 0 leaves them as they are.
         calibration: batches for factors that fit what the layers see; 0 for the weights alone.
     """
@@ -62,6 +63,7 @@ class Recipe:
     round_to: int = 8
     decay: str = "product"
     balanced: bool = True
+    chain_rate: float | str = "auto"
     warm_up: int = 0
     batch_norm: int = 0
     calibration: int = 0
@@ -101,6 +103,7 @@ class Recipe:
             batch_norm=self._batches(pictures, self.batch_norm),
             warm_up=self.warm_up,
             balanced=self.balanced,
+            rate=self.chain_rate,
             decay=self.decay,
         )
 

@@ -35,6 +35,7 @@ from surgery.training.followers import Followers, followers_of
 from surgery.training.optimizer import as_optimizers, as_rules
 from surgery.training.resuming import FORMAT, VERSION, read_state, rebuild
 from surgery.training.settling import Settled, stable_ranks
+from surgery.training.shorter_steps import ShorterSteps
 from surgery.training.step_time import never_slower
 from surgery.training.warm_up import WarmUp
 
@@ -70,6 +71,8 @@ class DecompositionSchedule:
         example_inputs: a batch as in training, in its memory format.
         calibration: batches for factors that fit what the layers see now (see ``decompose``), or a function that gives them, called at each cut.
         batch_norm: batches, likewise, to take the statistics of batch norms anew on after each cut, in the model and in its copies.
+        rate: the share of the learning rate at which factors are trained, underneath the schedulers: ``"auto"`` is 1 / number of factors of their
+            chain, since each of them moves its product (see ``surgery/training/shorter_steps.py``); 1 trains them like layers.
         warm_up: optimizer steps after each cut over which the learning rate rises again, underneath the schedulers.
         balanced: chains whose layers have equal norms. Factors of a data-aware cut differ so much in size that training on them as they are diverges.
         decay: ``"each"``: ``weight_decay`` acts on each factor; ``"product"``: on the product of each chain, as on the layer before
@@ -99,6 +102,7 @@ class DecompositionSchedule:
         example_inputs: Any = None,
         calibration: Batches = None,
         batch_norm: Batches = None,
+        rate: float | str = "auto",
         warm_up: int = 0,
         balanced: bool = True,
         decay: str = "each",
@@ -131,6 +135,7 @@ class DecompositionSchedule:
                 raise SurgeryTypeError(f"{argument}: expected batches to iterate over, or a function that gives them, got {type(batches).__name__}")
         self.example_inputs, self.calibration, self.batch_norm = example_inputs, calibration, batch_norm
         self.warm_up, self.balanced, self.decay, self.state = _position("warm_up", warm_up), balanced, decay, state
+        self.rate = _rate(rate)
         self.progress = progress
         self.cuts_done = 0
         self.whole_again = False
@@ -141,6 +146,7 @@ class DecompositionSchedule:
         self._warmed_up = 0  # optimizer steps since the last cut that were slowed down
         self._warming: WarmUp | None = None
         self._decaying: FrobeniusDecay | None = None
+        self._shortened: ShorterSteps | None = None
 
     def step(self, position: int, model: nn.Module, optimizer: Any = None, scheduler: Any = None, *, also: Any = None) -> Report | None:
         """Do what is due at this position: nothing, mostly.
@@ -151,7 +157,7 @@ class DecompositionSchedule:
         Args:
             position: epoch or step that is about to begin, from 0.
             model: the one that is trained, changed in place.
-            optimizer: the one that trains it, or a list of several.
+            optimizer: the one that trains it, or a list of several. Without one ``rate="auto"`` waits for ``attach``.
             scheduler: of learning rates, or a list of several. Most need nothing, because groups stay; ``ReduceLROnPlateau`` counts anew after
                 a cut, since the network is then worse for a while for another reason than its rate.
             also: averaged copies of the model, see ``decompose``.
@@ -207,8 +213,7 @@ class DecompositionSchedule:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
 
-        The optimizer may as well be made after this from ``model.parameters()``: the order is the same. With ``warm_up`` or ``decay="product"`` it
-        has to be given here, or to ``attach``.
+        The optimizer may be made after this from ``model.parameters()``, whose order is the same: say ``hooks=False``, and ``attach`` it then.
 
         Args:
             state: what ``state_dict`` gave.
@@ -218,13 +223,15 @@ class DecompositionSchedule:
             hooks: False where the optimizer does not exist yet; call ``attach`` when it does.
 
         Raises:
-            SurgeryValueError: no such state, or it does not fit the model, which is then as it was.
+            SurgeryValueError: no such state, or it does not fit the model, which is then as it was; no optimizer for what acts on it.
         """
         usable_model(model)
         facts = read_state(state)
         followers = followers_of(model, optimizer, also, "reset", inplace=True) or Followers(model=model)
         if hooks and facts["plan"] is not None:
             self._check_optimizers(followers.optimizers)
+            if not followers.optimizers and self.rate != 1 and not facts["whole_again"]:
+                raise SurgeryValueError("optimizer: rate acts on it; give it here, or hooks=False here and the optimizer to attach when it is made")
         self._take(facts, followers)
         self._unhook()
         self.history, self._looked_at, self._warmed_up = facts["history"], facts["looked_at"], facts["warmed_up"]
@@ -232,15 +239,15 @@ class DecompositionSchedule:
             self._hook(model, followers.optimizers)
 
     def attach(self, model: nn.Module, optimizer: Any) -> None:
-        """Have ``warm_up`` and ``decay`` act on an ``optimizer`` made for ``model`` after ``load_state_dict``. Called twice it does no harm."""
+        """Have ``rate``, ``warm_up`` and ``decay`` act on an ``optimizer`` made for ``model`` after ``load_state_dict``. Twice does no harm."""
         optimizers = as_optimizers(optimizer)
         self._check_optimizers(optimizers)
         self._unhook()
         self._hook(model, optimizers)
 
     def _check_optimizers(self, optimizers: Sequence[Any]) -> None:
-        if not optimizers and (self.warm_up or self.decay == "product"):
-            raise SurgeryValueError("optimizer: warm_up and decay='product' act on it; give the one that trains the model")
+        if not optimizers and (self.warm_up or self.decay == "product" or (isinstance(self.rate, float) and self.rate != 1)):
+            raise SurgeryValueError("optimizer: rate, warm_up and decay='product' act on it; give the one that trains the model")
 
     def _due(self, position: int, model: nn.Module) -> Callable[[Followers], None] | None:
         """What is to be done at this position, if anything."""
@@ -339,12 +346,16 @@ class DecompositionSchedule:
         if self._decaying is not None:
             self._decaying.remove()
             self._decaying = None
+        if self._shortened is not None:
+            self._shortened.remove()
+            self._shortened = None
 
     def _hook(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
         """Learning rates and decay from here on."""
         cut = self.cuts_done > 0 and not self.whole_again
         self._warming = WarmUp(list(optimizers), self.warm_up, self._warmed_up) if cut and self.warm_up else None
         self._decaying = frobenius_decay(model, list(optimizers)) if cut and self.decay == "product" else None
+        self._shortened = ShorterSteps(model, list(optimizers), self.rate) if cut and self.rate != 1 else None
 
 
 def _batches(argument: str, given: Batches) -> Any:
@@ -363,6 +374,16 @@ def _position(name: str, value: Any) -> int:
     if value < 0:
         raise SurgeryValueError(f"{name}: must be at least 0, got {value}")
     return int(value)
+
+
+def _rate(value: Any) -> float | str:
+    if value == "auto":
+        return "auto"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise SurgeryTypeError(f"rate: expected 'auto' or a number, got {value!r}")
+    if not 0 < value <= 1:
+        raise SurgeryValueError(f"rate: expected a share in (0, 1], got {value}")
+    return float(value)
 
 
 def _positions(value: Any) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ class WarmUp:
     """For so many steps of the optimizers, their rates rise in a straight line from nearly nothing to what their schedulers say.
 
     Each step is made at rate * (k + 1) / (steps + 1), k = 0, 1, ...; right after it the rate in the group is the scheduler's again, so that no
-    scheduler sees any of it. The hooks go when it is done.
+    scheduler sees any of it.
 
     Args:
         optimizer: one, or a list of several that step together.
@@ -51,13 +51,13 @@ class WarmUp:
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._restore(optimizer)
+        if not self.left:
+            return
         self._rates[id(optimizer)] = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * ((self.done + 1) / (self.steps + 1))
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._restore(optimizer)
-        if id(optimizer) == self._last:
+        if id(optimizer) == self._last and self.left:  # the hooks stay: torch is going through them just now
             self.done += 1
-            if not self.left:
-                self.remove()

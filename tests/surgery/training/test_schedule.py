@@ -136,7 +136,8 @@ def test_an_optimizer_made_after_loading_has_the_same_order():
     schedule.step(0, model, optimizer)
     epoch(model, optimizer, 0)
     fresh = Small()
-    DecompositionSchedule(decompose_at=0, ranks=0.5).load_state_dict(schedule.state_dict(), fresh)
+    resumed = DecompositionSchedule(decompose_at=0, ranks=0.5)
+    resumed.load_state_dict(schedule.state_dict(), fresh, hooks=False)
     fresh.load_state_dict(model.state_dict())
     later = sgd(fresh)
     later.load_state_dict(optimizer.state_dict())
@@ -394,6 +395,9 @@ def test_layers_in_which_evbmf_sees_noise_can_be_cut_all_the_same():
         ({"guard": "no"}, SurgeryValueError, "guard"),
         ({"decay": "none"}, SurgeryValueError, "decay"),
         ({"warm_up": -3}, SurgeryValueError, "warm_up"),
+        ({"rate": 0}, SurgeryValueError, r"rate: expected a share in \(0, 1\], got 0"),
+        ({"rate": 1.5}, SurgeryValueError, r"rate: expected a share in \(0, 1\], got 1.5"),
+        ({"rate": "lower"}, SurgeryTypeError, "rate: expected 'auto' or a number, got 'lower'"),
         ({"state": "keep"}, SurgeryValueError, "state"),
         ({"method": "tuckr"}, SurgeryValueError, "method"),
     ],
@@ -424,7 +428,7 @@ def test_wrong_calls_are_refused_and_change_nothing():
         schedule.step(0.0, model, optimizer)
     with pytest.raises(SurgeryTypeError, match="scheduler"):
         schedule.step(0, model, optimizer, optimizer)
-    with pytest.raises(SurgeryValueError, match="warm_up and decay"):
+    with pytest.raises(SurgeryValueError, match="rate, warm_up and decay"):
         schedule.step(0, model)
     with pytest.raises(SurgeryValueError, match="fails on them"):
         DecompositionSchedule(0, ranks=0.5, batch_norm=[torch.randn(2, 4, 12, 12)]).step(0, model, optimizer)
@@ -522,6 +526,6 @@ def test_a_state_that_does_not_fit_leaves_a_model_that_was_cut_before_as_it_was(
     other.step(0, nn.Sequential(nn.Conv2d(3, 8, 3)))
     keys = list(model.state_dict())
     with pytest.raises(SurgeryValueError, match="'0', which is no layer"):
-        schedule.load_state_dict(other.state_dict(), model)
+        schedule.load_state_dict(other.state_dict(), model, hooks=False)
     assert list(model.state_dict()) == keys
     assert schedule.plan == surgery.Plan({"conv2": Tucker(8, 4)})

@@ -138,7 +138,7 @@ class Steps:
 
 
 def _check_prepared(model: nn.Module, inputs: Any, dtype: torch.dtype, row: dict[str, Any], step: Steps, folder: Path) -> None:
-    """What each layer gave waits in a file until it is compared with: all of that may take more memory than the network."""
+    """What each layer gave waits in a file until it is compared with, and so do the original's weights: all of that may take more than there is."""
     with step("capture"):
         graph = surgery.capture(model, inputs)
         row["capture"] = "recorded" if type(graph).__name__ == "RecordedGraph" else "traced"
@@ -155,6 +155,7 @@ def _check_prepared(model: nn.Module, inputs: Any, dtype: torch.dtype, row: dict
             reference.calls = {}
             references[mode] = reference
         del original
+        rest_in_file(model, folder / "weights")
     if row["failures"] and not references:
         return
     full = half = None
@@ -185,6 +186,20 @@ def _check_prepared(model: nn.Module, inputs: Any, dtype: torch.dtype, row: dict
         if got != keys:
             odd = sorted(set(map(str, got)) ^ set(map(str, keys)))
             raise Checked(f"the state dict after reconstruction differs: {odd[:4] or 'the order of its keys'}")
+
+
+def rest_in_file(model: nn.Module, file: Path) -> None:
+    """Weights in a file that is mapped into memory, which need none while nobody reads them; what is written to them stays in memory."""
+    with file.open("wb") as out:
+        places = [(p, out.tell(), out.write(p.detach().numpy().tobytes())) for p in _plain(model)]
+    for parameter, start, size in places:
+        mapped = torch.from_numpy(numpy.memmap(file, numpy.uint8, "c", start, (size,)))
+        parameter.data = mapped.view(parameter.dtype).view(parameter.shape)
+
+
+def _plain(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Large parameters whose numbers lie in their order."""
+    return (p for p in model.parameters() if p.is_contiguous() and p.numel() > 2**16 and p.dtype in TOLERANCE)
 
 
 def _short(dtype: torch.dtype) -> str:

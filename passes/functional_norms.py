@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional
+
+from passes.neighbours import outer_names
 
 __all__ = ["norms_as_modules"]
 
@@ -92,7 +94,7 @@ def _replace(
     """One module for these calls, unless its tensors are not its own."""
     named = {name: target for name, target in targets.items() if target is not None}
     readers = [n for n in model.graph.nodes if n.op == "get_attr" and n.target in named.values()]
-    tensors = {name: _tensor(model, target) for name, target in named.items()}
+    tensors = {name: operator.attrgetter(target)(model) for name, target in named.items()}
     others_read = any(user not in nodes for reader in readers for user in reader.users)
     if (
         others_read
@@ -103,7 +105,7 @@ def _replace(
     norm = kind(tensors["running_mean"].numel(), eps=eps, affine="weight" in tensors, device="meta").eval()
     for name, tensor in tensors.items():
         (norm._parameters if name in ("weight", "bias") else norm._buffers)[name] = tensor
-    norm.num_batches_tracked = torch.zeros((), dtype=torch.long)
+    norm.num_batches_tracked = torch.zeros((), dtype=torch.long, device=tensors["running_mean"].device)
     place = _free_name(model, named["running_mean"].rpartition(".")[0])
     model.add_submodule(place, norm)
     for node in nodes:
@@ -122,22 +124,10 @@ def _replace(
 def _others_hold(model: fx.GraphModule, targets: set[str]) -> bool:
     """Whether a module that the graph calls holds one of these tensors, or they are also found under other names."""
     called = {str(n.target) for n in model.graph.nodes if n.op == "call_module"}
-    if any(outer in called for target in targets for outer in _outer(target)):
+    if any(outer in called for target in targets for outer in outer_names(target)):
         return True
     found = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return bool({id(t) for name, t in found if name in targets} & {id(t) for name, t in found if name not in targets})
-
-
-def _outer(target: str) -> Iterator[str]:
-    """Names of the modules that a tensor is in."""
-    while "." in target:
-        target = target.rpartition(".")[0]
-        yield target
-
-
-def _tensor(model: fx.GraphModule, target: str) -> Any:
-    path, _, name = target.rpartition(".")
-    return getattr(model.get_submodule(path), name)
 
 
 def _free_name(model: fx.GraphModule, path: str) -> str:

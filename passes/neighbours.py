@@ -19,7 +19,7 @@ from torch import fx, nn
 from passes.chain import Chain, TransposedChain, has_hooks
 from passes.site import Call, held_outside, is_layer, named_groups, reason_to_keep
 
-__all__ = ["BATCH_NORMS", "Neighbour", "is_batch_norm", "is_norm", "read_neighbours", "sequence_graph", "unproved"]
+__all__ = ["BATCH_NORMS", "Neighbour", "is_batch_norm", "is_norm", "outer_names", "read_neighbours", "sequence_graph", "unproved"]
 
 PLAIN_CONTAINERS = (nn.Sequential, Chain, TransposedChain)
 BATCH_NORMS: dict[type[nn.Module], int | None] = {nn.BatchNorm1d: None, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3, nn.SyncBatchNorm: None}
@@ -279,7 +279,7 @@ def _obstacles(groups: Sequence[tuple[nn.Module, tuple[str, ...]]], graph: fx.Gr
             return f"{type(module).__name__} computes its output in its own way"
         if any(name in read for name in names):
             return "its parameters are also read outside its own forward"
-        whole = next((outer for name in names for outer in _outer(name) if outer in opaque), None)
+        whole = next((outer for name in names for outer in outer_names(name) if outer in opaque), None)
         if whole is not None:
             return f"it is also inside {whole}, which is called as a whole"
         chain = chains.get(names[0])
@@ -295,7 +295,8 @@ def _obstacles(groups: Sequence[tuple[nn.Module, tuple[str, ...]]], graph: fx.Gr
     return reasons
 
 
-def _outer(name: str) -> Iterator[str]:
+def outer_names(name: str) -> Iterator[str]:
+    """Names of the modules around something of this name, but of the root, inside out."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import tensors_in
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["FileInput", "file_inputs", "inputs_for", "macs_of_file", "made_up"]
 

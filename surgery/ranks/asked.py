@@ -41,12 +41,15 @@ def as_asked(site: Site, kind: Blockwise, named: Named) -> Decision:
         if named.exact or isinstance(named.value, str) or not isinstance(named.value, Sequence | Integral):
             raise
         return Keep(str(error).removeprefix("ranks: "))
-    refusal = site.keep or (asked.reason if isinstance(asked, Keep) else refusal_of(site, asked))
-    if refusal is None and isinstance(asked, Factorization):
-        return settled(site, asked)
+    if isinstance(asked, Factorization):
+        refusal = site.keep or refusal_of(site, asked)
+        if refusal is None:
+            return settled(site, asked)
+    else:
+        refusal = site.keep or asked.reason
     if named.exact:
         raise SurgeryValueError(f"ranks: {named.key!r} cannot be cut as asked: {refusal}")
-    return Keep(refusal or "")
+    return Keep(refusal)
 
 
 def _asked(site: Site, kind: Blockwise, named: Named) -> Factorization | Keep:

@@ -9,7 +9,8 @@ chains that do not pay left out.
 
 A row is appended to ``benchmarks/results/latency.jsonl`` when it is done, and one that is there, of the same threads and batch, is not measured
 again: a run that was stopped goes on. Table and pictures (``latency.md``, ``latency.png``) are made of all rows at the end; ``--table`` makes them of
-what is there. Let nothing else run on the machine meanwhile; the load average is kept with the rows so that readers can tell.
+what is there. Let nothing else run on the machine meanwhile, or pin this and all else to cores of their own (``taskset``); the load average is kept
+with the rows so that readers can tell. ``results/latency_beside.jsonl`` has rows measured both ways.
 """
 
 from __future__ import annotations

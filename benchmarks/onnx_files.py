@@ -298,7 +298,7 @@ def table(data: dict[str, Any]) -> str:
 
 
 HOWS = ("weights", "calibrated")
-BUSY = "a load above 1 means that the machine was doing other work: such times are to be measured again on an idle one."
+BUSY = "a load above 1 is other work on the machine: such times stand only where all of it is pinned to other cores."
 
 
 def cell(form: Callable[[dict[str, Any]], str], row: dict[str, Any] | None) -> str:

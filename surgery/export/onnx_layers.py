@@ -65,17 +65,21 @@ def onnx_convolutions(model: str | os.PathLike[str] | ModelProto) -> tuple[OnnxC
 def check_chains(model: ModelProto, network: nn.Module, called: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a graph in which the convolutions of a chain are others than the chain's.
 
+    Of a chain whose outputs the network throws away, exporters leave nothing in the graph, which is right.
+
     Args:
         model: the graph, its layers named.
         network: what was exported.
         called: weight shape of every convolution module that was called, by name.
 
     Raises:
-        ParityError: one is absent, has another shape, or is there in addition.
+        ParityError: one is absent where others of its chain are not, has another shape, or is there in addition; or one stands for a whole chain.
     """
-    chains = {name for name, module in network.named_modules() if isinstance(module, Chain)}
+    there = onnx_convolutions(model)
+    left = {name for c in there for name in (c.layer, c.layer.rpartition(".")[0])}
+    chains = {name for name, module in network.named_modules() if isinstance(module, Chain) and name in left}
     expected = {(name, shape) for name, shape in called.items() if name.rpartition(".")[0] in chains}
-    found = {(c.layer, c.weight_shape) for c in onnx_convolutions(model) if c.layer.rpartition(".")[0] in chains}
+    found = {(c.layer, c.weight_shape) for c in there if c.layer.rpartition(".")[0] in chains}
     if found != expected:
         odd = sorted(f"{name} {shape}" for name, shape in found ^ expected)
         raise ParityError(f"the ONNX graph has other convolutions than the network's chains: {', '.join(odd)}")

@@ -96,6 +96,26 @@ def test_nodes_have_the_names_of_their_layers(tmp_path, exporter, form):
     assert len({node.name for node in graph.node}) == len(graph.node)
 
 
+class Auxiliary(nn.Module):
+    """Computes a head in vain, as networks do that need it in training only."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.aux = (nn.Conv2d(3, width, 3, padding=1) for width in (8, 5))
+
+    def forward(self, x):
+        self.aux(x)
+        return self.body(x)
+
+
+@BOTH
+def test_a_chain_whose_output_is_thrown_away_need_not_be_in_the_file(tmp_path, exporter):
+    net = surgery.decompose(Auxiliary().eval(), {"re:body|aux": 0.5})
+    report = surgery.export_onnx(net, tmp_path / "net.onnx", X, exporter=exporter)
+    layers = {c.layer for c in onnx_convolutions(report.path)}
+    assert layers == {"body.reduce", "body.core", "body.expand"}  # torch takes the rest out
+
+
 def test_files_hold_no_paths_of_the_machine(small, tmp_path):
     surgery.export_onnx(small, tmp_path / "net.onnx", X, exporter="dynamo", check=False)
     assert __file__.encode() not in (tmp_path / "net.onnx").read_bytes()

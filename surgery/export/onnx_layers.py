@@ -7,9 +7,10 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from passes.chain import Chain
 from passes.errors import ParityError
@@ -89,7 +90,8 @@ def name_layers(model: ModelProto, network: nn.Module, prefix: str) -> None:
     """Give every convolution and linear node the qualified name of its layer, in place, and take the wrapper's prefix from all names.
 
     A layer that is called several times gives ``name``, ``name#2``, ...; the name of any other convolution has a slash in it. Both exporters keep
-    the names of weights; where several layers share one, or the weight is computed, the module in whose scope the node was made tells which it is.
+    the names of weights; where several layers share one, or have equal ones, which exporters make one, or the weight is computed, the module in whose
+    scope the node was made tells which it is.
     """
     for graph in _graphs(model.graph):
         for node in graph.node:
@@ -109,11 +111,20 @@ def name_layers(model: ModelProto, network: nn.Module, prefix: str) -> None:
 
 
 def _layers(network: nn.Module) -> tuple[set[str], dict[str, list[str]]]:
-    """First names of all convolution and linear modules, and those that hold a weight, by each name that the weight has in the network."""
+    """First names of all convolution and linear modules, and those that hold a weight or its equal, by each name that the weight has in the network."""
     layers = {name: module for name, module in network.named_modules() if name and isinstance(module, nn.modules.conv._ConvNd | nn.Linear)}
     by_weight: dict[int, list[str]] = {}
+    alike: dict[tuple[Any, ...], list[tuple[Tensor, list[str]]]] = {}
     for name, module in layers.items():
-        by_weight.setdefault(id(module._parameters.get("weight")), []).append(name)
+        weight = module._parameters.get("weight")
+        if weight is None:
+            continue
+        if id(weight) not in by_weight:
+            group = alike.setdefault((weight.shape, weight.dtype, weight.device, weight.sum().item()), [])
+            names = next((names for other, names in group if torch.equal(other, weight)), [])
+            group.append((weight, names))
+            by_weight[id(weight)] = names
+        by_weight[id(weight)].append(name)
     weights = network.named_parameters(remove_duplicate=False)
     return set(layers), {name: by_weight[id(weight)] for name, weight in weights if id(weight) in by_weight}
 
@@ -192,10 +203,12 @@ def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
 
 
 def _shapes(graph: GraphProto) -> dict[str, tuple[int, ...]]:
-    """Shapes of constants, by name."""
+    """Shapes of constants, by name, those of their second names too."""
     found = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for node in graph.node:
-        if node.op_type == "Constant" and (value := next((a.t for a in node.attribute if a.name == "value"), None)) is not None:
+        if node.op_type == "Identity" and node.input[0] in found:
+            found[node.output[0]] = found[node.input[0]]
+        elif node.op_type == "Constant" and (value := next((a.t for a in node.attribute if a.name == "value"), None)) is not None:
             found[node.output[0]] = tuple(value.dims)
     return found
 

@@ -116,6 +116,27 @@ def test_a_chain_whose_output_is_thrown_away_need_not_be_in_the_file(tmp_path, e
     assert layers == {"body.reduce", "body.core", "body.expand"}  # torch takes the rest out
 
 
+class Zeros(nn.Module):
+    """Layers that begin as zeros, as ControlNet's do: exporters make one constant of equal weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 8, 1) for _ in range(3))
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x):
+        return self.first(x) + 1, self.second(x.relu()), self.third(x.sigmoid())
+
+
+@BOTH
+def test_layers_with_equal_weights_keep_their_own_names(tmp_path, exporter):
+    plain = surgery.export_onnx(Zeros().eval(), tmp_path / "plain.onnx", X, exporter=exporter)
+    assert in_file(plain.path) == Counter((name, (8, 3, 1, 1)) for name in ("first", "second", "third"))
+    net = surgery.decompose(Zeros().eval(), {"re:.*": 2})
+    assert in_file(surgery.export_onnx(net, tmp_path / "net.onnx", X, exporter=exporter).path) == planned(net)
+
+
 def test_files_hold_no_paths_of_the_machine(small, tmp_path):
     surgery.export_onnx(small, tmp_path / "net.onnx", X, exporter="dynamo", check=False)
     assert __file__.encode() not in (tmp_path / "net.onnx").read_bytes()

@@ -111,7 +111,7 @@ def name_layers(model: ModelProto, network: nn.Module, prefix: str) -> None:
 
 
 def _layers(network: nn.Module) -> tuple[set[str], dict[str, list[str]]]:
-    """First names of all convolution and linear modules, and those that hold a weight or its equal, by each name that the weight has in the network."""
+    """First names of all convolution and linear modules, and those that hold a weight or its equal, by each name that the weight has."""
     layers = {name: module for name, module in network.named_modules() if name and isinstance(module, nn.modules.conv._ConvNd | nn.Linear)}
     by_weight: dict[int, list[str]] = {}
     alike: dict[tuple[Any, ...], list[tuple[Tensor, list[str]]]] = {}
@@ -120,7 +120,7 @@ def _layers(network: nn.Module) -> tuple[set[str], dict[str, list[str]]]:
         if weight is None:
             continue
         if id(weight) not in by_weight:
-            group = alike.setdefault((weight.shape, weight.dtype, weight.device, weight.sum().item()), [])
+            group = alike.setdefault((weight.shape, weight.dtype, weight.device, weight.detach().sum().item()), [])
             names = next((names for other, names in group if torch.equal(other, weight)), [])
             group.append((weight, names))
             by_weight[id(weight)] = names

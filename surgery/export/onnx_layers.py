@@ -66,7 +66,8 @@ def onnx_convolutions(model: str | os.PathLike[str] | ModelProto) -> tuple[OnnxC
 def check_chains(model: ModelProto, network: nn.Module, called: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a graph in which the convolutions of a chain are others than the chain's.
 
-    Of a chain whose outputs the network throws away, exporters leave nothing in the graph, which is right.
+    Of a chain whose outputs the network throws away, exporters leave nothing in the graph, and of layers with equal weights and one input a single
+    one, which is right.
 
     Args:
         model: the graph, its layers named.
@@ -81,8 +82,9 @@ def check_chains(model: ModelProto, network: nn.Module, called: Mapping[str, tup
     chains = {name for name, module in network.named_modules() if isinstance(module, Chain) and name in left}
     expected = {(name, shape) for name, shape in called.items() if name.rpartition(".")[0] in chains}
     found = {(c.layer, c.weight_shape) for c in there if c.layer.rpartition(".")[0] in chains}
-    if found != expected:
-        odd = sorted(f"{name} {shape}" for name, shape in found ^ expected)
+    holders = _layers(network)[1]
+    absent = {(name, shape) for name, shape in expected - found if left.isdisjoint({*holders.get(f"{name}.weight", ())} - {name})}
+    if odd := sorted(f"{name} {shape}" for name, shape in (found - expected) | absent):
         raise ParityError(f"the ONNX graph has other convolutions than the network's chains: {', '.join(odd)}")
 
 

@@ -137,6 +137,28 @@ def test_layers_with_equal_weights_keep_their_own_names(tmp_path, exporter):
     assert in_file(surgery.export_onnx(net, tmp_path / "net.onnx", X, exporter=exporter).path) == planned(net)
 
 
+class Twice(nn.Module):
+    """Two layers on one channel: both chains begin with a multiplication by one of it, which exporters do once."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.left(x), self.right(x)
+
+
+@BOTH
+def test_layers_that_compute_the_same_may_be_one(tmp_path, exporter):
+    torch.manual_seed(0)
+    net = surgery.decompose(Twice().eval(), {"re:.*": (3, 1)})
+    with torch.no_grad():
+        net.right.reduce.weight.copy_(net.left.reduce.weight)
+    report = surgery.export_onnx(net, tmp_path / "net.onnx", X[:, :1], exporter=exporter)
+    layers = {c.layer for c in onnx_convolutions(report.path)}
+    assert {"left.core", "left.expand", "right.core", "right.expand"} < layers <= {name for name, _ in planned(net)}
+
+
 def test_files_hold_no_paths_of_the_machine(small, tmp_path):
     surgery.export_onnx(small, tmp_path / "net.onnx", X, exporter="dynamo", check=False)
     assert __file__.encode() not in (tmp_path / "net.onnx").read_bytes()

@@ -236,7 +236,8 @@ def publish(rows: Sequence[Row], costs: Sequence[Row], out: Path) -> None:
 INTRODUCTION = """\
 Random weights in float32, small inputs, each network as it is and with every layer at half rank. A file counts when it agrees with the network on
 fresh inputs (max |a - b| / max |b| at most 1e-4), on two sizes of whatever is open. Seconds are of one processor core and include that check. What is
-open: B the batch, S sizes (the plain networks are asked for the batch only). What exactly is done: `benchmarks/exporters.py`."""
+open: B the batch, S sizes (the plain networks are asked for the batch only). What exactly is done: `benchmarks/exporters.py`. A difference of exactly
+0 in all of them is a network whose random weights say the same of every input (GoogLeNet): its rows show only that files are written and run."""
 
 
 def results(rows: Sequence[Row]) -> Iterator[tuple[Row, str, str, Row]]:

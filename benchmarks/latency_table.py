@@ -47,8 +47,8 @@ def markdown(rows: Sequence[Row]) -> str:
         "",
         "Ratios are original / cut. The time ratio is the median over interleaved pairs, ± half its 99 % confidence interval; time/FLOPs is 1 where",
         "time falls as FLOPs do. There is no verdict where the spread is larger than the difference. **Bold**: recommended, the fastest of the cuts",
-        "to half the MACs that are faster beyond their spread. RMS error is that of the weights of all convolutions, before any training. A load of",
-        "2 is work on the other core, each process pinned to its own; what that does to ratios was measured with both: `latency_beside.jsonl`.",
+        "to half the MACs that are faster beyond their spread. RMS error is that of the weights of all convolutions, before any training. A load",
+        "above 1 is other work, which must be pinned to other cores; rows measured both ways are in `latency_beside.jsonl`.",
     ]
     for runtime, threads, batch in dict.fromkeys((row["runtime"], row["threads"], row["batch"]) for row in rows):
         group = [row for row in rows if (row["runtime"], row["threads"], row["batch"]) == (runtime, threads, batch)]

@@ -82,8 +82,9 @@ def check_chains(model: ModelProto, network: nn.Module, called: Mapping[str, tup
     chains = {name for name, module in network.named_modules() if isinstance(module, Chain) and name in left}
     expected = {(name, shape) for name, shape in called.items() if name.rpartition(".")[0] in chains}
     found = {(c.layer, c.weight_shape) for c in there if c.layer.rpartition(".")[0] in chains}
-    holders = _layers(network)[1]
-    absent = {(name, shape) for name, shape in expected - found if left.isdisjoint({*holders.get(f"{name}.weight", ())} - {name})}
+    absent = expected - found
+    holders = _layers(network)[1] if absent else {}
+    absent = {(name, shape) for name, shape in absent if left.isdisjoint({*holders.get(f"{name}.weight", ())} - {name})}
     if odd := sorted(f"{name} {shape}" for name, shape in (found - expected) | absent):
         raise ParityError(f"the ONNX graph has other convolutions than the network's chains: {', '.join(odd)}")
 

@@ -19,6 +19,7 @@ from surgery.benchmark import environment
 from surgery.cost import count_macs
 from training.checkpoint import PLAN, REPORT, folder_of, nearest_before, write_checkpoint, write_run
 from training.data import Pictures
+from training.memory import keep_memory
 from training.recipe import Recipe, fresh_network
 from training.scenario import Scenario
 
@@ -66,11 +67,13 @@ def run(
     """
     scenario.check(recipe.epochs)
     folder = _folder(recipe, scenario, runs, label)
+    kept = keep_memory()
     trainer = _Trainer.of(recipe, scenario, pictures)
     state = _beginning(recipe, scenario, runs, label)
     if state is not None:
         trainer.load(state)
-    write_run(folder, trainer.facts | {"label": label, "environment": environment(), "threads": torch.get_num_threads()})
+    machine = {"environment": environment(), "threads": torch.get_num_threads(), "memory_kept": kept}
+    write_run(folder, trainer.facts | {"label": label} | machine)
     last = scenario.length(recipe.epochs)
     while trainer.epoch < (last if until is None else min(until, last)):
         row = trainer.one_epoch()

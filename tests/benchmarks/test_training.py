@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import platform
 import pickle
 import sys
 from dataclasses import replace
@@ -203,6 +204,7 @@ def test_the_command_trains_what_it_is_told(root, tmp_path, capsys):
     assert [(row["scenario"], row["epoch"]) for row in rows] == [("original", 1), ("original", 2), ("decompose-1", 2), ("after-1", 3)]
     facts = json.loads((folder_of(tmp_path, NETWORK, "after-1", 0) / "run.json").read_text())
     assert (facts["ranks"], facts["bf16"], facts["channels_last"], facts["subset"]) == (0.5, True, False, 64)
+    assert facts["memory_kept"] == (platform.libc_ver()[0] == "glibc")
     with pytest.raises(surgery.SurgeryValueError, match="cifar-10-batches-py"):
         InMemory.cifar10(tmp_path, 32, "cpu")
     with pytest.raises(surgery.SurgeryValueError, match="subset"):

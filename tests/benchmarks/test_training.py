@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import platform
 import pickle
+import platform
 import sys
 from dataclasses import replace
 from pathlib import Path

@@ -52,7 +52,7 @@ QUESTIONS: Mapping[str, Mapping[str, Variant]] = {
     "state": {"project": PLAIN, "reset": at(state="reset")},
     "balance": {"balanced": PLAIN, "as split": at(balanced=False)},
     "decay": {"each": PLAIN, "product": at(decay="product")},
-    "rate": {"1 / number of factors": PLAIN, "half": at(rate=0.5), "as layers": at(rate=1)},
+    "rate": {"measured": PLAIN, "1 / number of factors": at(rate=1 / 3), "as layers": at(rate=1)},
     "batch_norm": {"as it was": PLAIN, "taken anew": lambda data, seed, n: at(batch_norm=images(data, seed, STATISTICS))(data, seed, n)},
     "warm_up": {"none": PLAIN, "20 steps": at(warm_up=20), "80 steps": at(warm_up=80)},
     "data": {"weights alone": PLAIN, "current batches": data_aware(), "current batches, as split": data_aware(balanced=False)},

@@ -47,7 +47,7 @@ def read_state(state: Any) -> dict[str, Any]:
     if state.get("version") != VERSION:
         raise SurgeryValueError(f"schedule: version {state.get('version')!r} is not one that this release reads ({VERSION})")
     fields: dict[str, Any] = {"cuts_done": int, "whole_again": bool, "plan": dict | None, "record": dict | None, "history": list}
-    fields |= {"looked_at": int | None, "warmed_up": int}
+    fields |= {"looked_at": int | None, "warmed_up": int, "gains": dict, "highest_rates": dict}
     for name, kind in fields.items():
         if name not in state or not isinstance(state[name], kind):
             raise SurgeryValueError(f"schedule: its field {name!r} is missing or damaged ({state.get(name)!r})")

@@ -35,7 +35,7 @@ from surgery.training.followers import Followers, followers_of
 from surgery.training.optimizer import as_optimizers, as_rules
 from surgery.training.resuming import FORMAT, VERSION, read_state, rebuild
 from surgery.training.settling import Settled, stable_ranks
-from surgery.training.shorter_steps import ShorterSteps
+from surgery.training.shorter_steps import Gains, ShorterSteps, gains_of
 from surgery.training.step_time import never_slower
 from surgery.training.warm_up import WarmUp
 
@@ -71,8 +71,9 @@ class DecompositionSchedule:
         example_inputs: a batch as in training, in its memory format.
         calibration: batches for factors that fit what the layers see now (see ``decompose``), or a function that gives them, called at each cut.
         batch_norm: batches, likewise, to take the statistics of batch norms anew on after each cut, in the model and in its copies.
-        rate: the share of the learning rate at which factors are trained, underneath the schedulers: ``"auto"`` is 1 / number of factors of their
-            chain, since each of them moves its product (see ``surgery/training/shorter_steps.py``); 1 trains them like layers.
+        rate: the share of the learning rate at which factors are trained, underneath the schedulers: ``"auto"`` measures, at the cut, at what rate
+            they move their product as far as the layer would have gone, and raises it when the rate falls
+            (see ``surgery/training/shorter_steps.py``); 1 trains them like layers.
         warm_up: optimizer steps after each cut over which the learning rate rises again, underneath the schedulers.
         balanced: chains whose layers have equal norms. Factors of a data-aware cut differ so much in size that training on them as they are diverges.
         decay: ``"each"``: ``weight_decay`` acts on each factor; ``"product"``: on the product of each chain, as on the layer before
@@ -147,6 +148,8 @@ class DecompositionSchedule:
         self._warming: WarmUp | None = None
         self._decaying: FrobeniusDecay | None = None
         self._shortened: ShorterSteps | None = None
+        self._gains: Gains = {}  # of the factors, when they were made
+        self._highest: dict[str, float] = {}  # learning rate since then, by chain
 
     def step(self, position: int, model: nn.Module, optimizer: Any = None, scheduler: Any = None, *, also: Any = None) -> Report | None:
         """Do what is due at this position: nothing, mostly.
@@ -204,6 +207,8 @@ class DecompositionSchedule:
             "history": [dict(look) for look in self.history],
             "looked_at": self._looked_at,
             "warmed_up": self._warmed_up if self._warming is None else self._warming.done,
+            "gains": {name: list(each) for name, each in self._gains.items()},
+            "highest_rates": dict(self._highest),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module, optimizer: Any = None, *, also: Any = None, hooks: bool = True) -> None:
@@ -294,6 +299,7 @@ class DecompositionSchedule:
         if chosen.latency is not None:
             write_record(model, replace(read_record(model) or SurgeryRecord(), latency=chosen.latency))
         self.cuts_done += 1
+        self._gains, self._highest = gains_of(model), {}
         self._plan = plan_of(model)
         self._record = whole_record(model)
         for network in (model, *followers.copies) if statistics is not None else ():
@@ -327,7 +333,8 @@ class DecompositionSchedule:
         self._record = whole_record(followers.model)
 
     def _facts(self) -> dict[str, Any]:
-        return {"cuts_done": self.cuts_done, "whole_again": self.whole_again, "plan": self._plan, "record": self._record}
+        facts = {"cuts_done": self.cuts_done, "whole_again": self.whole_again, "gains": self._gains, "highest_rates": self._highest}
+        return {**facts, "plan": self._plan, "record": self._record}
 
     def _take(self, facts: Mapping[str, Any], followers: Followers) -> None:
         """Bring model, optimizers and copies to the architecture of these facts; the numbers come from elsewhere."""
@@ -337,6 +344,7 @@ class DecompositionSchedule:
                 for network in (followers.model, *followers.copies):
                     write_record(network, facts["record"])
         self.cuts_done, self.whole_again = facts["cuts_done"], facts["whole_again"]
+        self._gains, self._highest = facts["gains"], dict(facts["highest_rates"])
         self._plan, self._record = facts["plan"], facts["record"]
 
     def _unhook(self) -> None:
@@ -355,7 +363,7 @@ class DecompositionSchedule:
         cut = self.cuts_done > 0 and not self.whole_again
         self._warming = WarmUp(list(optimizers), self.warm_up, self._warmed_up) if cut and self.warm_up else None
         self._decaying = frobenius_decay(model, list(optimizers)) if cut and self.decay == "product" else None
-        self._shortened = ShorterSteps(model, list(optimizers), self.rate) if cut and self.rate != 1 else None
+        self._shortened = ShorterSteps(model, list(optimizers), self.rate, self._gains, self._highest) if cut and self.rate != 1 else None
 
 
 def _batches(argument: str, given: Batches) -> Any:

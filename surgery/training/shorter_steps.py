@@ -1,22 +1,55 @@
 """Shorter steps for the factors of chains than for layers, since every factor moves the product of all.
 
-Where a normalization follows a layer, the scale of its weight means nothing, and gradient and weight decay come to an equilibrium in which the weight
-turns by sqrt(2 rate decay) a step, whatever its size (Wan et al. 2021, "Spherical Motion Dynamics", section 3). In a chain each of n factors turns by
-as much, and the product by about sqrt(n) times as much: that is a layer at n times the rate. A rate of 1 / n for the factors makes up for it.
+A step against the gradient moves a layer's weight W by r G. The factors F_i of a chain, trained at the same rate, move their product by the sum of
+r J_i J_i^T G, where J_i is the derivative of the product by F_i: as far as J_i's squared singular values tell, which is ten times as far in a network
+that has been trained for a while. It then leaves in its first hundred steps what it had learnt, although the cut itself changed next to nothing.
+Factors at 1 / (n g_i) of the rate, with n factors and g_i the mean squared singular value of J_i, move the product as far as the layer would have
+gone. When the rate falls later, they go on with steps of that size until these are 1 / n of the rate: at a low rate none is too long, and shorter
+ones learn too slowly. 1 / n is the share of each factor where all are in equilibrium with weight decay before a normalization: each turns by
+sqrt(2 rate decay) a step, whatever its size (Wan et al. 2021, "Spherical Motion Dynamics", section 3), and the product by sqrt(n) times as much.
+Optimizers that set the size of a step by themselves (Adam and its kin) take 1 / n from the start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from passes import host_for
+from surgery.training.chain_map import ChainMap
 from surgery.training.optimizer import as_optimizers
 
-__all__ = ["ShorterSteps"]
+__all__ = ["Gains", "ShorterSteps", "gains_of"]
+
+DRAWS, NUMBERS = 8, 2**14  # random directions a chain, at least, and random numbers in them
+OF_THEIR_OWN_SIZE = ("betas", "eps")  # options that optimizers have whose steps do not grow with the gradient
+
+Gains = dict[str, list[float]]
+
+
+def gains_of(model: nn.Module) -> Gains:
+    """The mean squared singular value of each factor's Jacobian, |J_i|_F^2 / entries of F_i, by the chain's name, in the order of its layers.
+
+    Estimated from random directions u, since E |J_i^T u|^2 = |J_i|_F^2 (Hutchinson 1990).
+    """
+    found: Gains = {}
+    for site in host_for(model).sites():
+        if site.chain is None or site.tied_to is not None:
+            continue
+        chain = ChainMap.of(site.geometry, site.chain, site.pieces, torch.float32)
+        weight = chain.weight()
+        draws = max(DRAWS, NUMBERS // max(weight.numel(), 1))
+        generator = torch.Generator().manual_seed(0)
+        totals = [0.0] * len(chain.factors)
+        for _ in range(draws):
+            pulled = chain.pull_back(torch.randn(weight.shape, generator=generator).to(weight))
+            totals = [total + float(p.square().sum()) for total, p in zip(totals, pulled, strict=True)]
+        found[site.name] = [total / draws / factor.numel() for total, factor in zip(totals, chain.factors, strict=True)]
+    return found
 
 
 class ShorterSteps:
@@ -27,23 +60,31 @@ class ShorterSteps:
     Args:
         model: with chains; all other parameters take whole steps.
         optimizer: one, or a list of several.
-        part: of the way, in (0, 1]; ``"auto"`` is 1 / number of factors, chain by chain.
+        part: of the way, in (0, 1]; ``"auto"`` is what the module's text says.
+        gains: what ``gains_of`` told when the chains were made.
+        highest: learning rate so far, by the chain's name; kept up to date here.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, part: float | str) -> None:
-        parts = dict[Tensor, float]()
-        for site in host_for(model).sites():
-            if site.chain is not None and site.tied_to is None:
-                factors = [piece.weight for piece in site.pieces]
-                parts |= dict.fromkeys(factors, 1 / len(factors) if isinstance(part, str) else part)
+    def __init__(self, model: nn.Module, optimizer: Any, part: float | str, gains: Gains, highest: dict[str, float]) -> None:
         self._handles: list[Any] = []
+        chains = [site for site in host_for(model).sites() if site.chain is not None and site.tied_to is None]
         for each in as_optimizers(optimizer):
-            mine = [p for group in each.param_groups for p in group["params"] if parts.get(p, 1.0) != 1]
+            own_size = any(name in getattr(each, "defaults", {}) for name in OF_THEIR_OWN_SIZE)
+            measured = isinstance(part, str) and not own_size
+            factors = {
+                piece.weight: _Factor(
+                    chain=site.name,
+                    largest=1 / len(site.pieces) if isinstance(part, str) else part,
+                    gain=gains[site.name][k] if measured and site.name in gains else 0.0,
+                )
+                for site in chains
+                for k, piece in enumerate(site.pieces)
+            }
+            mine = [(p, number, factors[p]) for number, group in enumerate(each.param_groups) for p in group["params"] if p in factors]
             if mine:
-                shares = [parts[p] for p in mine]
                 before = list[Tensor]()
                 self._handles.append(each.register_step_pre_hook(lambda *_, mine=mine, before=before: _note(mine, before)))
-                self._handles.append(each.register_step_post_hook(lambda *_, mine=mine, before=before, shares=shares: _go(mine, before, shares)))
+                self._handles.append(each.register_step_post_hook(lambda o, *_, mine=mine, before=before: _go(o, mine, before, highest)))
 
     def remove(self) -> None:
         """Whole steps from now on."""
@@ -52,14 +93,32 @@ class ShorterSteps:
         self._handles.clear()
 
 
-@torch.no_grad()
-def _note(parameters: Sequence[Tensor], before: list[Tensor]) -> None:
-    before[:] = [p.detach().clone() for p in parameters]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Factor:
+    """Of which chain, its largest share of a step, and its gain, 0 where that does not matter."""
+
+    chain: str
+    largest: float
+    gain: float
+
+    def share(self, rate: float, highest: float) -> float:
+        fallen = highest / rate if rate > 0 else 1.0
+        return self.largest if self.gain <= 0 else self.largest * min(1.0, fallen / self.gain)
+
+
+Mine = Sequence[tuple[Tensor, int, _Factor]]  # a parameter and the number of its group: a state that is loaded brings groups of its own
 
 
 @torch.no_grad()
-def _go(parameters: Sequence[Tensor], before: list[Tensor], shares: Sequence[float]) -> None:
+def _note(mine: Mine, before: list[Tensor]) -> None:
+    before[:] = [p.detach().clone() for p, _, _ in mine]
+
+
+@torch.no_grad()
+def _go(optimizer: Any, mine: Mine, before: list[Tensor], highest: dict[str, float]) -> None:
     """From where they were a share of the way to where they are."""
-    for parameter, start, share in zip(parameters, before, shares, strict=True):
-        parameter.lerp_(start, 1 - share)
+    for (parameter, number, factor), start in zip(mine, before, strict=True):
+        rate = float(optimizer.param_groups[number]["lr"])
+        highest[factor.chain] = max(highest.get(factor.chain, 0.0), rate)
+        parameter.lerp_(start, 1 - factor.share(rate, highest[factor.chain]))
     before.clear()

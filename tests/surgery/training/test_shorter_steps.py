@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import surgery
+from passes import host_for
 from surgery import DecompositionSchedule, SurgeryValueError
-from surgery.training.shorter_steps import ShorterSteps
+from surgery.training.chain_map import ChainMap
+from surgery.training.shorter_steps import ShorterSteps, gains_of
 from tests.networks import Small
 
 X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -37,19 +39,46 @@ def factors(model, name):
     return [layer.weight for layer in model.get_submodule(name).children()]
 
 
+def jacobians(site):
+    """Of the chain's product by each of its factors, as matrices."""
+    chain = ChainMap.of(site.geometry, site.chain, site.pieces)
+    found = torch.autograd.functional.jacobian(chain.weight, chain.factors)
+    return [j.reshape(-1, factor.numel()) for j, factor in zip(found, chain.factors, strict=True)]
+
+
+def test_gains_are_mean_squared_singular_values():
+    model = cut()
+    told = gains_of(model)
+    sites = [site for site in host_for(model).sites() if site.chain is not None]
+    assert set(told) == {"conv1", "conv2"} == {site.name for site in sites}
+    for site in sites:
+        exact = [float(torch.linalg.svdvals(j).square().sum()) / j.shape[1] for j in jacobians(site)]
+        assert told[site.name] == pytest.approx(exact, rel=0.25)
+    for factor in factors(model, "conv1")[1:]:
+        factor.data *= 3
+    assert gains_of(model)["conv1"] == pytest.approx([a * b for a, b in zip(told["conv1"], (81, 9, 9), strict=True)], rel=1e-3)
+
+
 @pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("rate", ["auto", 0.25])
 def test_it_is_a_lower_rate_of_the_factors(build, rate):
     model = cut()
     twin = copy.deepcopy(model)
     optimizer = build(model.parameters())
-    shorter = ShorterSteps(model, optimizer, rate)
+    gains = gains_of(model)
+    shorter = ShorterSteps(model, optimizer, rate, gains, {})
     train(model, optimizer)
-    threes, twos = factors(twin, "conv1"), factors(twin, "conv2")
-    slow = {id(p) for p in (*threes, *twos)}
-    others = [p for p in twin.parameters() if id(p) not in slow]
-    reference = build([{"params": others}, {"params": threes}, {"params": twos}])
-    for group, part in zip(reference.param_groups[1:], (1 / 3, 1 / 2) if rate == "auto" else (rate, rate), strict=True):
+    slow = {name: factors(twin, name) for name in ("conv1", "conv2")}
+    known = {id(p) for each in slow.values() for p in each}
+    reference = build([{"params": [p]} for each in slow.values() for p in each] + [{"params": [p for p in twin.parameters() if id(p) not in known]}])
+    parts = []
+    for name, each in slow.items():
+        n = len(each)
+        if rate == "auto":  # where the gradient sets how far a step goes, what the Jacobian tells
+            parts += [min(1, 1 / gain) / n for gain in gains[name]] if isinstance(optimizer, torch.optim.SGD) else [1 / n] * n
+        else:
+            parts += [rate] * n
+    for group, part in zip(reference.param_groups[:-1], parts, strict=True):
         group["lr"] *= part
     train(twin, reference)
     for (name, mine), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
@@ -64,10 +93,54 @@ def test_it_is_a_lower_rate_of_the_factors(build, rate):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_large_factors_move_their_product_no_further_than_the_layer_would_go():
+    """The same function in factors of other sizes: at the rate of layers the product flies off, at the measured one it does not."""
+
+    def way(rate, sizes):
+        torch.manual_seed(0)
+        model = Small().double().train()
+        if sizes is not None:
+            model = surgery.decompose(model, {"conv1": (8, 3)}).train()
+            for factor, size in zip(factors(model, "conv1"), sizes, strict=True):
+                factor.data *= size
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        if sizes is not None and rate != 1:
+            ShorterSteps(model, optimizer, rate, gains_of(model), {})
+        before = surgery.reconstruct(model).conv1.weight.detach().clone()
+        train(model, optimizer, 3)
+        return float((surgery.reconstruct(model).conv1.weight.detach() - before).norm())
+
+    layer = way(1, None)
+    for sizes in ((1, 1, 1), (4, 0.25, 1), (8, 0.125, 1)):
+        assert 0.1 * layer < way("auto", sizes) < 1.5 * layer
+    assert way(1, (8, 0.125, 1)) > 5 * layer
+
+
+def test_steps_keep_their_length_while_the_rate_falls_until_they_are_a_factors_share():
+    model = cut()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    highest = {}
+    ShorterSteps(model, optimizer, "auto", {"conv1": [1.0, 4.0, 100.0], "conv2": [1.0, 1.0]}, highest)
+
+    def lengths(rate):
+        optimizer.param_groups[0]["lr"] = rate
+        before = [f.detach().clone() for f in factors(model, "conv1")]
+        train(model, optimizer, 1)
+        return [float((f.detach() - b).norm() / f.grad.norm()) for f, b in zip(factors(model, "conv1"), before, strict=True)]
+
+    third = 1e-3 / 3
+    assert lengths(1e-4) == pytest.approx([third / 10, third / 40, third / 1000], rel=1e-3)  # a rate that rises: as at first
+    assert lengths(1e-3) == pytest.approx([third, third / 4, third / 100], rel=1e-3)
+    assert lengths(5e-4) == pytest.approx([third / 2, third / 4, third / 100], rel=1e-3)
+    assert lengths(1e-4) == pytest.approx([third / 10, third / 10, third / 100], rel=1e-3)
+    assert lengths(1e-6) == pytest.approx([third / 1000] * 3, rel=1e-3)
+    assert highest == {"conv1": 1e-3, "conv2": 1e-3}
+
+
 def test_a_failed_step_leaves_nothing_behind():
     model = cut()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    ShorterSteps(model, optimizer, "auto")
+    ShorterSteps(model, optimizer, 0.25, {}, {})
     before = [p.detach().clone() for p in model.parameters()]
 
     def out_of_memory():
@@ -82,11 +155,14 @@ def test_a_failed_step_leaves_nothing_behind():
     plain = torch.optim.SGD(twin.parameters(), 0.1)
     train(twin, plain, 1)
     old = factors(cut(), "conv1")[0]
-    assert torch.allclose(3 * (first - old), factors(twin, "conv1")[0] - old, atol=1e-9)
+    assert torch.allclose(4 * (first - old), factors(twin, "conv1")[0] - old, atol=1e-9)
 
 
 def test_the_schedule_shortens_steps_from_the_cut_until_chains_are_fused():
+    gain = 0.0
+
     def lengths(rate):
+        nonlocal gain
         torch.manual_seed(0)
         model = Small().double().train()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -95,13 +171,15 @@ def test_the_schedule_shortens_steps_from_the_cut_until_chains_are_fused():
         for position in range(3):
             schedule.step(position, model, optimizer)
             module = model.conv1
+            gain = gains_of(model)["conv1"][0] if position == 1 else gain
             weight = module.weight if isinstance(module, nn.Conv2d) else next(module.children()).weight
             before = weight.detach().clone()
             train(model, optimizer, 1)
             found.append(float((weight.detach() - before).norm() / weight.grad.norm()))
         return found
 
-    assert lengths("auto") == pytest.approx([0.1, 0.1 / 3, 0.1], rel=1e-4)
+    short = lengths("auto")
+    assert short == pytest.approx([0.1, 0.1 / 3 * min(1, 1 / gain), 0.1], rel=1e-4)
     assert lengths(1) == pytest.approx([0.1, 0.1, 0.1], rel=1e-4)
     assert lengths(0.5) == pytest.approx([0.1, 0.05, 0.1], rel=1e-4)
 
@@ -122,4 +200,5 @@ def test_a_run_that_goes_on_needs_the_optimizer():
     before = factors(fresh, "conv1")[0].detach().clone()
     train(fresh, optimizer, 1)
     first = factors(fresh, "conv1")[0]
-    assert float((first.detach() - before).norm()) == pytest.approx(float(first.grad.norm()) * 0.1 / 3, rel=1e-4)
+    part = min(1, 1 / schedule.state_dict()["gains"]["conv1"][0]) / 3
+    assert float((first.detach() - before).norm()) == pytest.approx(float(first.grad.norm()) * 0.1 * part, rel=1e-4)

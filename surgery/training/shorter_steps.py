@@ -1,10 +1,10 @@
 """Shorter steps for the factors of chains than for layers, since every factor moves the product of all.
 
 A step against the gradient moves a layer's weight W by r G. The factors F_i of a chain, trained at the same rate, move their product by the sum of
-r J_i J_i^T G, where J_i is the derivative of the product by F_i: as far as J_i's squared singular values tell, which is ten times as far in a network
-that has been trained for a while. It then leaves in its first hundred steps what it had learnt, although the cut itself changed next to nothing.
-Factors at 1 / (n g_i) of the rate, with n factors and g_i the mean squared singular value of J_i, move the product as far as the layer would have
-gone. When the rate falls later, they go on with steps of that size until these are 1 / n of the rate: at a low rate none is too long, and shorter
+r J_i J_i^T G, where J_i is the derivative of the product by F_i: along the directions that a factor reaches, by its squared singular values times as
+far. In a network that has been trained for some epochs these are well above 1, and the first steps after a cut can undo more than the cut did.
+With n factors, and g_i the mean squared singular value of J_i, each at 1 / (n g_i) of the rate moves the product by its share of the layer's step.
+When the rate falls later, they go on with steps of that size until these are 1 / n of the rate: at a low rate none is too long, and shorter
 ones learn too slowly. 1 / n is the share of each factor where all are in equilibrium with weight decay before a normalization: each turns by
 sqrt(2 rate decay) a step, whatever its size (Wan et al. 2021, "Spherical Motion Dynamics", section 3), and the product by sqrt(n) times as much.
 Optimizers that set the size of a step by themselves (Adam and its kin) take 1 / n from the start.
@@ -26,7 +26,7 @@ from surgery.training.optimizer import as_optimizers
 __all__ = ["Gains", "ShorterSteps", "gains_of"]
 
 DRAWS, NUMBERS = 8, 2**14  # random directions a chain, at least, and random numbers in them
-OF_THEIR_OWN_SIZE = ("betas", "eps")  # options that optimizers have whose steps do not grow with the gradient
+OF_THEIR_OWN_SIZE = ("betas", "eps", "etas")  # options that optimizers have whose steps do not grow with the gradient
 
 Gains = dict[str, list[float]]
 
@@ -117,8 +117,9 @@ def _note(mine: Mine, before: list[Tensor]) -> None:
 @torch.no_grad()
 def _go(optimizer: Any, mine: Mine, before: list[Tensor], highest: dict[str, float]) -> None:
     """From where they were a share of the way to where they are."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
     for (parameter, number, factor), start in zip(mine, before, strict=True):
-        rate = float(optimizer.param_groups[number]["lr"])
+        rate = rates[number]
         highest[factor.chain] = max(highest.get(factor.chain, 0.0), rate)
         parameter.lerp_(start, 1 - factor.share(rate, highest[factor.chain]))
     before.clear()

@@ -17,6 +17,7 @@ from tests.networks import Small
 
 X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 OPTIMIZERS = {
+    "rprop": lambda groups: torch.optim.Rprop(groups, 0.001),
     "sgd": lambda groups: torch.optim.SGD(groups, 0.05, momentum=0.9, weight_decay=1e-2, nesterov=True),
     "adamw": lambda groups: torch.optim.AdamW(groups, 0.01, weight_decay=0.1),
     "rmsprop": lambda groups: torch.optim.RMSprop(groups, 0.001, momentum=0.5),
@@ -178,8 +179,8 @@ def test_the_schedule_shortens_steps_from_the_cut_until_chains_are_fused():
             found.append(float((weight.detach() - before).norm() / weight.grad.norm()))
         return found
 
-    short = lengths("auto")
-    assert short == pytest.approx([0.1, 0.1 / 3 * min(1, 1 / gain), 0.1], rel=1e-4)
+    measured = lengths("auto")  # which also sets the gain
+    assert measured == pytest.approx([0.1, 0.1 / 3 * min(1, 1 / gain), 0.1], rel=1e-4)
     assert lengths(1) == pytest.approx([0.1, 0.1, 0.1], rel=1e-4)
     assert lengths(0.5) == pytest.approx([0.1, 0.05, 0.1], rel=1e-4)
 

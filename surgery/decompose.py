@@ -106,7 +106,8 @@ def decompose(
             factors of a cut with ``calibration`` are otherwise of very different sizes.
         optimizer: with ``inplace``, the optimizer that trains the model, or a list. New factors take the slot of their layer's weight in its group,
             so that groups and schedulers hold, and the state becomes theirs: momentum m as J^T m, with J the Jacobian of the map from the factors
-            to the weight; second moments v as (J * J)^T v, never negative (see ``surgery.training.chain_map``). Gradients go as momentum does.
+            to the weight; second moments v as (J * J)^T v times what the average of the same gradients tells of how they add up, never negative
+            (see ``surgery.training.chain_map``). Gradients go as momentum does.
         also: with ``inplace``, an averaged copy of the model (``AveragedModel``, a plain copy), or a list of them, cut on the same bases.
         state: ``"project"`` the optimizer's state as said, or ``"reset"``: begin it again for what was cut. A dict from keys of the state to what
             they are (``surgery.training.optimizer.RULES``) projects those of an optimizer that is not known here.

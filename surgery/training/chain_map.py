@@ -5,6 +5,9 @@ chain rule, dL/dF = J^T dL/dW, and so do their averages (momentum). Of averages 
 are taken as uncorrelated: E[(J^T g)^2] = (J * J)^T E[g^2] entry by entry. That is the transposed Jacobian of ``merge`` at the squared
 factors wherever an entry of a factor reaches an entry of the weight by one path; of Tucker's 1x1 layers beside a core, which have one path for
 each channel of the core, the paths are taken as uncorrelated too. Non-negative by construction.
+
+Entries of a real gradient are correlated, along the very directions that a cut keeps. Where an average m of the same gradients is known (Adam), it is
+a sample of them: by how much |J^T m|^2 is above what uncorrelated entries of those sizes come to, the second moments of that factor are raised.
 """
 
 from __future__ import annotations
@@ -83,6 +86,12 @@ class ChainMap:
     def pull_back_squares(self, squares: Tensor) -> Factors:
         """Mean squared gradients of the weight as those of the factors; see the module."""
         return self._squared().pull_back(squares)
+
+    def correlation(self, moment: Tensor) -> tuple[float, ...]:
+        """For each factor |J^T m|^2 over its value for uncorrelated entries of the same sizes; 1 where there is no slope."""
+        pairs = zip(self.pull_back(moment), self.pull_back_squares(moment.square()), strict=True)
+        sums = [(float(real.square().sum()), float(alone.sum())) for real, alone in pairs]
+        return tuple(real / alone if real > 0 and alone > 0 else 1.0 for real, alone in sums)
 
     def squares_of(self, squares: Sequence[Tensor]) -> Tensor:
         """Mean squared gradients of the weight, non-negative, that come to these for the factors.

@@ -38,6 +38,8 @@ RULES: Mapping[str, str] = {
 }
 """What each key of an optimizer's state is: ``"gradient"`` (an average of gradients), ``"square"`` (of their squares), ``"magnitude"`` (their size),
 ``"weight"`` (an average of the parameter), ``"zero"`` (begun again). Numbers, such as the count of steps, are taken over as they are."""
+AVERAGE = "exp_avg"
+"""The average of the gradients whose squares are beside it."""
 MEANINGS = ("gradient", "square", "magnitude", "weight", "zero")
 SHARDED = ("ZeroRedundancyOptimizer",)
 
@@ -183,9 +185,21 @@ def gradient_under(swap: Swap, gradients: Sequence[Tensor]) -> tuple[Tensor, ...
     return (weight,) if swap.after is None else swap.after.pull_back(weight)
 
 
-def _square_under(swap: Swap, squares: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    weight = squares[0].double() if swap.before is None else swap.before.squares_of([s.double() for s in squares])
-    return (weight,) if swap.after is None else swap.after.pull_back_squares(weight)
+def _square_under(swap: Swap, squares: Sequence[Tensor], averages: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
+    """Squares of gradients, where known with the averages of the same gradients, which tell how their entries hang together."""
+    squares = [s.double() for s in squares]
+    slope = None
+    if averages is not None:
+        slope = averages[0].double() if swap.before is None else swap.before.least_norm([a.double() for a in averages])
+    if swap.before is None:
+        weight = squares[0]
+    else:
+        together = swap.before.correlation(slope) if slope is not None else (1.0,) * len(squares)
+        weight = swap.before.squares_of([s / c for s, c in zip(squares, together, strict=True)])
+    if swap.after is None:
+        return (weight,)
+    found = swap.after.pull_back_squares(weight)
+    return found if slope is None else tuple(f * c for f, c in zip(found, swap.after.correlation(slope), strict=True))
 
 
 def _weight_under(swap: Swap, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -193,15 +207,15 @@ def _weight_under(swap: Swap, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (weight,) if swap.after is None else swap.after.projected(weight)
 
 
-def _magnitude_under(swap: Swap, sizes: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(s.clamp(min=0).sqrt() for s in _square_under(swap, [s.double().square() for s in sizes]))
+def _magnitude_under(swap: Swap, sizes: Sequence[Tensor], averages: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
+    return tuple(s.clamp(min=0).sqrt() for s in _square_under(swap, [s.double().square() for s in sizes], averages))
 
 
 def _zeros_under(swap: Swap, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in swap.new)
 
 
-UNDER: Mapping[str, Callable[[Swap, Sequence[Tensor]], tuple[Tensor, ...]]] = {
+UNDER: Mapping[str, Callable[..., tuple[Tensor, ...]]] = {
     "gradient": gradient_under,
     "square": _square_under,
     "magnitude": _magnitude_under,
@@ -234,12 +248,15 @@ def _carried(swap: Swap, states: Sequence[Mapping[str, Any]], rules: Mapping[str
 
 
 def _under(swap: Swap, key: str, states: Sequence[Mapping[str, Any]], rules: Mapping[str, str]) -> tuple[Tensor, ...]:
-    """One key of the state for the new parameters; RMSprop's keys hang together."""
+    """One key of the state for the new parameters; RMSprop's keys hang together, and Adam's."""
     if key == "momentum_buffer" and "square_avg" in states[0]:
         return _steps_under(swap, states)
     if key == "square_avg" and "grad_avg" in states[0]:
         return _centred_squares_under(swap, states)
-    return UNDER[rules[key]](swap, [state[key] for state in states])
+    values = [state[key] for state in states]
+    if rules[key] in ("square", "magnitude") and rules.get(AVERAGE) == "gradient" and all(AVERAGE in state for state in states):
+        return UNDER[rules[key]](swap, values, [state[AVERAGE] for state in states])
+    return UNDER[rules[key]](swap, values)
 
 
 def _centred_squares_under(swap: Swap, states: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]:

@@ -110,6 +110,37 @@ def test_second_moments_are_those_of_uncorrelated_gradients_and_never_negative(l
     torch.testing.assert_close(flat(chain.pull_back_squares(back)), flat(found), rtol=0.5, atol=0.05 * float(flat(found).max()))
 
 
+@pytest.mark.parametrize("build", [torch.optim.Adam, torch.optim.Adamax], ids=["adam", "adamax"])
+def test_second_moments_of_correlated_gradients_are_of_the_size_that_the_factors_see(build):
+    """Gradients of a real layer lie along the directions that a cut keeps, and add up there; their average tells by how much."""
+    generator = torch.Generator().manual_seed(3)
+    patterns = surgery.reconstruct(surgery.decompose(nn.Sequential(nn.Conv2d(24, 32, 3, bias=False).double()), {"0": (4, 4)}))[0].weight.detach()
+    net = nn.Sequential(nn.Conv2d(24, 32, 3, bias=False).double())
+    net[0].weight.data = patterns + 0.02 * torch.randn(patterns.shape, generator=generator)
+    bases = [torch.linalg.svd(patterns.transpose(0, k).flatten(1), full_matrices=False)[0][:, :4] for k in (0, 1)]
+    optimizer = build(net.parameters(), 0.0, betas=(0.9, 0.99))
+    seen = []
+    for _ in range(300):
+        inside = torch.randn(4, 4, 3, 3, generator=generator, dtype=torch.float64)
+        gradient = torch.einsum("oa,ib,abhw->oihw", *bases, inside) + 0.02 * torch.randn(patterns.shape, generator=generator)
+        net[0].weight.grad = gradient
+        optimizer.step()
+        seen.append(gradient)
+    (key,) = {"exp_avg_sq", "exp_inf"} & set(optimizer.state[net[0].weight])
+    whole = float(optimizer.state[net[0].weight][key].square().sum())
+    surgery.decompose(net, {"0": (4, 4)}, optimizer=optimizer, balanced=True, inplace=True)
+    (site,) = host_for(net).sites()
+    chain = ChainMap.of(site.geometry, site.chain, site.pieces)
+    under = [chain.pull_back(g) for g in seen]
+    for k, piece in enumerate(site.pieces):
+        told = optimizer.state[piece.weight][key]
+        real = torch.stack([u[k] for u in under]).square()
+        real = real.mean(0) if key == "exp_avg_sq" else real.amax(0).sqrt()
+        assert 0.5 < float(told.sum() / real.sum()) < 2, piece.name
+    surgery.reconstruct(net, optimizer=optimizer, inplace=True)
+    assert 0.2 < float(optimizer.state[net[0].weight][key].square().sum()) / whole < 5
+
+
 def train(model, optimizer, inputs, steps=3, also=()):
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):

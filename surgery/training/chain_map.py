@@ -7,7 +7,7 @@ factors wherever an entry of a factor reaches an entry of the weight by one path
 each channel of the core, the paths are taken as uncorrelated too. Non-negative by construction.
 
 Entries of a real gradient are correlated, along the very directions that a cut keeps. Where an average m of the same gradients is known (Adam), it is
-a sample of them: by how much |J^T m|^2 is above what uncorrelated entries of those sizes come to, the second moments of that factor are raised.
+a sample of them: the second moments of each factor are multiplied by |J^T m|^2 over what uncorrelated entries of those sizes would come to.
 """
 
 from __future__ import annotations

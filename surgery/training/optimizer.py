@@ -181,21 +181,24 @@ def prepare(optimizer: Any, swaps: Sequence[Swap], rules: Mapping[str, str] | No
 
 def gradient_under(swap: Swap, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """An average of gradients of the old parameters as that of the new ones, float64."""
-    weight = gradients[0].double() if swap.before is None else swap.before.least_norm([g.double() for g in gradients])
+    weight = _weight_gradient(swap, gradients)
     return (weight,) if swap.after is None else swap.after.pull_back(weight)
 
 
+def _weight_gradient(swap: Swap, gradients: Sequence[Tensor]) -> Tensor:
+    """An average of gradients of the old parameters as that of the layer's weight, float64."""
+    return gradients[0].double() if swap.before is None else swap.before.least_norm([g.double() for g in gradients])
+
+
 def _square_under(swap: Swap, squares: Sequence[Tensor], averages: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-    """Squares of gradients, where known with the averages of the same gradients, which tell how their entries hang together."""
+    """Squares of gradients; with averages of the same gradients, where these are known, which tell how their entries add up."""
+    slope = None if averages is None else _weight_gradient(swap, averages)
     squares = [s.double() for s in squares]
-    slope = None
-    if averages is not None:
-        slope = averages[0].double() if swap.before is None else swap.before.least_norm([a.double() for a in averages])
-    if swap.before is None:
-        weight = squares[0]
-    else:
-        together = swap.before.correlation(slope) if slope is not None else (1.0,) * len(squares)
-        weight = swap.before.squares_of([s / c for s, c in zip(squares, together, strict=True)])
+    weight = squares[0]
+    if swap.before is not None:
+        if slope is not None:
+            squares = [s / c for s, c in zip(squares, swap.before.correlation(slope), strict=True)]
+        weight = swap.before.squares_of(squares)
     if swap.after is None:
         return (weight,)
     found = swap.after.pull_back_squares(weight)

@@ -7,6 +7,7 @@ they replace. What the optimizer knows of the old ones becomes, key by key, what
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -181,8 +182,12 @@ def prepare(optimizer: Any, swaps: Sequence[Swap], rules: Mapping[str, str] | No
 
 def gradient_under(swap: Swap, gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """An average of gradients of the old parameters as that of the new ones, float64."""
-    weight = _weight_gradient(swap, gradients)
-    return (weight,) if swap.after is None else swap.after.pull_back(weight)
+    return _pulled(swap, _weight_gradient(swap, gradients))
+
+
+def _pulled(swap: Swap, slope: Tensor) -> tuple[Tensor, ...]:
+    """The gradient of the layer's weight as that of the new parameters."""
+    return (slope,) if swap.after is None else swap.after.pull_back(slope)
 
 
 def _weight_gradient(swap: Swap, gradients: Sequence[Tensor]) -> Tensor:
@@ -190,9 +195,8 @@ def _weight_gradient(swap: Swap, gradients: Sequence[Tensor]) -> Tensor:
     return gradients[0].double() if swap.before is None else swap.before.least_norm([g.double() for g in gradients])
 
 
-def _square_under(swap: Swap, squares: Sequence[Tensor], averages: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-    """Squares of gradients; with averages of the same gradients, where these are known, which tell how their entries add up."""
-    slope = None if averages is None else _weight_gradient(swap, averages)
+def _square_under(swap: Swap, squares: Sequence[Tensor], slope: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Squares of gradients; with an average of the weight's gradients, where one is known, which tells how their entries add up."""
     squares = [s.double() for s in squares]
     weight = squares[0]
     if swap.before is not None:
@@ -210,8 +214,8 @@ def _weight_under(swap: Swap, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (weight,) if swap.after is None else swap.after.projected(weight)
 
 
-def _magnitude_under(swap: Swap, sizes: Sequence[Tensor], averages: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-    return tuple(s.clamp(min=0).sqrt() for s in _square_under(swap, [s.double().square() for s in sizes], averages))
+def _magnitude_under(swap: Swap, sizes: Sequence[Tensor], slope: Tensor | None = None) -> tuple[Tensor, ...]:
+    return tuple(s.clamp(min=0).sqrt() for s in _square_under(swap, [s.double().square() for s in sizes], slope))
 
 
 def _zeros_under(swap: Swap, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -233,13 +237,14 @@ def _carried(swap: Swap, states: Sequence[Mapping[str, Any]], rules: Mapping[str
         return "their weight was computed from other parameters, and how gradients went there is not known"
     if not all(states) or len({tuple(state) for state in states}) > 1:
         return "this optimizer knows some of a chain's factors only"
+    average = functools.cache(lambda: _weight_gradient(swap, [state[AVERAGE] for state in states]))  # several keys need it: solve for it once
     new: list[dict[str, Any]] = [{} for _ in swap.new]
     for key in states[0]:
         values = [state[key] for state in states]
         if all(isinstance(v, Tensor) and v.shape == p.shape and v.ndim > 0 for v, p in zip(values, swap.old, strict=True)):
             if key not in rules:
                 return f'what {key!r} is of a parameter is not known; say it with state={{{key!r}: "gradient"}}, or one of {list(MEANINGS[1:])}'
-            found = _under(swap, key, states, rules)
+            found = _under(swap, key, states, rules, average)
             for state, parameter, value in zip(new, swap.new, found, strict=True):
                 state[key] = torch.empty_like(parameter, dtype=values[0].dtype, requires_grad=False).copy_(value)
         elif all(v is None or isinstance(v, int | float) or (isinstance(v, Tensor) and v.ndim == 0) for v in values):
@@ -250,15 +255,18 @@ def _carried(swap: Swap, states: Sequence[Mapping[str, Any]], rules: Mapping[str
     return new
 
 
-def _under(swap: Swap, key: str, states: Sequence[Mapping[str, Any]], rules: Mapping[str, str]) -> tuple[Tensor, ...]:
-    """One key of the state for the new parameters; RMSprop's keys hang together, and Adam's."""
+def _under(swap: Swap, key: str, states: Sequence[Mapping[str, Any]], rules: Mapping[str, str], average: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+    """One key of the state for the new parameters; RMSprop's keys hang together, and Adam's (``average``: the weight's gradient)."""
     if key == "momentum_buffer" and "square_avg" in states[0]:
         return _steps_under(swap, states)
     if key == "square_avg" and "grad_avg" in states[0]:
         return _centred_squares_under(swap, states)
     values = [state[key] for state in states]
-    if rules[key] in ("square", "magnitude") and rules.get(AVERAGE) == "gradient" and all(AVERAGE in state for state in states):
-        return UNDER[rules[key]](swap, values, [state[AVERAGE] for state in states])
+    averaged = rules.get(AVERAGE) == "gradient" and all(AVERAGE in state for state in states)
+    if averaged and key == AVERAGE:
+        return _pulled(swap, average())
+    if averaged and rules[key] in ("square", "magnitude"):
+        return UNDER[rules[key]](swap, values, average())
     return UNDER[rules[key]](swap, values)
 
 

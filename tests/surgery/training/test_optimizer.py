@@ -454,3 +454,17 @@ def test_states_that_are_not_those_of_all_factors_are_said_and_dropped():
     sharded = type("ZeroRedundancyOptimizer", (torch.optim.SGD,), {})(net.parameters(), lr=0.1)
     with pytest.raises(surgery.SurgeryTypeError, match="ZeroRedundancyOptimizer holds a part of the state only"):
         surgery.decompose(net, 0.5, optimizer=sharded, inplace=True)
+
+
+def test_the_gradient_of_a_weight_is_solved_for_once_however_many_keys_need_it(monkeypatch):
+    torch.manual_seed(0)
+    model = surgery.decompose(Small(), {"conv1": (4, 2), "conv2": surgery.Spatial(6)}).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, amsgrad=True)
+    model(torch.randn(2, 3, 12, 12)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()  # gradients that wait for their step would be solved for as well
+    solve, solved = ChainMap.least_norm, []
+    monkeypatch.setattr(ChainMap, "least_norm", lambda self, *args: solved.append(self.geometry) or solve(self, *args))
+    surgery.reconstruct(model, optimizer=optimizer, inplace=True)
+    assert len(solved) == 2
+    assert {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"} <= set(optimizer.state[model.conv1.weight])

@@ -117,7 +117,7 @@ def test_large_factors_move_their_product_no_further_than_the_layer_would_go():
     assert way(1, (8, 0.125, 1)) > 5 * layer
 
 
-def test_steps_keep_their_length_while_the_rate_falls_until_they_are_a_factors_share():
+def test_steps_keep_their_length_while_the_rate_falls_until_they_are_whole():
     model = cut()
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     highest = {}
@@ -132,9 +132,9 @@ def test_steps_keep_their_length_while_the_rate_falls_until_they_are_a_factors_s
     third = 1e-3 / 3
     assert lengths(1e-4) == pytest.approx([third / 10, third / 40, third / 1000], rel=1e-3)  # a rate that rises: as at first
     assert lengths(1e-3) == pytest.approx([third, third / 4, third / 100], rel=1e-3)
-    assert lengths(5e-4) == pytest.approx([third / 2, third / 4, third / 100], rel=1e-3)
-    assert lengths(1e-4) == pytest.approx([third / 10, third / 10, third / 100], rel=1e-3)
-    assert lengths(1e-6) == pytest.approx([third / 1000] * 3, rel=1e-3)
+    assert lengths(5e-4) == pytest.approx([third, third / 4, third / 100], rel=1e-3)
+    assert lengths(1e-4) == pytest.approx([1e-4, third / 4, third / 100], rel=1e-3)
+    assert lengths(1e-6) == pytest.approx([1e-6] * 3, rel=1e-3)
     assert highest == {"conv1": 1e-3, "conv2": 1e-3}
 
 

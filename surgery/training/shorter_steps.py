@@ -4,10 +4,10 @@ A step against the gradient moves a layer's weight W by r G. The factors F_i of 
 r J_i J_i^T G, where J_i is the derivative of the product by F_i: along the directions that a factor reaches, by its squared singular values times as
 far. In a network that has been trained for some epochs these are well above 1, and the first steps after a cut can undo more than the cut did.
 With n factors, and g_i the mean squared singular value of J_i, each at 1 / (n g_i) of the rate moves the product by its share of the layer's step.
-None has more than 1 / n of the rate, which is the share of each where all are in equilibrium with weight decay before a normalization: each turns by
-sqrt(2 rate decay) a step, whatever its size (Wan et al. 2021, "Spherical Motion Dynamics", section 3), and the product by sqrt(n) times as much.
-When the rate falls later, they go on with steps of that length until these are whole: at a low rate none is too long, and shorter ones learn too
-slowly. Optimizers that set the size of a step by themselves (Adam and its kin) take 1 / n all the time.
+At the highest rate so far none has more than 1 / n, which is the share of each where all are in equilibrium with weight decay before a normalization:
+each turns by sqrt(2 rate decay) a step, whatever its size (Wan et al. 2021, "Spherical Motion Dynamics", section 3), the product by sqrt(n) times as
+much. When the rate falls later, they go on with steps of that length until these are whole: at a low rate none is too long, and shorter ones learn
+too slowly. Optimizers that set the size of a step by themselves (Adam and its kin) take 1 / n all the time.
 """
 
 from __future__ import annotations
@@ -95,14 +95,14 @@ class ShorterSteps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Factor:
-    """Of which chain, its part of a step that is not too long, and its gain, 0 where that does not matter."""
+    """Of which chain, its share of a step where its gain is 1, and its gain; 0 where that does not matter."""
 
     chain: str
     part: float
     gain: float
 
     def share(self, rate: float, highest: float) -> float:
-        """Of a step at this rate."""
+        """How much of a step to go, at this rate, when the highest so far was that."""
         if self.gain <= 0 or rate <= 0:
             return self.part
         return min(1.0, self.part / max(1.0, self.gain) * highest / rate)

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: Recipe) -> None:
     add("--data", type=Path, required=True, help="folder of the pictures")
     add("--out", type=Path, required=True, help="folder of all runs: checkpoints, logs, reports")
     add("--network", default=defaults.network, help="surgery:NAME, torchvision:NAME, ...; always begun with random weights (default: %(default)s)")
-    add("--scenarios", nargs="+", metavar="NAME", help="original, decompose-N, decompose-N-reconstruct-M, after-F (default: the paper's)")
+    add("--scenarios", nargs="+", metavar="NAME", help="original, decompose-N[-deeper-L][-reconstruct-M], after-F (default: the paper's)")
     add("--seeds", nargs="+", type=int, default=[defaults.seed])
     add("--label", default="", help="part of the names of runs that cut, to tell ways of cutting apart")
     add("--keep-every", type=int, metavar="K", help="keep the checkpoint of each Kth epoch, for rank_growth.py")
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: Recipe) -> None:
     add("--compile", dest="compiled", action="store_true", help="torch.compile of the network, before and after the cut")
     add("--contiguous", dest="channels_last", action="store_false", help="pictures and weights not in channels-last format")
     add("--threads", type=int, help="of torch (default: its own choice)")
-    add("--ranks", type=parse_ranks_text, default=defaults.ranks, help="as for surgery decompose (default: %(default)s)")
+    told = f"as for surgery decompose; one for each cut where there are two (default: {defaults.ranks})"
+    add("--ranks", nargs="+", type=parse_ranks_text, default=[defaults.ranks], help=told)
     add("--method", default=defaults.method, help="default: %(default)s")
     add("--guard", default=defaults.guard, help="step, macs, latency or none (default: step, where the ranks allow it)")
     add("--round-to", type=int, default=defaults.round_to, help="default: %(default)s")
@@ -60,7 +61,8 @@ def _share(text: str) -> float | str:
 def recipes(options: argparse.Namespace) -> list[Recipe]:
     """One for each seed."""
     names = {name for name in Recipe.__dataclass_fields__ if hasattr(options, name)}
-    values = {name: getattr(options, name) for name in names} | {"drops": tuple(options.drops)}
+    ranks = options.ranks if len(options.ranks) > 1 else options.ranks[0]
+    values = {name: getattr(options, name) for name in names} | {"drops": tuple(options.drops), "ranks": ranks}
     return [Recipe(**values, seed=seed) for seed in options.seeds]
 
 

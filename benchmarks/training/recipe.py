@@ -37,8 +37,9 @@ class Recipe:
         bf16: forward passes in bfloat16 by autocast.
         compiled: ``torch.compile`` of whatever network is trained at the moment.
         channels_last: memory format of weights and pictures.
-        ranks: as for ``surgery.DecompositionSchedule``, and so ``method``, ``guard`` (None is its default, the measured training step), ``round_to``,
-            ``decay``, ``balanced`` and ``warm_up``.
+        ranks: as for ``surgery.decompose``; a list of two where a scenario cuts twice (one that cuts once takes the last).
+        method: as for ``surgery.DecompositionSchedule``, and so ``guard`` (None is its default, the measured training step), ``round_to``, ``decay``,
+            ``balanced`` and ``warm_up``.
         chain_rate: of the learning rate, for factors: what ``DecompositionSchedule`` calls ``rate``.
         batch_norm: batches over which statistics are taken anew after the cut; 0 leaves them as they are.
         calibration: batches for factors that fit what the layers see; 0 for the weights alone.
@@ -88,13 +89,13 @@ class Recipe:
 
     def schedule(self, scenario: Scenario, pictures: Pictures) -> DecompositionSchedule | None:
         """What cuts the network, and fuses it back, in the course of a run; None for the original."""
-        cut_at = scenario.cut_at(self.epochs)
-        if cut_at is None:
+        cuts = scenario.cuts_at(self.epochs)
+        if not cuts:
             return None
         return DecompositionSchedule(
-            cut_at,
+            cuts,
             scenario.reconstruct_at,
-            self.ranks,
+            self.ranks[-len(cuts) :] if isinstance(self.ranks, list) else self.ranks,
             method=self.method,
             guard=self.guard,
             round_to=self.round_to,

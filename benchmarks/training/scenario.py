@@ -1,4 +1,7 @@
-"""What is done to a network in the course of a run, as Elhoushi et al. 2019 compare it: nothing, a cut, a cut and back, or a cut after training."""
+"""What is done to a network in the course of a run, as Elhoushi et al. 2019 compare it: nothing, a cut, a cut and back, or a cut after training.
+
+Beyond the paper a network may be cut again, deeper, later in the run.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from surgery import SurgeryValueError
 
 __all__ = ["Scenario", "branch_points", "usual"]
 
-FORMS = "original, decompose-N, decompose-N-reconstruct-M, after-F (F epochs of fine-tuning after the last)"
-PATTERN = re.compile(r"original|decompose-(?P<cut>\d+)(-reconstruct-(?P<back>\d+))?|after-(?P<tune>\d+)")
+FORMS = "original, decompose-N, with -deeper-L, -reconstruct-M or both after it, after-F (F epochs of fine-tuning after the last)"
+PATTERN = re.compile(r"original|decompose-(?P<cut>\d+)(-deeper-(?P<deeper>\d+))?(-reconstruct-(?P<back>\d+))?|after-(?P<tune>\d+)")
 PAPER: Mapping[str, tuple[str, ...]] = {
     "surgery:vgg19": ("original", *(f"decompose-{n}" for n in (10, 20, 30, 40, 50)), "decompose-10-reconstruct-190", "after-40"),
     "surgery:resnet56": ("original", *(f"decompose-{n}" for n in (10, 20, 30, 40, 50)), "decompose-10-reconstruct-190", "after-40"),
@@ -22,9 +25,10 @@ PAPER: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One of the four. Positions are in epochs done before; all None is the original."""
+    """One of them. Positions are in epochs done before; all None is the original."""
 
     decompose_at: int | None = None
+    deeper_at: int | None = None
     reconstruct_at: int | None = None
     fine_tune: int | None = None
 
@@ -33,43 +37,52 @@ class Scenario:
         """From its name.
 
         Raises:
-            SurgeryValueError: it is none of the four.
+            SurgeryValueError: it is none of them.
         """
         found = PATTERN.fullmatch(text)
         if found is None:
             raise SurgeryValueError(f"scenario {text!r}: expected one of {FORMS}")
-        cut, back, tune = (None if found[name] is None else int(found[name]) for name in ("cut", "back", "tune"))
-        if cut is not None and back is not None and back <= cut:
+        cut, deeper, back, tune = (None if found[name] is None else int(found[name]) for name in ("cut", "deeper", "back", "tune"))
+        if cut is not None and deeper is not None and deeper <= cut:
+            raise SurgeryValueError(f"scenario {text!r}: it must be cut deeper after it was decomposed")
+        last = cut if deeper is None else deeper
+        if last is not None and back is not None and back <= last:
             raise SurgeryValueError(f"scenario {text!r}: it must be reconstructed after it was decomposed")
-        return cls(cut, back, tune)
+        return cls(cut, deeper, back, tune)
 
     def __str__(self) -> str:
         if self.fine_tune is not None:
             return f"after-{self.fine_tune}"
         if self.decompose_at is None:
             return "original"
-        return f"decompose-{self.decompose_at}" + ("" if self.reconstruct_at is None else f"-reconstruct-{self.reconstruct_at}")
+        later = {"deeper": self.deeper_at, "reconstruct": self.reconstruct_at}
+        return "-".join([f"decompose-{self.decompose_at}", *(f"{what}-{at}" for what, at in later.items() if at is not None)])
 
     def check(self, epochs: int) -> None:
         """Raise ``SurgeryValueError`` where a run of so many epochs ends before all of it is done."""
-        last = max(self.decompose_at or 0, self.reconstruct_at or 0)
+        last = self._last
         if last >= epochs:
             raise SurgeryValueError(f"scenario {self}: a run of {epochs} epochs is over before epoch {last} begins")
+
+    @property
+    def _last(self) -> int:
+        """Where the last surgery of the original's epochs is done."""
+        return max(self.decompose_at or 0, self.deeper_at or 0, self.reconstruct_at or 0)
 
     def length(self, epochs: int) -> int:
         """Epochs of the whole run."""
         return epochs + (self.fine_tune or 0)
 
-    def cut_at(self, epochs: int) -> int | None:
-        """Epochs before the cut; None where there is none."""
-        return epochs if self.fine_tune is not None else self.decompose_at
+    def cuts_at(self, epochs: int) -> tuple[int, ...]:
+        """Epochs before each cut."""
+        return tuple(at for at in (epochs if self.fine_tune is not None else self.decompose_at, self.deeper_at) if at is not None)
 
     def branch(self, epochs: int) -> tuple[Scenario, int] | None:
         """The scenario that this one is the same as for its first epochs, and how many these are."""
         if self.reconstruct_at is not None:
-            return Scenario(self.decompose_at), self.reconstruct_at
-        cut = self.cut_at(epochs)
-        return None if cut is None else (Scenario(), cut)
+            return Scenario(self.decompose_at, self.deeper_at), self.reconstruct_at
+        cuts = self.cuts_at(epochs)
+        return (Scenario(), cuts[0]) if cuts else None
 
 
 def branch_points(scenarios: Iterable[Scenario], epochs: int) -> dict[Scenario, set[int]]:
@@ -93,4 +106,4 @@ def usual(network: str, epochs: int) -> tuple[str, ...]:
 
 
 def _fits(scenario: Scenario, epochs: int) -> bool:
-    return max(scenario.decompose_at or 0, scenario.reconstruct_at or 0) < epochs
+    return scenario._last < epochs

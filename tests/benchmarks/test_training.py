@@ -103,14 +103,19 @@ def test_every_picture_once_an_epoch_shifted_and_flipped(pictures):
 
 
 def test_scenarios_by_name():
-    for name in ("original", "decompose-10", "decompose-10-reconstruct-190", "after-40"):
+    deeper = "decompose-5-deeper-12"
+    for name in ("original", "decompose-10", "decompose-10-reconstruct-190", deeper, deeper + "-reconstruct-28", "after-40"):
         assert str(Scenario.parse(name)) == name
-    for name in ("decompose", "after-", "decompose-5-reconstruct-5"):
+    for name in ("decompose", "after-", "decompose-5-reconstruct-5", "decompose-5-deeper-5", deeper + "-reconstruct-12", "original-deeper-3"):
         with pytest.raises(surgery.SurgeryValueError, match=name):
             Scenario.parse(name)
     with pytest.raises(surgery.SurgeryValueError, match="epoch 190"):
         Scenario.parse("decompose-10-reconstruct-190").check(190)
+    with pytest.raises(surgery.SurgeryValueError, match="epoch 12"):
+        Scenario.parse(deeper).check(12)
     assert branch_points(ALL, 4) == {ALL[0]: {1, 4}, ALL[1]: {3}}
+    assert branch_points([Scenario.parse(deeper + "-reconstruct-28")], 30) == {Scenario.parse(deeper): {28}}
+    assert branch_points([Scenario.parse(deeper)], 30) == {ALL[0]: {5}}
     assert len(usual("surgery:vgg19", 200)) == 8
     assert usual("surgery:vgg19", 15) == ("original", "decompose-1", "decompose-1-reconstruct-14", "after-3")
 
@@ -149,7 +154,18 @@ def test_scenarios_train_once_what_they_share(pictures, tmp_path):
     assert len(chains) == 2
 
 
-@pytest.mark.parametrize("scenario", ALL, ids=str)
+def test_a_network_is_cut_deeper_later(pictures, tmp_path):
+    twice = replace(RECIPE, ranks=[0.8, 0.4])
+    scenario = Scenario.parse("decompose-1-deeper-2-reconstruct-3")
+    rows = run(twice, scenario, pictures, tmp_path)
+    assert [row["surgery"] for row in rows] == [None, "decomposed", "decomposed", "reconstructed"]
+    whole, first, second, back = (row["parameters"] for row in rows)
+    assert whole == back > first > second
+    after = run(twice, ALL[3], pictures, tmp_path)
+    assert after[-1]["parameters"] == second
+
+
+@pytest.mark.parametrize("scenario", [*ALL, Scenario.parse("decompose-1-deeper-3")], ids=str)
 def test_a_run_that_was_cut_off_goes_on_to_the_bit(pictures, tmp_path, scenario):
     at_once = run(RECIPE, scenario, pictures, tmp_path / "at once")
     for until in range(1, len(at_once) + 1):

@@ -1,12 +1,13 @@
 """Work through a list of training runs, one at a time, for as long as the machine is idle.
 
-    python benchmarks/train_all.py --data ROOT --out RUNS [--queue benchmarks/training/two_cores.json] [--threads N]
+    python benchmarks/train_all.py --data ROOT --out RUNS [--queue benchmarks/training/two_cores.json] [--threads N] [--in-turn]
     python benchmarks/train_all.py --out RUNS --status
 
 The queue is a JSON list of entries with ``network`` and ``epochs``, and where wanted ``scenarios``, ``seeds``, ``priority`` (a number, 1 by default),
 ``label`` and ``recipe``: an object of whatever else differs from the defaults of ``training/recipe.py``. Runs of lower priority numbers come first,
 then lower seeds, then in the order of the file, originals before the scenarios that go on from them. Stop it at any time: a run loses the epoch that
 it is in, and goes on from there when the command is given again; runs that are done are passed over. Only one process works on a folder at a time.
+``--in-turn`` trains an epoch of each run of a network and seed, then the next of each: on a machine whose speed changes their times stay comparable.
 ``--status`` says what is done and how long the rest would take by the epochs measured so far. ``training_tables.py`` draws what there is.
 """
 
@@ -37,7 +38,7 @@ QUEUE = Path(__file__).parent / "training" / "two_cores.json"
 FIELDS = {"network", "epochs", "scenarios", "seeds", "priority", "label", "recipe"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Job:
     """One run."""
 
@@ -117,22 +118,33 @@ def alone(runs: Path) -> Iterator[None]:
         yield
 
 
-def work(jobs: list[Job], data: Path, runs: Path) -> list[str]:
+def work(jobs: list[Job], data: Path, runs: Path, *, in_turn: bool = False) -> list[str]:
     """Do what is not done yet; what diverged is passed over and named in the end."""
     held: dict[tuple[Any, ...], Pictures] = {}
-    failed = []
-    for job in jobs:
-        if len(read_log(job.folder(runs))) >= job.length:
+    failed: dict[Job, str] = {}
+    for job, until in _in_turn(jobs) if in_turn else ((job, job.length) for job in jobs):
+        if job in failed or len(read_log(job.folder(runs))) >= until:
             continue
         key = job.recipe.batch, job.recipe.device, job.recipe.subset
         if key not in held:
             held[key] = InMemory.cifar10(data, *key)
         try:
-            run(job.recipe, job.scenario, held[key], runs, label=job.label, keep=job.keep, tell=teller(job.recipe, job.scenario))
+            run(job.recipe, job.scenario, held[key], runs, label=job.label, keep=job.keep, until=until, tell=teller(job.recipe, job.scenario))
         except Diverged as error:
-            failed.append(str(error))
+            failed[job] = str(error)
             print(error, file=sys.stderr, flush=True)
-    return failed
+    return list(failed.values())
+
+
+def _in_turn(jobs: list[Job]) -> Iterator[tuple[Job, int]]:
+    """Who trains next, and to which epoch: of a network and seed an epoch of each run, once it is on its own."""
+    for group in dict.fromkeys((job.recipe.network, job.recipe.seed) for job in jobs):
+        mine = [job for job in jobs if (job.recipe.network, job.recipe.seed) == group]
+        for until in range(1, max(job.length for job in mine) + 1):
+            for job in mine:
+                branch = job.scenario.branch(job.recipe.epochs)
+                if (0 if branch is None else branch[1]) < until <= job.length:
+                    yield job, until
 
 
 def status(jobs: list[Job], runs: Path) -> Iterator[str]:
@@ -165,6 +177,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--queue", type=Path, default=QUEUE)
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument("--in-turn", action="store_true", help="an epoch of each run of a network and seed, then the next")
     parser.add_argument("--status", action="store_true", help="say what is done, and do nothing")
     options = parser.parse_args()
     if options.data is None and not options.status:
@@ -177,7 +190,7 @@ def main() -> None:
             print("\n".join(status(jobs, options.out)))
             return
         with alone(options.out):
-            failed = work(jobs, options.data, options.out)
+            failed = work(jobs, options.data, options.out, in_turn=options.in_turn)
     except SurgeryError as error:
         raise SystemExit(f"{parser.prog}: {error}") from error
     if failed:

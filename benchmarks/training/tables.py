@@ -62,7 +62,8 @@ def summary(runs: Sequence[Logged]) -> list[dict[str, Any]]:
         ends = {seed: run.rows[-1] for seed, run in mine.items()}
         paired = [(ends[seed], whole[seed]) for seed in ends if seed in whole]
         scenario = next(iter(mine.values())).scenario
-        cut = [row["parameters"] for run in mine.values() for row in run.rows if row["surgery"] == "decomposed"]
+        cuts = [[row["parameters"] for row in run.rows if row["surgery"] == "decomposed"] for run in mine.values()]
+        cut = [parameters[-1] for parameters in cuts if parameters]
         found.append(
             {
                 "scenario": name,

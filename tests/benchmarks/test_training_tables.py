@@ -20,7 +20,7 @@ from training.scenario import Scenario
 from training.tables import logged, summary, table
 from training_tables import publish
 
-from tests.benchmarks.test_training import NETWORK, root  # noqa: F401  a fixture
+from tests.benchmarks.test_training import NETWORK, root, untimed  # noqa: F401  a fixture
 
 ENTRY = {"network": NETWORK, "epochs": 3, "recipe": {"batch": 32, "ranks": 0.5, "guard": "none", "round_to": 1, "drops": [0.5]}}
 
@@ -89,6 +89,20 @@ def test_from_a_queue_to_tables_and_figures(root, tmp_path, capsys):  # noqa: F8
     assert {row["epoch"] for row in rows} == {0, 1, 3}
     half = [row for row in rows if row["rule"] == "0.5"]
     assert all(row["parameters"] == cut["parameters"] and row["shares"] == pytest.approx({"0": 0.5, "3": 0.5}, abs=0.2) for row in half)
+
+
+def test_runs_in_turn_are_the_same_runs(root, tmp_path, capsys):  # noqa: F811
+    names = ["original", "decompose-1", "decompose-1-deeper-2", "after-1"]
+    jobs = train_all.jobs_of(queue({"scenarios": names, "recipe": ENTRY["recipe"] | {"ranks": [0.8, 0.4]}}))
+    assert train_all.work(jobs, root, tmp_path / "turns", in_turn=True) == []
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    order = [(row["epoch"], row["scenario"]) for row in told]
+    assert order == [(1, names[0]), *((epoch, name) for epoch in (2, 3) for name in names[:3]), (4, names[3])]
+    assert train_all.work(jobs, root, tmp_path / "one", in_turn=False) == []
+    for turns, one in zip(logged(tmp_path / "turns"), logged(tmp_path / "one"), strict=True):
+        assert untimed(turns.rows) == untimed(one.rows)
+    cut = {row["scenario"]: row["parameters_after_cut"] for row in summary(logged(tmp_path / "one"))}
+    assert cut["decompose-1-deeper-2"] == cut["decompose-1"] == cut["after-1"]  # of two cuts the last counts; the others are that one
 
 
 def test_tables_have_the_papers_numbers_beside_ours(tmp_path):

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: Recipe) -> None:
     add("--compile", dest="compiled", action="store_true", help="torch.compile of the network, before and after the cut")
     add("--contiguous", dest="channels_last", action="store_false", help="pictures and weights not in channels-last format")
     add("--threads", type=int, help="of torch (default: its own choice)")
-    told = f"as for surgery decompose; one for each cut where there are two (default: {defaults.ranks})"
+    told = f"as for surgery decompose; two where a scenario cuts twice, one that cuts once takes the last (default: {defaults.ranks})"
     add("--ranks", nargs="+", type=parse_ranks_text, default=[defaults.ranks], help=told)
     add("--method", default=defaults.method, help="default: %(default)s")
     add("--guard", default=defaults.guard, help="step, macs, latency or none (default: step, where the ranks allow it)")

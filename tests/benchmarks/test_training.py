@@ -32,6 +32,7 @@ from training.scenario import Scenario, branch_points, usual
 NETWORK = "tests.benchmarks.test_training:tiny"
 TIMES = {"surgery_seconds", "train_seconds", "evaluation_seconds", "seconds", "load_average"}
 RECIPE = Recipe(network=NETWORK, epochs=4, batch=32, rate=0.05, ranks=0.4, guard="macs", round_to=1, batch_norm=1, warm_up=3)
+TWICE = replace(RECIPE, ranks=[0.8, 0.4])  # for two cuts
 ALL = tuple(Scenario.parse(name) for name in ("original", "decompose-1", "decompose-1-reconstruct-3", "after-2"))
 
 
@@ -155,21 +156,20 @@ def test_scenarios_train_once_what_they_share(pictures, tmp_path):
 
 
 def test_a_network_is_cut_deeper_later(pictures, tmp_path):
-    twice = replace(RECIPE, ranks=[0.8, 0.4])
-    scenario = Scenario.parse("decompose-1-deeper-2-reconstruct-3")
-    rows = run(twice, scenario, pictures, tmp_path)
+    rows = run(TWICE, Scenario.parse("decompose-1-deeper-2-reconstruct-3"), pictures, tmp_path)
     assert [row["surgery"] for row in rows] == [None, "decomposed", "decomposed", "reconstructed"]
     whole, first, second, back = (row["parameters"] for row in rows)
     assert whole == back > first > second
-    after = run(twice, ALL[3], pictures, tmp_path)
-    assert after[-1]["parameters"] == second
+    after = run(TWICE, ALL[3], pictures, tmp_path)
+    assert after[-1]["parameters"] == second  # one cut takes the last ranks
 
 
-@pytest.mark.parametrize("scenario", [*ALL, Scenario.parse("decompose-1-deeper-3")], ids=str)
+@pytest.mark.parametrize("scenario", [*ALL, *(Scenario.parse("decompose-1-deeper-2" + back) for back in ("", "-reconstruct-3"))], ids=str)
 def test_a_run_that_was_cut_off_goes_on_to_the_bit(pictures, tmp_path, scenario):
-    at_once = run(RECIPE, scenario, pictures, tmp_path / "at once")
+    recipe = RECIPE if scenario.deeper_at is None else TWICE
+    at_once = run(recipe, scenario, pictures, tmp_path / "at once")
     for until in range(1, len(at_once) + 1):
-        rows = run(RECIPE, scenario, pictures, tmp_path / "in parts", until=until)
+        rows = run(recipe, scenario, pictures, tmp_path / "in parts", until=until)
     assert untimed(rows) == untimed(at_once)
     one, other = weights(tmp_path / "at once", scenario), weights(tmp_path / "in parts", scenario)
     assert list(one) == list(other)

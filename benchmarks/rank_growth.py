@@ -4,8 +4,8 @@
 
 RUN is the folder of an ``original`` run of ``train_cifar.py`` or ``train_all.py`` with kept checkpoints (``--keep-every 5``); the weights at random,
 epoch 0, are made from its seed. For each checkpoint and rule: parameters after the cut, and every layer's share of its full ranks (the geometric mean
-of its modes), to see which layers grow. The picture has the paper's networks as crosses. Checkpoints that are in FILE
-(``benchmarks/results/rank_growth_NETWORK.json`` by default) are not looked at again.
+of its modes), to see which layers grow; and how much of the random start each layer still holds. The picture has the paper's networks as crosses.
+Checkpoints that are in FILE (``benchmarks/results/rank_growth_NETWORK.json`` by default) are not looked at again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from passes.kinds import kind_of
 from surgery.zoo import load_weights
 
 RESULTS = Path(__file__).parent / "results"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RULES = ("evbmf", "evbmf:weaken=0.5", "energy:0.8", "energy:0.9", "stable", 0.5)
 
 
@@ -66,12 +67,20 @@ def share(geometry: Any, chain: Factorization) -> float:
     return prod((most if rank is None else rank) / most for rank, most in zip(chain.ranks, full, strict=True)) ** (1 / len(full))
 
 
-def draw(network: str, rows: list[dict[str, Any]], file: Path) -> None:
-    """Parameters by epoch, a line a rule; the paper's, cut by EVBMF, as crosses."""
+def start_left(model: nn.Module, start: nn.Module) -> dict[str, float]:
+    """For each convolution the share of its random weights that its weights still hold: their projection on them, 1 where both are the same."""
+    first = {name: module.weight.detach() for name, module in start.named_modules() if isinstance(module, CONVOLUTIONS)}
+    now = {name: model.get_submodule(name).weight.detach() for name in first}
+    return {name: float((now[name] * weight).sum() / weight.square().sum()) for name, weight in first.items()}
+
+
+def draw(network: str, found: dict[str, Any], file: Path) -> None:
+    """Parameters by epoch, a line a rule, the paper's, cut by EVBMF, as crosses; beside it what is left of the random start, a line a layer."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    rows, left = found["rows"], found["start_left"]
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    axes, beside = figure.subplots(1, 2, sharex=True)
     for rule in dict.fromkeys(row["rule"] for row in rows):
         mine = sorted((row["epoch"], row["parameters"]) for row in rows if row["rule"] == rule)
         axes.plot(*zip(*mine, strict=True), "o-", markersize=3, label=rule)
@@ -84,6 +93,12 @@ def draw(network: str, rows: list[dict[str, Any]], file: Path) -> None:
     axes.set(xlabel="epochs before the cut", ylabel="parameters after it", title=network, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    layers = list(next(iter(left.values())))
+    for number, name in enumerate(layers):
+        shade = str(0.8 - 0.8 * number / len(layers))
+        beside.plot([int(epoch) for epoch in left], [by[name] for by in left.values()], color=shade, linewidth=1)
+    beside.set(xlabel="epochs", ylabel="share of a layer's random start that is left", title="light: first layers; dark: last", ylim=(0, None))
+    beside.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
 
 
@@ -96,16 +111,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{options.run} is not the folder of an original run with checkpoints")
     network = read_run(options.run)["network"].rpartition(":")[2]
     out = options.out or RESULTS / f"rank_growth_{network}.json"
-    rows = json.loads(out.read_text()) if out.exists() else []
+    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"start_left": {}, "rows": []}
+    rows = found["rows"]
+    start = None
     for epoch, model in networks(options.run):
+        start = start or model
+        found["start_left"][str(epoch)] = start_left(model, start)
         for rule in RULES:
             if any((row["epoch"], row["rule"]) == (epoch, str(rule)) for row in rows):
                 continue
             rows.append({"epoch": epoch, "rule": str(rule)} | look(model, rule))
             out.parent.mkdir(exist_ok=True)
-            out.write_text(json.dumps(rows, indent=1) + "\n")
+            out.write_text(json.dumps(found, indent=1) + "\n")
             print(json.dumps({name: value for name, value in rows[-1].items() if name != "shares"}), flush=True)
-    draw(network, rows, out.with_suffix(".png"))
+    draw(network, found, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

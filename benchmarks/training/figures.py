@@ -1,4 +1,4 @@
-"""Accuracy against wall time, as in figures 3 to 6 of Elhoushi et al. 2019: a curve a scenario and seed."""
+"""Accuracy against wall time, as in figures 3 to 6 of Elhoushi et al. 2019: a curve a scenario and seed, from where it leaves another's."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ def draw(runs: Sequence[Logged], file: Path) -> None:
     figure = Figure(figsize=(7.5 * len(measures), 5), layout="constrained")
     colours = {scenario: f"C{number}" for number, scenario in enumerate(dict.fromkeys(run.name for run in runs))}
     for axes, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
-        for run in runs:
+        for number, run in enumerate(runs):
             first = next(other for other in runs if other.name == run.name) is run
-            times = [row["seconds"] / unit for row in run.rows]
+            shared = max((run.shared_with(other) for other in runs[:number]), default=0)
+            rows = run.rows[max(shared - 1, 0) :]
+            colour = colours[run.name]
             label = (run.name if run.complete else f"{run.name}, {len(run.rows)} epochs so far") if first else None
-            axes.plot(times, [row[measure] for row in run.rows], color=colours[run.name], alpha=0.8, linewidth=1, label=label)
-            for row, time in zip(run.rows, times, strict=True):
+            axes.plot([row["seconds"] / unit for row in rows], [row[measure] for row in rows], color=colour, alpha=0.8, linewidth=1, label=label)
+            for row in run.rows[shared:]:
                 if row["surgery"]:
-                    axes.plot(time, row[measure], "o" if row["surgery"] == "decomposed" else "s", color=colours[run.name], markersize=4)
+                    marker = "o" if row["surgery"] == "decomposed" else "s"
+                    axes.plot(row["seconds"] / unit, row[measure], marker, color=colour, markersize=4)
         best = max(row[measure] for run in runs for row in run.rows)
         axes.set(xlabel=f"{name} of wall time, surgery and evaluation included", ylabel=f"top-{measure[3:]} on the test pictures, %")
         axes.set(title=f"{runs[0].network}, {runs[0].facts['epochs']} epochs", ylim=(best - SHOWN, None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from training.paper import TABLES
 from training.scenario import Scenario
 
 __all__ = ["Logged", "logged", "summary", "table"]
+
+CHANGES = ("decomposed", "reconstructed")  # as rows tell of surgery
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +39,19 @@ class Logged:
         """Of the scenario, with the label of the way to cut."""
         label = self.facts["label"] if self.scenario != Scenario() else ""
         return f"{self.scenario} ({label})" if label else str(self.scenario)
+
+    @property
+    def best_top1(self) -> float:
+        """Of the network in its last form: what was better before a cut was another network."""
+        changed = [k for k, row in enumerate(self.rows) if row["surgery"] in CHANGES]
+        return float(max(row["top1"] for row in self.rows[max(changed, default=0) :]))
+
+    def shared_with(self, other: Logged) -> int:
+        """How many first epochs are the same ones, as of two scenarios that branch."""
+        if self.facts["seed"] != other.facts["seed"]:
+            return 0
+        same = (row["seconds"] == its["seconds"] for row, its in zip(self.rows, other.rows, strict=False))
+        return sum(itertools.takewhile(bool, same))
 
     @property
     def complete(self) -> bool:
@@ -68,7 +84,7 @@ def summary(runs: Sequence[Logged]) -> list[dict[str, Any]]:
             {
                 "scenario": name,
                 "seeds": sorted(ends),
-                "best_top1": statistics.mean(row["best_top1"] for row in ends.values()),
+                "best_top1": statistics.mean(run.best_top1 for run in mine.values()),
                 "top1": statistics.mean(row["top1"] for row in ends.values()),
                 "top5": statistics.mean(row["top5"] for row in ends.values()),
                 "parameters": statistics.mean(row["parameters"] for row in ends.values()),

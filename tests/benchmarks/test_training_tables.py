@@ -17,7 +17,7 @@ import train_all
 from training.checkpoint import folder_of, write_run
 from training.paper import TABLES
 from training.scenario import Scenario
-from training.tables import logged, summary, table
+from training.tables import Logged, logged, summary, table
 from training_tables import publish
 
 from tests.benchmarks.test_training import NETWORK, root, untimed  # noqa: F401  a fixture
@@ -85,8 +85,11 @@ def test_from_a_queue_to_tables_and_figures(root, tmp_path, capsys):  # noqa: F8
     assert (network / "figure.png").stat().st_size > 5000
 
     rank_growth.main([str(runs / "tiny" / "original-seed0"), "--out", str(tmp_path / "growth.json")])
-    rows = json.loads((tmp_path / "growth.json").read_text())
+    found = json.loads((tmp_path / "growth.json").read_text())
+    rows = found["rows"]
     assert {row["epoch"] for row in rows} == {0, 1, 3}
+    assert set(found["start_left"]["0"].values()) == {1.0}
+    assert all(0.5 < left < 1 for left in found["start_left"]["3"].values())  # a few steps of small rate move it a little
     half = [row for row in rows if row["rule"] == "0.5"]
     assert all(row["parameters"] == cut["parameters"] and row["shares"] == pytest.approx({"0": 0.5, "3": 0.5}, abs=0.2) for row in half)
 
@@ -115,6 +118,18 @@ def test_tables_have_the_papers_numbers_beside_ours(tmp_path):
     assert rows[1]["original_time_over_time"] == 2.0
     assert rows[1]["paper"]["original_time_over_time"] == pytest.approx(4.77 / 2.32)
     assert "| decompose-10 | 1 | 89.50 | 89.50 | -0.50 | 10 | 0.8 min | 2.00 | 91.69 | 91.39 | 749,000 | 2.32 | 2.06 |" in table("vgg19", rows)
+
+
+def test_best_is_of_the_network_as_it_is_in_the_end_and_shared_epochs_are_known_by_their_time():
+    def run(seed, *rows):
+        return Logged(Path(), {"seed": seed}, [{"top1": top1, "seconds": seconds, "surgery": done} for top1, seconds, done in rows])
+
+    whole = run(0, (80.0, 1.0, None), (90.0, 2.0, None), (88.0, 3.0, None))
+    cut = run(0, (80.0, 1.0, None), (90.0, 2.0, None), (70.0, 2.5, "decomposed"), (85.0, 3.0, None), (84.0, 3.5, "nothing cut"))
+    fused = run(0, *((row["top1"], row["seconds"], row["surgery"]) for row in cut.rows[:4]), (83.0, 4.0, "reconstructed"))
+    assert [whole.best_top1, cut.best_top1, fused.best_top1] == [90.0, 85.0, 83.0]
+    assert [cut.shared_with(whole), fused.shared_with(cut), fused.shared_with(whole)] == [2, 4, 2]
+    assert whole.shared_with(run(1, (80.0, 1.0, None))) == 0
 
 
 def test_the_papers_scenarios_are_those_that_are_run():

@@ -4,13 +4,15 @@
 
 RUN is the folder of an ``original`` run of ``train_cifar.py`` or ``train_all.py`` with kept checkpoints (``--keep-every 5``); the weights at random,
 epoch 0, are made from its seed. For each checkpoint and rule: parameters after the cut, and every layer's share of its full ranks (the geometric mean
-of its modes), to see which layers grow; and how much of the random start each layer still holds. The picture has the paper's networks as crosses.
+of its modes), to see which layers grow; and how much of the random start each layer still holds, with the parameters that EVBMF would leave without
+it. The picture has the paper's networks as crosses.
 Checkpoints that are in FILE (``benchmarks/results/rank_growth_NETWORK.json`` by default) are not looked at again.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -31,8 +33,10 @@ from passes.kinds import kind_of
 from surgery.zoo import load_weights
 
 RESULTS = Path(__file__).parent / "results"
+WITHOUT = "evbmf without the start"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-RULES = ("evbmf", "evbmf:weaken=0.5", "energy:0.8", "energy:0.9", "stable", 0.5)
+EVBMF = "evbmf"
+RULES = (EVBMF, "evbmf:weaken=0.5", "energy:0.8", "energy:0.9", "stable", 0.5)
 
 
 def networks(run: Path) -> Iterator[tuple[int, nn.Module]]:
@@ -72,6 +76,15 @@ def start_left(model: nn.Module, start: nn.Module) -> dict[str, float]:
     first = {name: module.weight.detach() for name, module in start.named_modules() if isinstance(module, CONVOLUTIONS)}
     now = {name: model.get_submodule(name).weight.detach() for name in first}
     return {name: float((now[name] * weight).sum() / weight.square().sum()) for name, weight in first.items()}
+
+
+def without_start(model: nn.Module, start: nn.Module) -> nn.Module:
+    """The network with what it holds of its random weights taken from each convolution."""
+    bare = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, left in start_left(model, start).items():
+            bare.get_submodule(name).weight.sub_(left * start.get_submodule(name).weight)
+    return bare
 
 
 def draw(network: str, found: dict[str, Any], file: Path) -> None:
@@ -117,13 +130,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for epoch, model in networks(options.run):
         start = start or model
         found["start_left"][str(epoch)] = start_left(model, start)
-        for rule in RULES:
-            if any((row["epoch"], row["rule"]) == (epoch, str(rule)) for row in rows):
+        cuts: list[tuple[str, nn.Module, Any]] = [(str(rule), model, rule) for rule in RULES]
+        if model is not start:
+            cuts.append((WITHOUT, without_start(model, start), EVBMF))
+        for name, looked_at, rule in cuts:
+            if any((row["epoch"], row["rule"]) == (epoch, name) for row in rows):
                 continue
-            rows.append({"epoch": epoch, "rule": str(rule)} | look(model, rule))
+            rows.append({"epoch": epoch, "rule": name} | look(looked_at, rule))
             out.parent.mkdir(exist_ok=True)
             out.write_text(json.dumps(found, indent=1) + "\n")
-            print(json.dumps({name: value for name, value in rows[-1].items() if name != "shares"}), flush=True)
+            print(json.dumps({key: value for key, value in rows[-1].items() if key != "shares"}), flush=True)
     draw(network, found, out.with_suffix(".png"))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import surgery
 
@@ -90,6 +92,7 @@ def test_from_a_queue_to_tables_and_figures(root, tmp_path, capsys):  # noqa: F8
     assert {row["epoch"] for row in rows} == {0, 1, 3}
     assert set(found["start_left"]["0"].values()) == {1.0}
     assert all(0.5 < left < 1 for left in found["start_left"]["3"].values())  # a few steps of small rate move it a little
+    assert {row["epoch"] for row in rows if row["rule"] == rank_growth.WITHOUT} == {1, 3}  # at first there is nothing else
     half = [row for row in rows if row["rule"] == "0.5"]
     assert all(row["parameters"] == cut["parameters"] and row["shares"] == pytest.approx({"0": 0.5, "3": 0.5}, abs=0.2) for row in half)
 
@@ -130,6 +133,20 @@ def test_best_is_of_the_network_as_it_is_in_the_end_and_shared_epochs_are_known_
     assert [whole.best_top1, cut.best_top1, fused.best_top1] == [90.0, 85.0, 83.0]
     assert [cut.shared_with(whole), fused.shared_with(cut), fused.shared_with(whole)] == [2, 4, 2]
     assert whole.shared_with(run(1, (80.0, 1.0, None))) == 0
+
+
+def test_without_its_start_a_network_is_what_it_has_learnt():
+    torch.manual_seed(0)
+    start = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 5, 3))
+    learnt, model = copy.deepcopy(start), copy.deepcopy(start)
+    with torch.no_grad():
+        for first, new, both in zip(start, learnt, model, strict=True):
+            new.weight.normal_()
+            new.weight -= (new.weight * first.weight).sum() / first.weight.square().sum() * first.weight
+            both.weight.copy_(0.25 * first.weight + new.weight)
+    assert rank_growth.start_left(model, start) == pytest.approx({"0": 0.25, "1": 0.25}, rel=1e-4)
+    bare = rank_growth.without_start(model, start)
+    assert all(torch.allclose(one.weight, other.weight, atol=1e-5) for one, other in zip(bare, learnt, strict=True))
 
 
 def test_the_papers_scenarios_are_those_that_are_run():

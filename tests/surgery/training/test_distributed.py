@@ -109,20 +109,40 @@ def failure(rank, folder):
 
 
 def sharded(rank, folder):
+    """Train shared out, gather and cut, share out again and go on, as docs/training.md says."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    whole, part = StateDictOptions(full_state_dict=True), slice(rank * 4, rank * 4 + 4)
+    schedule = DecompositionSchedule(STEPS_BEFORE, ranks=0.5, guard="none")
+    model = shared_out(network())
+    optimizer = momentum(model)
+    train(model, [optimizer], range(STEPS_BEFORE), part)
+    with pytest.raises(SurgeryTypeError, match="fully_shard"):
+        schedule.step(STEPS_BEFORE, model, optimizer)
+    numbers, state = get_state_dict(model, optimizer, options=whole)
+    model = network()
+    optimizer = momentum(model)
+    set_state_dict(model, optimizer, model_state_dict=numbers, optim_state_dict=state, options=whole)
+    schedule.step(STEPS_BEFORE, model, optimizer)
+    numbers, state = get_state_dict(model, optimizer, options=whole)
+    optimizer = momentum(shared_out(model))
+    set_state_dict(model, optimizer, model_state_dict=numbers, optim_state_dict=state, options=whole)
+    schedule.attach(model, optimizer)
+    train(model, [optimizer], range(STEPS_BEFORE, STEPS_BEFORE + STEPS_AFTER), part)
+    torch.save({name: p.full_tensor().detach() for name, p in model.named_parameters()}, folder / f"{rank}.pt")
+
+
+def shared_out(model):
     from torch.distributed.fsdp import fully_shard
 
-    model = fully_shard(network())
-    with pytest.raises(SurgeryTypeError, match="before fully_shard"):
-        DecompositionSchedule(0, ranks=0.5).step(0, model)
-    model = network()
-    surgery.decompose(model, 0.5, inplace=True)
     for layer in model:
-        if isinstance(layer, surgery.Chain):
+        if isinstance(layer, surgery.Chain | nn.Conv2d):
             fully_shard(layer)
-    fully_shard(model)
-    train(model, [torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)], range(5), slice(rank * 4, rank * 4 + 4))
-    whole = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
-    torch.save(whole, folder / f"{rank}.pt")
+    return fully_shard(model)
+
+
+def momentum(model):
+    return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
 
 
 WORKS = (ddp, other_ranks_differ, factored_states, failure, sharded)
@@ -204,10 +224,16 @@ def test_a_failure_of_the_first_is_told_to_all(found):
     assert found(failure) == []
 
 
-def test_sharded_models_are_refused_with_the_recipe_and_cut_ones_can_be_sharded(found):
+def test_a_sharded_model_is_gathered_cut_and_sharded_again_and_learns_as_in_one_process(found):
     first, second = found(sharded)
-    alone = surgery.decompose(network(), 0.5)
-    train(alone, [torch.optim.SGD(alone.parameters(), 0.05, momentum=0.9)], range(5))
+    alone = network()
+    optimizer = momentum(alone)
+    schedule = DecompositionSchedule(STEPS_BEFORE, ranks=0.5, guard="none")
+    for step in range(STEPS_BEFORE + STEPS_AFTER):
+        schedule.step(step, alone, optimizer)
+        train(alone, [optimizer], [step])
+    assert "3.core.weight" in first
+    assert first.keys() == dict(alone.named_parameters()).keys()
     for name, parameter in alone.named_parameters():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], parameter.detach(), rtol=1e-7, atol=1e-9)

@@ -103,7 +103,7 @@ def decompose(
             the weight that it amounts to now. What computed it is gone from then on: ``reconstruct`` gives a plain layer.
         refine: after the cut polish all factors together against the outputs of the original network on the calibration batches, unlabelled.
         balanced: scale the layers of each chain to equal norms, by powers of two, so that one step size fits all of them in training;
-            factors of a cut with ``calibration`` are otherwise of very different sizes.
+            factors of a cut with ``calibration``, which are oblique and of very different sizes, are made orthogonal first.
         optimizer: with ``inplace``, the optimizer that trains the model, or a list. New factors take the slot of their layer's weight in its group,
             so that groups and schedulers hold, and the state becomes theirs: momentum m as J^T m, with J the Jacobian of the map from the factors
             to the weight; second moments v as (J * J)^T v times what the average of the same gradients tells of how they add up, never negative
@@ -161,7 +161,7 @@ def decompose(
             result = cut(host)
             output_errors = {} if teacher is None else mend(teacher, result, batches or [], refine, undo)
             if balanced:
-                _balance(result)
+                _balance(result, oblique=teacher is not None)
             record = SurgeryRecord(
                 sites=merged_sites(before, sites, result.outcomes, output_errors=output_errors, params=params),
                 passes=old.passes + (("Decompose",) if result.modified else ()),
@@ -246,7 +246,11 @@ def following(model: nn.Module, optimizer: Any, also: Any, state: Any, *, inplac
     return followers_of(model, optimizer, also, state, inplace=inplace)
 
 
-def _balance(result: PassResult) -> None:
-    from surgery.training.balance import balance
+def _balance(result: PassResult, *, oblique: bool) -> None:
+    """Of the chains that were cut now; ``oblique`` where their bases are not orthonormal."""
+    from surgery.training.balance import balance, orthogonalize
 
-    balance(result.model, {outcome.site for outcome in result.outcomes if outcome.status == "applied"})
+    names = {outcome.site for outcome in result.outcomes if outcome.status == "applied"}
+    if oblique:
+        orthogonalize(result.model, names)
+    balance(result.model, names)

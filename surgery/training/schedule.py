@@ -75,7 +75,7 @@ class DecompositionSchedule:
             they move their product as far as the layer would have gone, and raises it when the rate falls
             (see ``surgery/training/shorter_steps.py``); 1 trains them like layers.
         warm_up: optimizer steps after each cut over which the learning rate rises again, underneath the schedulers.
-        balanced: chains whose layers have equal norms. Factors of a data-aware cut differ so much in size that training on them as they are diverges.
+        balanced: chains whose layers have equal norms and, after a data-aware cut, orthogonal bases (see ``decompose``).
         decay: ``"each"``: ``weight_decay`` acts on each factor; ``"product"``: on the product of each chain, as on the layer before
             (see ``frobenius_decay``).
         state: what becomes of the optimizer's state, as for ``decompose``.

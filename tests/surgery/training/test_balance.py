@@ -1,0 +1,103 @@
+"""Factors of data-aware cuts get orthogonal bases, the product as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import surgery
+from passes import host_for
+from surgery import CP, SVD, Channel, Depthwise, Spatial, Tucker
+from tests.networks import Kinds, Small
+
+INPUTS = {Small: (4, 3, 12, 12), Kinds: (4, 3, 11, 13)}
+
+
+def rows(piece, *, outputs):
+    """(groups, channels on that side, everything else)"""
+    blocks = piece.geometry.forward_blocks(piece.weight.detach())
+    return (blocks if outputs else blocks.transpose(1, 2)).flatten(2)
+
+
+def gram(piece, *, outputs):
+    found = rows(piece, outputs=outputs)
+    return found @ found.mT
+
+
+def assert_diagonal(matrices, *, like=None):
+    """So many times the identity, or as another's."""
+    diagonal = torch.diag_embed(matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(matrices.shape[:-1])) if like is None else like
+    torch.testing.assert_close(matrices, diagonal, rtol=1e-8, atol=1e-9 * float(matrices.abs().max()))
+
+
+def correlated(shape):
+    """Inputs whose channels have much in common: what makes the factors of a data-aware cut oblique."""
+    torch.manual_seed(2)
+    x = torch.randn(shape, dtype=torch.float64)
+    return x + 4 * x.mean(1, keepdim=True)
+
+
+def cut(model, ranks, **options):
+    return surgery.decompose(model, ranks, calibration=[correlated(INPUTS[type(model)])], guard="none", **options)
+
+
+@pytest.mark.parametrize("build", [Small, Kinds])
+def test_both_ends_of_a_chain_become_orthonormal_up_to_a_common_scale(build):
+    torch.manual_seed(0)
+    model = build().double().eval()
+    with torch.no_grad():
+        oblique, even = cut(model, 0.5), cut(model, 0.5, balanced=True)
+    ends = changed = 0
+    for before, after in zip(host_for(oblique).sites(), host_for(even).sites(), strict=True):
+        if after.chain is None:
+            continue
+        scale = float(before.weight.abs().max())
+        torch.testing.assert_close(after.weight, before.weight, rtol=1e-9, atol=1e-11 * scale)
+        if len(after.pieces) < 3:
+            continue
+        first, last = after.pieces[0], after.pieces[-1]
+        assert_diagonal(gram(first, outputs=True))
+        assert_diagonal(gram(last, outputs=False))
+        ends += 2
+        odd = torch.linalg.cond(rows(before.pieces[0], outputs=True)).max()
+        changed += bool(odd > 1.5)
+    assert ends >= 4
+    assert changed >= 1  # else there was nothing to do
+
+
+@pytest.mark.parametrize(
+    ("site", "kind"), [("conv2", Tucker(6, None)), ("conv2", Spatial(6)), ("conv2", Channel(8)), ("mix", SVD(7)), ("head", SVD(3))]
+)
+def test_of_two_layers_each_has_the_roots_of_the_singular_values(site, kind):
+    torch.manual_seed(1)
+    model = Small().double().eval()
+    oblique, even = cut(model, {site: kind}), cut(model, {site: kind}, balanced=True)
+    before, after = (next(s for s in host_for(net).sites() if s.name == site) for net in (oblique, even))
+    torch.testing.assert_close(after.weight, before.weight, rtol=1e-9, atol=1e-11)
+    first, second = gram(after.pieces[0], outputs=True), gram(after.pieces[1], outputs=False)
+    assert_diagonal(first, like=torch.diag_embed(first.diagonal(dim1=-2, dim2=-1)))
+    assert_diagonal(second / second.diagonal(dim1=-2, dim2=-1).mean(), like=first / first.diagonal(dim1=-2, dim2=-1).mean())
+
+
+@pytest.mark.parametrize(("site", "kind"), [("conv2", CP(5)), ("conv2", Depthwise(2)), ("tail.1", Depthwise(1))])
+def test_where_channels_are_not_mixed_only_sizes_change(site, kind):
+    torch.manual_seed(3)
+    model = Small().double().eval()
+    oblique, even = cut(model, {site: kind}), cut(model, {site: kind}, balanced=True)
+    before, after = (next(s for s in host_for(net).sites() if s.name == site) for net in (oblique, even))
+    assert torch.equal(after.weight, before.weight)
+    for old, new in zip(before.pieces, after.pieces, strict=True):
+        ratios = new.weight[old.weight != 0] / old.weight[old.weight != 0]
+        assert ratios.min() == ratios.max()
+
+
+def test_ranks_above_what_the_other_side_has_and_dead_layers_pass_through():
+    torch.manual_seed(5)
+    model = Small().double().eval()
+    with torch.no_grad():
+        model.conv2.weight.zero_()
+        model.mix.weight[:] = model.mix.weight[:1]  # of rank one
+    x = correlated(INPUTS[Small])
+    net = cut(model, {"conv2": (8, 4), "mix": 7, "tail.1": (32, 32)}, balanced=True)
+    assert all(bool(p.isfinite().all()) for p in net.parameters())
+    torch.testing.assert_close(net(x), model(x), rtol=1e-7, atol=1e-9)

@@ -9,6 +9,7 @@ what the layers see come from one of a weighted weight, and taking the weighting
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from math import log2
 
 import torch
@@ -51,19 +52,23 @@ def orthogonalize(model: nn.Module, names: Collection[str] | None = None) -> Non
 
     Of three layers or more the first and the last get orthonormal bases, their neighbours take what is left (the canonical form of tensor trains,
     Holtz et al. 2012); of two each gets the square roots of the product's singular values. Where channels are not mixed between two layers
-    (depthwise ones), nothing can be moved from one to the other.
+    (depthwise ones), nothing can be moved from one to the other. A chain whose new factors its number type cannot hold stays as it was.
 
     Args:
         model: with chains; layers that are none are passed over.
         names: of the chains' sites; all by default.
     """
     for site in _chains(model, names):
-        pieces = site.pieces
-        if len(pieces) == 2:
-            _share(*pieces)
+        exact = [replace(piece, weight=piece.weight.detach().double().clone()) for piece in site.pieces]
+        if len(exact) == 2:
+            _share(*exact)
         else:
-            _move(pieces[0], pieces[1], forward=True)
-            _move(pieces[-2], pieces[-1], forward=False)
+            _move(exact[0], exact[1], forward=True)
+            _move(exact[-2], exact[-1], forward=False)
+        rounded = [piece.weight.to(old.weight) for piece, old in zip(exact, site.pieces, strict=True)]
+        if all(bool(weight.isfinite().all()) for weight in rounded):
+            for weight, piece in zip(rounded, site.pieces, strict=True):
+                piece.weight.copy_(weight)
 
 
 def _chains(model: nn.Module, names: Collection[str] | None) -> Iterator[Site]:
@@ -105,14 +110,14 @@ Split = tuple[Tensor, Tensor]
 def _between(before: Piece, after: Piece) -> tuple[Split, Split] | None:
     """Both layers as (groups, channels between, everything else), each split into a square matrix times orthonormal rows; None if that cannot be."""
     rows = _rows(before, outputs=True), _rows(after, outputs=False)
-    if rows[0].shape[:2] != rows[1].shape[:2] or any(r.shape[1] > r.shape[2] for r in rows) or not all(bool(r.isfinite().all()) for r in rows):
+    if rows[0].shape[:2] != rows[1].shape[:2] or any(r.shape[1] > r.shape[2] for r in rows):
         return None
     (q, left), (p, right) = (torch.linalg.qr(r.mT) for r in rows)
     return (left.mT, q.mT), (right.mT, p.mT)
 
 
 def _rows(piece: Piece, *, outputs: bool) -> Tensor:
-    blocks = piece.geometry.forward_blocks(piece.weight.double())
+    blocks = piece.geometry.forward_blocks(piece.weight)
     return (blocks if outputs else blocks.transpose(1, 2)).flatten(2)
 
 

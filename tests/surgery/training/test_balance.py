@@ -8,6 +8,7 @@ import torch
 import surgery
 from passes import host_for
 from surgery import CP, SVD, Channel, Depthwise, Spatial, Tucker
+from surgery.training.balance import orthogonalize
 from tests.networks import Kinds, Small
 
 INPUTS = {Small: (4, 3, 12, 12), Kinds: (4, 3, 11, 13)}
@@ -25,8 +26,9 @@ def gram(piece, *, outputs):
 
 
 def assert_diagonal(matrices, *, like=None):
-    """So many times the identity, or as another's."""
-    diagonal = torch.diag_embed(matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(matrices.shape[:-1])) if like is None else like
+    """So many times the identity; or what is said."""
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype) * matrices.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    diagonal = identity if like is None else like
     torch.testing.assert_close(matrices, diagonal, rtol=1e-8, atol=1e-9 * float(matrices.abs().max()))
 
 
@@ -91,7 +93,7 @@ def test_where_channels_are_not_mixed_only_sizes_change(site, kind):
         assert ratios.min() == ratios.max()
 
 
-def test_ranks_above_what_the_other_side_has_and_dead_layers_pass_through():
+def test_dead_layers_and_ranks_above_a_layers_own_pass_through():
     torch.manual_seed(5)
     model = Small().double().eval()
     with torch.no_grad():
@@ -101,3 +103,17 @@ def test_ranks_above_what_the_other_side_has_and_dead_layers_pass_through():
     net = cut(model, {"conv2": (8, 4), "mix": 7, "tail.1": (32, 32)}, balanced=True)
     assert all(bool(p.isfinite().all()) for p in net.parameters())
     torch.testing.assert_close(net(x), model(x), rtol=1e-7, atol=1e-9)
+
+
+def test_what_the_number_type_cannot_hold_stays():
+    torch.manual_seed(6)
+    net = cut(Small().double().eval(), {"conv2": (8, 12), "tail.1": (16, 16)})
+    with torch.no_grad():
+        for layer in (net.conv2.reduce, net.conv2.core):
+            layer.weight.fill_(60000 / 2)  # along the one direction that they have in common: its length is past what float16 holds
+    before = {name: p.clone() for name, p in net.half().named_parameters()}
+    orthogonalize(net)
+    after = dict(net.named_parameters())
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("conv2"))
+    assert not torch.equal(after["tail.1.core.weight"], before["tail.1.core.weight"])
+    assert all(bool(p.isfinite().all()) for p in after.values())

@@ -117,7 +117,7 @@ def sharded(rank, folder):
     model = shared_out(network())
     optimizer = momentum(model)
     train(model, [optimizer], range(STEPS_BEFORE), part)
-    with pytest.raises(SurgeryTypeError, match="fully_shard"):
+    with pytest.raises(SurgeryTypeError, match="before fully_shard"):
         schedule.step(STEPS_BEFORE, model, optimizer)
     numbers, state = get_state_dict(model, optimizer, options=whole)
     model = network()

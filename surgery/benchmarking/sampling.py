@@ -56,6 +56,7 @@ def time_in_turn(
     pairs: int | None = None,
     precision: float = 0.01,
     seconds: float = 20.0,
+    patience: float = 1.0,
     pause: float = 0.0,
 ) -> Comparison:
     """Warm both up, then sample before, after, after, before, ..., so that other work on the machine and drifts fall on both alike.
@@ -67,6 +68,7 @@ def time_in_turn(
         pairs: exactly so many; where None, as many as it takes.
         precision: half the width of the ratio's confidence interval, as a share of the ratio, at which it is enough.
         seconds: no further pair is begun after this long, but at least ``LEAST_PAIRS`` are taken.
+        patience: while it is open which of the two is faster, the time is doubled, up to so many times ``seconds``.
         pause: seconds between two samples, in which what the last one left running comes to rest.
     """
     from statistics import median
@@ -77,20 +79,21 @@ def time_in_turn(
     ratios: list[float] = []
     low = high = middle = 0.0
     look_at, began = LEAST_PAIRS, perf_counter()
-    settled = False
+    settled, limit = False, seconds
     while not settled and len(ratios) != pairs:
         for which in (0, 1) if len(ratios) % 2 == 0 else (1, 0):
             if pause:
                 sleep(pause)
             times[which].append(max(clock(calls[which], loops), 1e-12))
         ratios.append(times[0][-1] / times[1][-1])
-        late = pairs is None and len(ratios) >= LEAST_PAIRS and perf_counter() - began > seconds
+        late = pairs is None and len(ratios) >= LEAST_PAIRS and perf_counter() - began > limit
         if late or len(ratios) in (look_at, pairs):
             look_at = max(look_at + 1, round(look_at * GROWTH))
             low, middle, high = median_interval(ratios)
             settled = pairs is None and high - low <= 2 * precision * middle
-        if late:
+        if late and not (low <= 1 <= high and 2 * limit <= patience * seconds):
             break
+        limit *= 2 if late else 1
     narrow = high - low <= 2 * precision * middle
     return Comparison(before=median(times[0]), after=median(times[1]), ratio=middle, low=low, high=high, pairs=len(ratios), settled=narrow)
 

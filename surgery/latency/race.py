@@ -24,6 +24,7 @@ from surgery.progress import stage
 __all__ = ["Race", "Raced", "race_against", "with_noise"]
 
 RACE_SECONDS = 6.0
+PATIENCE = 4.0  # times as long, while it is open whether the cut network is faster: slow networks, busy machines
 PRECISION = 0.005  # half the width of the interval around a share of time at which a race is over sooner
 WIDTH = 2 * 2.58  # of a 99 % confidence interval, in standard errors
 ON_FILES = ("onnxruntime", "openvino")
@@ -88,7 +89,9 @@ def race_against(model: nn.Module, inputs: Any, runtime: str, sites: Sequence[Si
                     after = own.enter_context(_running(with_noise(model, decisions), inputs, runtime))
                 else:
                     after = _on_file(file, inputs, runtime)
-                found = time_in_turn(before, after, clock=known.clock, pause=known.pause, precision=PRECISION, seconds=RACE_SECONDS)
+                found = time_in_turn(
+                    before, after, clock=known.clock, pause=known.pause, precision=PRECISION, seconds=RACE_SECONDS, patience=PATIENCE
+                )
             return Raced(1 / found.ratio, 1 / found.high, 1 / found.low)
 
         yield Race(before, against)

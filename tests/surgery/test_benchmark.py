@@ -159,6 +159,19 @@ def test_sampling_ends_at_its_time_limit_and_says_that_it_is_not_sure():
     assert found.spread > 1
 
 
+@pytest.mark.parametrize(
+    ("noise", "patience", "pairs"),
+    [([0.8, 1.2], 1, 10), ([0.8, 1.2], 3, 20), ([0.8, 1.2], 4, 39), ([1.5, 1.9], 4, 10)],
+    ids=["none", "the time is only doubled", "to the end", "faster in any case"],
+)
+def test_sampling_goes_on_while_it_is_open_which_is_faster(monkeypatch, noise, patience, pairs):
+    clock = Clock(before=noise, after=[1.0])
+    monkeypatch.setattr(sampling, "perf_counter", lambda: len(clock.asked) / 2)  # a pair takes a second
+    monkeypatch.setattr(sampling, "_loops", lambda call, clock: 1)
+    found = sampling.time_in_turn(before, after, clock=clock, seconds=9.5, patience=patience)
+    assert (found.pairs, found.settled) == (pairs, False)
+
+
 def test_sampling_takes_exactly_the_pairs_asked_for_in_turn():
     clock = Clock(before=[2.0], after=[1.0])
     assert sampling.time_in_turn(before, after, clock=clock, pairs=11).pairs == 11

@@ -123,8 +123,8 @@ class Blockwise:
         if len(surfaces) == 1:
             return surfaces[0]
         energies = blocks.double().flatten(1).square().sum(1)
-        shares = energies / energies.sum().clamp(min=torch.finfo(energies.dtype).tiny)
-        return torch.stack([share * surface.square() for share, surface in zip(shares, surfaces, strict=True)]).sum(0).sqrt()
+        lost = torch.stack([energy * surface.square() for energy, surface in zip(energies, surfaces, strict=True)]).sum(0)
+        return (lost / lost.flatten()[0].clamp(min=torch.finfo(lost.dtype).tiny)).sqrt()  # of nothing left, so that its error is 1 to the bit
 
 
 def _scaled(factorization: Factorization, unit: int, *, down: bool = False) -> Factorization:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,13 +12,16 @@ import torch
 
 __all__ = ["environment"]
 
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # to older instructions than the processor has
+
 
 def environment(runtimes: Sequence[str] = ()) -> dict[str, str]:
-    """Versions, processor, device."""
+    """Versions, processor, device. A processor that is held to older instructions has the variables that do so in brackets."""
+    limits = ", ".join(f"{name}={os.environ[name]}" for name in LIMITS if os.environ.get(name))
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "processor": _processor(),
+        "processor": _processor() + (f" ({limits})" if limits else ""),
         "system": f"{platform.system()} {platform.machine()}",
     }
     for name in ("onnxruntime", "openvino"):

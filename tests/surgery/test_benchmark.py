@@ -16,6 +16,7 @@ from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from surgery import cli
 from surgery.benchmarking import layers, memory, sampling
 from surgery.benchmarking.conditions import conditions_of
+from surgery.benchmarking.environment import environment
 from surgery.benchmarking.files import FileInput, made_up
 from surgery.benchmarking.result import NO_VERDICT, RuntimeResult, verdict
 from surgery.benchmarking.table import benchmark_table
@@ -415,3 +416,12 @@ def test_inputs_without_a_batch():
 
     with pytest.raises(SurgeryValueError, match="batch: the example inputs have no dimension that could be a batch"):
         surgery.benchmark(Scaled(), Scaled(), torch.tensor(3.0), runtimes=["eager"], batch=4)
+
+
+def test_the_environment_tells_older_instructions(monkeypatch):
+    for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    whole = environment()["processor"]
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert environment()["processor"] == f"{whole} (ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2)"

@@ -123,7 +123,7 @@ def _fit(weight: Tensor, rank: int) -> list[Tensor]:
         high = _next_rung(low)
         fit = _appended(tensor, fit, min(high, rank) - low, _generator(low))
         if high <= rank and fit.error > EXACT:
-            random = [torch.randn(n, high, generator=_generator(-high), dtype=torch.float64).to(tensor.device) for n in tensor.shape]
+            random = [torch.randn(n, high, generator=_generator(-high), device="cpu", dtype=torch.float64).to(tensor.device) for n in tensor.shape]
             found = [fit, *(_sweeps(tensor, start, SWEEPS) for start in (fit.factors, random))]
             fit = min((f for f in found if isfinite(f.error)), key=lambda f: f.error)  # the first of equals
         low = high
@@ -168,7 +168,7 @@ def _appended(tensor: Tensor, fit: _Fit, count: int, generator: torch.Generator)
     out, *others = _normalised(fit.factors)
     error, rest = fit.error, matrix - out @ _khatri_rao(others).mT
     for _ in range(count):
-        start = [torch.randn(n, 1, generator=generator, dtype=torch.float64).to(tensor.device) for n in tensor.shape]
+        start = [torch.randn(n, 1, generator=generator, device="cpu", dtype=torch.float64).to(tensor.device) for n in tensor.shape]
         if error > EXACT:
             one, *along = _normalised(_sweeps(rest.reshape(tensor.shape), start, SWEEPS_OF_ONE).factors)
             wider = [torch.cat([f, a], 1) for f, a in zip(others, along, strict=True)]

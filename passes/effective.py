@@ -91,7 +91,7 @@ def _observed(layer: nn.Module, geometry: Geometry, like: Tensor) -> nn.Module |
     padded: set[Any] = set()
     with quiet_run():
         for shape, scale, needed in _probes(geometry, like.dtype):
-            probe = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(like.device, like.dtype)
+            probe = (scale * torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64)).to(like.device, like.dtype)
             given = probe.clone()
             seen = _Products(given)
             try:

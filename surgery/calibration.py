@@ -150,6 +150,6 @@ def _added(total: Tensor | None, seen: Tensor) -> Tensor:
 def _project(output: Any, generator: torch.Generator) -> None:
     """The derivative of a random projection of all floating-point outputs, independent for every example and number."""
     reached = [t for t in tensors_in(output) if t.requires_grad]
-    directions = [torch.randn(t.shape, generator=generator, dtype=torch.float32).to(t.device, t.dtype) for t in reached]
+    directions = [torch.randn(t.shape, generator=generator, device="cpu", dtype=torch.float32).to(t.device, t.dtype) for t in reached]
     if reached:
         torch.autograd.backward(reached, directions)

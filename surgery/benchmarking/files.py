@@ -89,7 +89,7 @@ def made_up(inputs: Sequence[FileInput], sizes: Mapping[str, int] | None = None,
     tensors = {}
     for one in inputs:
         actual = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in one.dims)
-        noise = torch.randn(actual, generator=generator) if one.dtype.is_floating_point else torch.zeros(actual)
+        noise = torch.randn(actual, generator=generator, device="cpu") if one.dtype.is_floating_point else torch.zeros(actual)
         tensors[one.name] = noise.to(one.dtype)
     return tensors
 

@@ -35,7 +35,7 @@ def _layers(shape: TimedShape, device: str) -> tuple[nn.Sequential, Tensor]:
     dtype, generator = getattr(torch, shape.dtype), torch.Generator().manual_seed(0)
 
     def noise(size: Sequence[int]) -> Tensor:
-        values = torch.randn(tuple(size), generator=generator).to(device=device, dtype=dtype)
+        values = torch.randn(tuple(size), generator=generator, device="cpu").to(device=device, dtype=dtype)
         return values.contiguous(memory_format=torch.channels_last) if shape.channels_last and values.ndim == 4 else values
 
     layers = []

@@ -142,6 +142,10 @@ def with_noise(model: nn.Module, decisions: Mapping[str, Decision]) -> nn.Module
         if isinstance(module, Chain) and name in plan:
             for parameter in (p for p in module.parameters() if id(p) not in own):
                 size = max(parameter[0].numel(), 1)
-                noise = torch.randn(parameter.shape, generator=generator) / size**0.5 if parameter.ndim > 1 else torch.zeros(parameter.shape)
+                noise = (
+                    torch.randn(parameter.shape, generator=generator, device="cpu") / size**0.5
+                    if parameter.ndim > 1
+                    else torch.zeros(parameter.shape)
+                )
                 parameter.data.copy_(noise)
     return network.eval()

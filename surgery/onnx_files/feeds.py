@@ -75,7 +75,7 @@ def noise_like(feed: Feed, seed: int) -> Feed:
             return tensor
         wide = tensor.double()
         spread = float(wide.std(correction=0)) or 1.0
-        return (torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * spread + wide.mean()).to(tensor.dtype)
+        return (torch.randn(tensor.shape, generator=generator, device="cpu", dtype=torch.float64) * spread + wide.mean()).to(tensor.dtype)
 
     return {name: noisy(tensor) for name, tensor in feed.items()}
 
@@ -87,7 +87,7 @@ def shaken(feed: Feed, share: float) -> Feed:
     def other(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
-        signs = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
+        signs = torch.randint(0, 2, tensor.shape, generator=generator, device="cpu") * 2 - 1
         return (tensor.double() * (1 + share * signs)).to(tensor.dtype)
 
     return {name: other(tensor) for name, tensor in feed.items()}
@@ -103,8 +103,8 @@ def _noise(name: str, shape: Sequence[int], dtype: torch.dtype | None, generator
     if dtype is None:
         raise SurgeryValueError(f"example_inputs: the input {name!r} takes no numbers that noise could stand for; give example_inputs")
     if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(tuple(shape), generator=generator).to(dtype)
-    return torch.randint(0, 2, tuple(shape), generator=generator).to(dtype)
+        return torch.randn(tuple(shape), generator=generator, device="cpu").to(dtype)
+    return torch.randint(0, 2, tuple(shape), generator=generator, device="cpu").to(dtype)
 
 
 def _by_name(names: Sequence[str], given: Any, argument: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def weighed(learnt: Calibration, model: ModelProto, host: OnnxHost, sites: Seque
         expected = [_floats(run(feed), outputs) for feed in some]
         for name, site in tracked(tried.items(), "weighing layers", name=lambda each: each[0]):
             weight = site.weight
-            noise = torch.randn(weight.shape, generator=generator)
+            noise = torch.randn(weight.shape, generator=generator, device="cpu")
             whole, part = (_energy(site, each, learnt.metrics[name]) for each in (weight, noise))
             size = NOISE**2 * whole / part if part else 0.0
             constant, changed = host.written(name, weight.float() + size**0.5 * noise)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from passes import host_for
 from passes.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -64,12 +65,16 @@ def done_together(
     import torch.distributed as dist
 
     found = told_by_first(first)
-    if dist.get_rank() != 0:
+    sent = dist.get_rank() != 0
+    before = followers.hold(host_for(followers.model, effective_weights=True).sites()) if sent else {}
+    if sent:
         take(found, followers)
     for network in (followers.model, *followers.copies):
         _send_numbers(network)
     for optimizer in followers.optimizers:
         _send_state(optimizer)
+    if sent:
+        followers.hand_over_gradients(before, host_for(followers.model).sites())
 
 
 def _several() -> bool:

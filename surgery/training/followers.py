@@ -49,12 +49,14 @@ class Followers:
         optimizers: those that hold its parameters.
         copies: averaged copies of it, of the same class.
         rules: what the keys of the optimizers' states mean; None where they are begun again.
+        gradients: those that were accumulated already follow as well.
     """
 
     model: nn.Module
     optimizers: tuple[Any, ...] = ()
     copies: tuple[nn.Module, ...] = ()
     rules: Mapping[str, str] | None = None
+    gradients: bool = True
 
     def hold(self, sites: Sequence[Site]) -> dict[str, _Held]:
         """What the sites hold before the surgery."""
@@ -68,10 +70,8 @@ class Followers:
         Raises:
             SurgeryValueError: a copy's layers are not those that the model's were.
         """
-        after = {site.name: _held(self.model, site) for site in sites if site.name in before}
-        changed = [name for name, held in after.items() if list(map(id, held.parameters)) != list(map(id, before[name].parameters))]
-        swaps = [_swap(before[name], after[name]) for name in changed]
-        gradients = [found for swap in swaps for found in _gradients(swap)]
+        swaps = self._swaps(before, sites)
+        gradients = [found for swap in swaps for found in _gradients(swap)] if self.gradients else []
         changes = [prepare(optimizer, swaps, self.rules) for optimizer in self.optimizers]
         for index, twin in enumerate(self.copies):
             host = host_for(twin, effective_weights=True)
@@ -83,6 +83,17 @@ class Followers:
             change.commit(undo)
         for parameter, gradient in gradients:
             parameter.grad = gradient  # a new parameter, so there is nothing to take back
+
+    def hand_over_gradients(self, before: Mapping[str, _Held], sites: Sequence[Site]) -> None:
+        """Those that were accumulated before the surgery, once the new parameters have their numbers: without these nothing can be projected."""
+        for swap in self._swaps(before, sites):
+            for parameter, gradient in _gradients(swap):
+                parameter.grad = gradient
+
+    def _swaps(self, before: Mapping[str, _Held], sites: Sequence[Site]) -> list[Swap]:
+        after = {site.name: _held(self.model, site) for site in sites if site.name in before}
+        changed = [name for name, held in after.items() if list(map(id, held.parameters)) != list(map(id, before[name].parameters))]
+        return [_swap(before[name], after[name]) for name in changed]
 
 
 def followers_of(model: nn.Module, optimizer: Any, also: Any, state: Any, *, inplace: bool) -> Followers | None:

@@ -73,7 +73,7 @@ class DecompositionCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         if self.unit == "epoch":
-            self._step(round(state.epoch), **known)
+            self._step(int(state.epoch + 1e-6), **known)  # a share of an epoch where training goes on from the middle of one
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         if self.unit == "step":

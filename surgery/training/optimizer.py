@@ -20,7 +20,7 @@ from passes.errors import SurgeryTypeError, SurgeryValueError
 from surgery.training.chain_map import ChainMap
 from surgery.undoing import Undo
 
-__all__ = ["RULES", "STATE", "OptimizerChange", "Swap", "as_optimizers", "as_rules", "gradient_under", "prepare"]
+__all__ = ["RULES", "STATE", "OptimizerChange", "Swap", "as_optimizers", "as_rules", "check_hooks", "check_rates", "gradient_under", "prepare"]
 
 STATE = ("project", "reset")
 RULES: Mapping[str, str] = {
@@ -43,6 +43,11 @@ AVERAGE = "exp_avg"
 """The average of the gradients whose squares are beside it."""
 MEANINGS = ("gradient", "square", "magnitude", "weight", "zero")
 SHARDED = ("ZeroRedundancyOptimizer",)
+INSIDE = (
+    "optimizer",
+    "base_optimizer",
+    "_base_optimizer",
+)  # where wrappers have the optimizer that they wrap (accelerate, Lightning; SAM, Lookahead)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -124,8 +129,38 @@ def as_optimizers(optimizer: Any) -> tuple[Any, ...]:
     return tuple({id(each): each for each in several}.values())
 
 
+def check_hooks(optimizers: Sequence[Any]) -> None:
+    """Refuse what does not call hooks before and after its steps, as ``torch.optim.Optimizer`` has it.
+
+    Raises:
+        SurgeryTypeError: one of them does not.
+    """
+    for each in optimizers:
+        try:
+            each.register_step_pre_hook(lambda *_: None).remove()
+        except AttributeError as error:
+            raise SurgeryTypeError(
+                f"optimizer: {type(each).__name__} calls no hooks, through which rate, warm_up and decay act; "
+                "derive it from torch.optim.Optimizer, or say rate=1, warm_up=0 and decay='each'"
+            ) from error
+
+
+def check_rates(optimizers: Sequence[Any], what: str) -> None:
+    """Refuse optimizers that find their rates by themselves.
+
+    Raises:
+        SurgeryValueError: the ``lr`` of a group is None.
+    """
+    for each in optimizers:
+        if any(group.get("lr") is None for group in each.param_groups):
+            raise SurgeryValueError(
+                f"{what}: {type(each).__name__} has no learning rate in its groups that it could act on; give it one, or no {what}"
+            )
+
+
 def _bare(optimizer: Any) -> Any:
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+    """The optimizer itself, which makes the steps and has the state."""
+    while inner := next((o for name in INSIDE if isinstance(o := getattr(optimizer, name, None), torch.optim.Optimizer)), None):
         optimizer = inner
     return optimizer
 
@@ -303,14 +338,26 @@ def _regrouped(
     names = group["param_names"] if named else [""] * len(group["params"])
     parameters: list[Any] = []
     new_names: list[str] = []
+    early = _before_their_biases(group["params"], places)
     for parameter, name in zip(group["params"], names, strict=True):
-        swap = places.get(id(parameter))
-        if swap is not None:
-            own = swap.old_names[next(k for k, p in enumerate(swap.old) if p is parameter)]
+        for swap in early.get(id(parameter), ()):
+            owns = {id(p): own for p, own in zip(swap.old, swap.old_names, strict=True)} | {key: old for key, (old, _) in swap.renamed.items()}
             parameters += swap.new
-            new_names += [name.removesuffix(own) + new for new in swap.new_names]
-        elif id(parameter) not in gone:
+            new_names += [name.removesuffix(owns[id(parameter)]) + new for new in swap.new_names]
+        if id(parameter) not in gone:
             parameters.append(parameter)
             old, new = renamed.get(id(parameter), ("", ""))
             new_names.append(name.removesuffix(old) + new)
     return {"params": parameters} | ({"param_names": new_names} if named else {})
+
+
+def _before_their_biases(parameters: Sequence[nn.Parameter], places: Mapping[int, Swap]) -> dict[int, list[Swap]]:
+    """The parameters of a group that new ones come before: the first of a layer that they replace, or its bias where that is earlier.
+
+    So the group stays in the order of ``model.parameters()``, where a layer with a computed weight has its bias first, and a chain last.
+    """
+    found: dict[int, list[Swap]] = {}
+    for swap in (places[id(p)] for p in parameters if id(p) in places):
+        of_layer = {id(p) for p in swap.old} | set(swap.renamed)
+        found.setdefault(next(id(p) for p in parameters if id(p) in of_layer), []).append(swap)
+    return found

@@ -27,7 +27,9 @@ def rebuild(followers: Followers, plan: Plan, *, whole_again: bool = False) -> N
     networks = (followers.model, *followers.copies)
     for network in networks:  # a plan that does not fit is refused before anything is changed
         with_empty_chains(reconstruct(private_copy(network, share_parameters=True)), plan, Path("the schedule's state"))
-    alone = Followers(model=followers.model, optimizers=followers.optimizers)
+    alone = Followers(
+        model=followers.model, optimizers=followers.optimizers, gradients=False
+    )  # they would be projected by numbers that are not there yet
     for network in networks:
         if any(site.chain is not None for site in host_for(network).sites()):
             reconstruct(network, optimizer=list(alone.optimizers) or None if network is followers.model else None, state="reset", inplace=True)

@@ -28,11 +28,11 @@ from surgery.reconstruct import reconstruct
 from surgery.record import SurgeryRecord, read_record, whole_record, write_record
 from surgery.report import Report, report
 from surgery.training.batch_norm import reestimate
-from surgery.training.decay import FrobeniusDecay, frobenius_decay
+from surgery.training.decay import FrobeniusDecay, check_decay, frobenius_decay
 from surgery.training.deeper import onto, plan_of
 from surgery.training.distributed import done_together, told_by_first
 from surgery.training.followers import Followers, followers_of
-from surgery.training.optimizer import as_optimizers, as_rules
+from surgery.training.optimizer import as_optimizers, as_rules, check_hooks, check_rates
 from surgery.training.resuming import FORMAT, VERSION, read_state, rebuild
 from surgery.training.settling import Settled, stable_ranks
 from surgery.training.shorter_steps import Gains, ShorterSteps, gains_of
@@ -62,7 +62,7 @@ class DecompositionSchedule:
     Args:
         decompose_at: the position; a rising list of them to cut deeper later (chains are then cut again at the ranks that their rule gives, where
             those are lower); or ``Settled(...)``.
-        reconstruct_at: the position at which chains are fused back into layers, None for never.
+        reconstruct_at: the position at which chains are fused back into layers, None for never. From there on nothing is cut any more.
         ranks: as for ``decompose``; a list with one entry a cut where there are several.
         method: as for ``decompose``, and so ``include``, ``exclude``, ``round_to``, ``device`` and ``effective_weights``.
         guard: ``"step"`` (the default with ``example_inputs``, but not under a budget): a cut must be measured faster than its layer in forward and
@@ -253,24 +253,28 @@ class DecompositionSchedule:
     def _check_optimizers(self, optimizers: Sequence[Any]) -> None:
         if not optimizers and (self.warm_up or self.decay == "product" or (isinstance(self.rate, float) and self.rate != 1)):
             raise SurgeryValueError("optimizer: rate, warm_up and decay='product' act on it; give the one that trains the model")
+        if self.warm_up or self.decay == "product" or self.rate != 1:
+            check_hooks(optimizers)
+        if self.warm_up:
+            check_rates(optimizers, "warm_up")
+        if self.decay == "product":
+            check_decay(optimizers)
 
     def _due(self, position: int, model: nn.Module) -> Callable[[Followers], None] | None:
         """What is to be done at this position, if anything."""
         if self.whole_again:
             return None
+        if self.reconstruct_at is not None and position >= self.reconstruct_at:
+            return self._fuse if self.cuts_done else None  # too late for a cut: it would be fused back at once
         if isinstance(self.when, Settled):
-            if self.cuts_done == 0 and self._settled(self.when, position, model):
-                return self._cut
-        elif self.cuts_done < len(self.when) and position >= self.when[self.cuts_done]:
-            return self._cut
-        late = self.reconstruct_at is not None and position >= self.reconstruct_at
-        return self._fuse if late and self.cuts_done else None
+            return self._cut if self.cuts_done == 0 and self._settled(self.when, position, model) else None
+        return self._cut if self.cuts_done < len(self.when) and position >= self.when[self.cuts_done] else None
 
     def _settled(self, criterion: Settled, position: int, model: nn.Module) -> bool:
         if self._looked_at != position and position % criterion.every == 0:
             o = self.options
-            look = partial(stable_ranks, model, method=o.method, include=o.include, exclude=o.exclude, device=o.device)
-            self.history.append(told_by_first(look))
+            options = {name: getattr(o, name) for name in ("method", "include", "exclude", "device", "effective_weights")}
+            self.history.append(told_by_first(partial(stable_ranks, model, self._requests[0], **options)))
             self._looked_at = position
         return criterion.has(position, self.history)
 
@@ -298,10 +302,8 @@ class DecompositionSchedule:
         )
         if chosen.latency is not None:
             write_record(model, replace(read_record(model) or SurgeryRecord(), latency=chosen.latency))
+        self._gains, self._highest, self._plan, self._record = gains_of(model), {}, plan_of(model), whole_record(model)
         self.cuts_done += 1
-        self._gains, self._highest = gains_of(model), {}
-        self._plan = plan_of(model)
-        self._record = whole_record(model)
         for network in (model, *followers.copies) if statistics is not None else ():
             reestimate(network, statistics or [])
 
@@ -362,6 +364,7 @@ class DecompositionSchedule:
         """Learning rates and decay from here on."""
         cut = self.cuts_done > 0 and not self.whole_again
         self._warming = WarmUp(list(optimizers), self.warm_up, self._warmed_up) if cut and self.warm_up else None
+        # torch calls hooks in this order: what decay does to the factors after a step is shortened with it
         self._decaying = frobenius_decay(model, list(optimizers)) if cut and self.decay == "product" else None
         self._shortened = ShorterSteps(model, list(optimizers), self.rate, self._gains, self._highest) if cut and self.rate != 1 else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import nn
 
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.factorization import Keep
+from passes.kinds import kind_named
 from passes.linalg import Spectrum
 from passes.site import Site
 from surgery.decompose import plan
+from surgery.options import AUTO
 
 __all__ = ["Settled", "stable_ranks"]
 
@@ -60,7 +63,7 @@ class Settled:
         found = []
         for before, after in pairwise(history):
             pairs = [(a, b) for name in after if name in before for a, b in zip(before[name], after[name], strict=True)]
-            found.append(sum(abs(b - a) / max(a, 1.0) for a, b in pairs) / len(pairs) if pairs else 0.0)
+            found.append(sum(abs(b - a) / max(a, 1.0) for a, b in pairs) / len(pairs) if pairs else inf)
         return found
 
     def has(self, position: int, history: Sequence[Mapping[str, Sequence[float]]]) -> bool:
@@ -73,12 +76,16 @@ class Settled:
         return len(last) == self.patience and max(last) <= self.tolerance
 
 
-def stable_ranks(model: nn.Module, **options: Any) -> dict[str, list[float]]:
-    """|W|_F^2 / s_1^2 of each mode of each layer that a rule would be asked about, by name.
+def stable_ranks(model: nn.Module, request: Any = "evbmf", **options: Any) -> dict[str, list[float]]:
+    """|W|_F^2 / s_1^2 of each mode of each layer that is going to be decided about, by name.
 
     Args:
         model: not touched.
-        options: ``method``, ``include``, ``exclude`` and ``device``, as for ``surgery.plan``.
+        request: the ranks that are going to be asked for: with a dict or a plan its layers are looked at, otherwise those that a rule is asked about.
+        options: ``method``, ``include``, ``exclude``, ``device`` and ``effective_weights``, as for ``surgery.plan``.
+
+    Raises:
+        SurgeryValueError: there is no such layer.
     """
     found: dict[str, list[float]] = {}
 
@@ -87,5 +94,13 @@ def stable_ranks(model: nn.Module, **options: Any) -> dict[str, list[float]]:
         found[site.name] = [float(s.values.square().sum()) / top if top > 0 else 0.0 for s, top in zip(spectra, tops, strict=True)]
         return Keep("looked at")
 
-    plan(model, look, guard="none", **options)
+    named = {name: look for name, decision in request.items() if not isinstance(decision, Keep)} if isinstance(request, Mapping) else look
+    method = options.pop("method", AUTO)
+    if method != AUTO and not kind_named(method).has_spectra:
+        method = "tucker"  # its layers have stable ranks all the same
+    plan(model, named, guard="none", method=method, **options)
+    if not found:
+        raise SurgeryValueError(
+            "decompose_at: Settled(...) finds no layer to look at; name layers in ranks, see include and exclude, or give a position instead"
+        )
     return found

@@ -46,7 +46,7 @@ def gains_of(model: nn.Module) -> Gains:
         generator = torch.Generator().manual_seed(0)
         totals = [0.0] * len(chain.factors)
         for _ in range(draws):
-            pulled = chain.pull_back(torch.randn(weight.shape, generator=generator).to(weight))
+            pulled = chain.pull_back(torch.randn(weight.shape, generator=generator, device="cpu").to(weight))
             totals = [total + float(p.square().sum()) for total, p in zip(totals, pulled, strict=True)]
         found[site.name] = [total / draws / factor.numel() for total, factor in zip(totals, chain.factors, strict=True)]
     return found
@@ -119,7 +119,9 @@ def _note(mine: Mine, before: list[Tensor]) -> None:
 @torch.no_grad()
 def _go(optimizer: Any, mine: Mine, before: list[Tensor], highest: dict[str, float]) -> None:
     """From where they were a share of the way to where they are."""
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    if not before:  # done already: a step that calls the one of its base class runs all hooks twice
+        return
+    rates = [float(group["lr"] or 0.0) for group in optimizer.param_groups]  # None where an optimizer finds its rate by itself
     for (parameter, number, factor), start in zip(mine, before, strict=True):
         rate = rates[number]
         highest[factor.chain] = max(highest.get(factor.chain, 0.0), rate)

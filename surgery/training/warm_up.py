@@ -44,10 +44,12 @@ class WarmUp:
         for optimizer in self._slowed:
             self._restore(optimizer)
 
-    def _restore(self, optimizer: Any) -> None:
-        """The rates as its scheduler knows them; a step that failed has left them low."""
-        for group, rate in zip(optimizer.param_groups, self._rates.pop(id(optimizer), ()), strict=False):
+    def _restore(self, optimizer: Any) -> bool:
+        """The rates as its scheduler knows them; a step that failed has left them low. Whether they were."""
+        rates = self._rates.pop(id(optimizer), ())
+        for group, rate in zip(optimizer.param_groups, rates, strict=False):
             group["lr"] = rate
+        return bool(rates)
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._restore(optimizer)
@@ -58,6 +60,6 @@ class WarmUp:
             group["lr"] = group["lr"] * ((self.done + 1) / (self.steps + 1))
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._restore(optimizer)
-        if id(optimizer) == self._last and self.left:  # the hooks stay: torch is going through them just now
+        slowed = self._restore(optimizer)  # not so the second time where a step calls the one of its base class: both run all hooks
+        if slowed and id(optimizer) == self._last and self.left:  # the hooks stay: torch is going through them just now
             self.done += 1

@@ -145,7 +145,21 @@ def momentum(model):
     return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
 
 
-WORKS = (ddp, other_ranks_differ, factored_states, failure, sharded)
+def accumulated(rank, folder):
+    """Gradients that each process has of its own when the first one cuts, and when it fuses back."""
+    model = network()
+    optimizer = momentum(model)
+    schedule = DecompositionSchedule(0, 1, ranks=0.5, guard="none")
+    seen = []
+    for position in range(2):
+        x, y = batch(position, slice(rank * 4, rank * 4 + 4))
+        functional.cross_entropy(model(x), y).backward()
+        schedule.step(position, model, optimizer)
+        seen.append([p.grad.clone() for p in model.parameters()])
+    torch.save(seen, folder / f"{rank}.pt")
+
+
+WORKS = (ddp, other_ranks_differ, factored_states, failure, sharded, accumulated)
 
 
 def start(rank, port, folder):
@@ -237,3 +251,16 @@ def test_a_sharded_model_is_gathered_cut_and_sharded_again_and_learns_as_in_one_
     for name, parameter in alone.named_parameters():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], parameter.detach(), rtol=1e-7, atol=1e-9)
+
+
+def test_gradients_of_each_process_go_through_the_cut(found):
+    """Of the mean loss of halves they are twice those of the whole batch, in sum."""
+    first, second = found(accumulated)
+    model = network()
+    schedule = DecompositionSchedule(0, 1, ranks=0.5, guard="none")
+    for position, (mine, theirs) in enumerate(zip(first, second, strict=True)):
+        x, y = batch(position)
+        functional.cross_entropy(model(x), y).backward()
+        schedule.step(position, model, momentum(model))
+        for a, b, p in zip(mine, theirs, model.parameters(), strict=True):
+            torch.testing.assert_close((a + b) / 2, p.grad, rtol=1e-4, atol=1e-6)  # least squares by iteration

@@ -137,6 +137,13 @@ def test_hugging_face_cuts_on_the_way_and_goes_on_from_a_checkpoint(tmp_path):
     train(tmp_path / "resumed", callback, resumed, resume=str(checkpoint))
     for key, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value), key
+    cuts = DecompositionCallback(schedule())
+    seen = []
+    cuts.schedule.step = lambda position, *_, **__: seen.append(position)
+    state = SimpleNamespace(epoch=0.0)
+    for state.epoch in (0.0, 0.999999999, 1.67, 2.0):  # in between where it was saved in the middle of an epoch
+        cuts.on_epoch_begin(None, state, None, model=None, optimizer=None)
+    assert seen == [0, 1, 1, 2]
     (checkpoint / "surgery_schedule.json").write_text("{")
     with pytest.raises(SurgeryValueError, match="not JSON"):
         callback.resume(checkpoint, Task())

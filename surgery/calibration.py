@@ -8,6 +8,7 @@ changes what the network says little, wherever the layer is: so errors of differ
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +26,7 @@ from passes.running import arguments, callers_code, kept_random_states, model_er
 from passes.site import Site
 from surgery.progress import tracked
 
-__all__ = ["Calibration", "Moments", "batches_of", "calibrate"]
+__all__ = ["Calibration", "Moments", "batches_of", "calibrate", "inputs_needed"]
 
 SEED = 0
 
@@ -49,7 +50,8 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
     Memory: two matrices a site, of the channels of a group each, and what one batch needs for a backward pass.
 
     Args:
-        model: any module. Where its output cannot be differentiated by a layer's, that layer's outputs count alike.
+        model: any module. Where its output cannot be differentiated by a layer's, that layer's outputs count alike; so do all layers' where its code
+            works without gradients only, as some does that changes values in place.
         batches: each a tensor, a tuple of positional or a mapping of keyword arguments; labels are not used.
         sites: those to look at; chains are left out.
 
@@ -59,23 +61,49 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
     twin = private_copy(model).eval()
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
-    seen = {site.name: Moments(site.geometry) for site in sites if site.chain is None and site.keep is None}
-    for name, moments in seen.items():
-        twin.get_submodule(name).register_forward_hook(partial(_note, moments), with_kwargs=True)
-    examples = 0
-    with kept_random_states(), torch.enable_grad():
-        generator = torch.Generator().manual_seed(SEED)
-        for index, batch in enumerate(tracked(batches, "calibrating")):
-            args, kwargs = arguments(private_inputs(batch))
-            with model_errors(model, batch, f"calibration: batch {index}"):
-                output = twin(*args, **kwargs)
-            _project(output, generator)
-            examples += next((len(t) for t in tensors_in(batch) if t.ndim), 0)
+    looked_at = [site for site in sites if site.chain is None and site.keep is None]
+    try:
+        seen = _moments(twin, model, batches, looked_at, gradients=True)
+    except (SurgeryValueError, RuntimeError):
+        seen = _moments(twin, model, batches, looked_at, gradients=False)
+    examples = sum(next((len(t) for t in tensors_in(batch) if t.ndim), 0) for batch in batches)
     return Calibration(metrics={name: moments.metric(name) for name, moments in seen.items() if moments.positions}, examples=examples)
 
 
-def batches_of(calibration: Any, argument: str = "calibration") -> list[Any]:
+def _moments(twin: nn.Module, model: nn.Module, batches: Sequence[Any], sites: Sequence[Site], *, gradients: bool) -> dict[str, Moments]:
+    """What the sites of ``twin``, a copy of ``model``, see of the batches and, with gradients, how much of their outputs counts."""
+    seen = {site.name: Moments(site.geometry) for site in sites}
+    hooks = [twin.get_submodule(name).register_forward_hook(partial(_note, moments), with_kwargs=True) for name, moments in seen.items()]
+    try:
+        with kept_random_states(), torch.set_grad_enabled(gradients):
+            generator = torch.Generator().manual_seed(SEED)
+            for index, batch in enumerate(tracked(batches, "calibrating")):
+                args, kwargs = arguments(private_inputs(batch))
+                with model_errors(model, batch, f"calibration: batch {index}"):
+                    output = twin(*args, **kwargs)
+                _project(output, generator)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def inputs_needed(model: Any) -> int:
+    """How many positional arguments a model cannot do without; 1 where its ``forward`` does not tell."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (AttributeError, TypeError, ValueError):
+        return 1
+    return max(1, sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters))
+
+
+def batches_of(calibration: Any, argument: str = "calibration", *, needed: int = 1) -> list[Any]:
     """The batches of what a user gave as ``calibration``: a tensor or a mapping is one batch; in ``(inputs, labels)`` of a loader labels are dropped.
+
+    Args:
+        calibration: it.
+        argument: what errors call it.
+        needed: inputs that the network cannot do without; a pair is kept whole where there are two.
 
     Raises:
         SurgeryTypeError: it cannot be iterated.
@@ -87,7 +115,7 @@ def batches_of(calibration: Any, argument: str = "calibration") -> list[Any]:
     if not isinstance(calibration, Iterable) or isinstance(calibration, str | bytes):
         raise SurgeryTypeError(f"{argument}: expected batches to iterate over, got {type(calibration).__name__}")
     with callers_code(f"{argument}: iterating over it failed"):
-        batches = [_without_labels(batch) for batch in calibration]
+        batches = [_without_labels(batch) if needed < 2 else _as_given(batch) for batch in calibration]
     if not batches:
         used = "; it is an iterator that was used up: give a list or a DataLoader" if isinstance(calibration, Iterator) else ""
         raise SurgeryValueError(f"{argument}: there is no batch in it{used}")
@@ -101,6 +129,10 @@ def _without_labels(batch: Any) -> Any:
     pair = isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
     if pair and not batch[1].is_floating_point():
         return batch[0]  # as torchvision's data sets give them: (images, labels)
+    return _as_given(batch)
+
+
+def _as_given(batch: Any) -> Any:
     return tuple(batch) if isinstance(batch, list) else batch
 
 
@@ -135,7 +167,7 @@ def _note(moments: Moments, _: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     if given is None or got is None or not moments.geometry.fits(tuple(given.shape)):
         return output
     moments.saw(given)
-    if not got.requires_grad and got is output and got.is_floating_point():
+    if torch.is_grad_enabled() and not got.requires_grad and got is output and got.is_floating_point():
         output = got = got + torch.zeros((), dtype=got.dtype, device=got.device, requires_grad=True)  # no leaf, which nothing could change in place
     if got.requires_grad:
         got.register_hook(moments.gave)

@@ -160,11 +160,16 @@ def _seen(model: nn.Module, calls: Mapping[str, int], batch: Any, *, outputs: bo
 
 
 class Refit:
-    """Sums over what one layer sees, and what should come out of it."""
+    """Sums over what one layer sees, and what should come out of it.
 
-    def __init__(self, piece: Piece) -> None:
+    Args:
+        piece: the layer.
+        lower: where padding ``"same"`` shares out an odd number of pixels, one more comes at the beginning, not at the end.
+    """
+
+    def __init__(self, piece: Piece, *, lower: bool = False) -> None:
         self.piece = piece
-        self.patches = _patches(piece)
+        self.patches = _patches(piece, lower=lower)
         self.xtx: Tensor | None = None
         self.xty: Tensor | None = None
         self.yty = 0.0
@@ -217,8 +222,8 @@ def can_be_refitted(geometry: Geometry) -> bool:
     return not geometry.transposed and geometry.in_channels // geometry.groups * prod(geometry.kernel) <= LARGEST
 
 
-def _patches(piece: Piece) -> nn.Module | None:
-    """A layer that gives, at each position, all numbers that the piece's kernel sees there; None where that is its input itself."""
+def _patches(piece: Piece, *, lower: bool) -> Callable[[Tensor], Tensor] | None:
+    """What gives, at each position, all numbers that the piece's kernel sees there; None where that is its input itself."""
     g = piece.geometry
     one = (1,) * g.dims
     if g.is_pointwise and g.stride == one and (isinstance(g.padding, str) or not any(g.padding)):
@@ -226,4 +231,23 @@ def _patches(piece: Piece) -> nn.Module | None:
     pixels = prod(g.kernel)
     seeing = replace(g, out_channels=g.in_channels * pixels, groups=g.in_channels)
     each = torch.eye(pixels, dtype=piece.weight.dtype, device=piece.weight.device).reshape(pixels, 1, *g.kernel)
-    return plain_layer(Piece("", seeing, each.repeat(g.in_channels, 1, *one), None), None)
+    weight = each.repeat(g.in_channels, 1, *one)
+    if g.padding_mode != "zeros" or not (g.padding_end or g.padding == "same"):
+        return plain_layer(Piece("", seeing, weight, None), None)
+    unpadded = plain_layer(Piece("", replace(seeing, padding=(0,) * g.dims, padding_end=()), weight, None), None)
+
+    def padded(x: Tensor) -> Tensor:
+        pads = [_pads(g, axis, x.shape[axis - g.dims], lower=lower) for axis in range(g.dims)]
+        return unpadded(nn.functional.pad(x, [pixels for pair in reversed(pads) for pixels in pair]))  # type: ignore[no-any-return]
+
+    return padded
+
+
+def _pads(g: Geometry, axis: int, size: int, *, lower: bool) -> tuple[int, int]:
+    """Zeros before and after an input of this size. ``"same"`` is what ONNX calls SAME_UPPER or SAME_LOWER, torch's where the stride is 1."""
+    if g.padding != "same":
+        return g.pads(axis)
+    extent = g.dilation[axis] * (g.kernel[axis] - 1) + 1
+    total = max((-(-size // g.stride[axis]) - 1) * g.stride[axis] + extent - size, 0)
+    less, more = total // 2, total - total // 2
+    return (more, less) if lower else (less, more)

@@ -92,8 +92,9 @@ def decompose(
             ``"step"``: in forward and backward of training; ``"none"``: anything goes. Under a budget, cuts that do not pass are out from the start,
             and the solver does what it can with the others.
             What is named in a dict or a plan is always done.
-        calibration: batches of inputs, unlabelled (or with labels, which are not used): ranks and factors are then chosen for what these inputs
-            make of the weights and for what the network's output makes of the layers', not for the weights alone; and each chain is corrected in turn
+        calibration: batches of inputs, unlabelled (or pairs with labels that are whole numbers, which are not used; where the network needs two
+            inputs, a pair is these): ranks and factors are then chosen for what these inputs make of the weights and for what the network's output
+            makes of the layers' (where it can be differentiated), not for the weights alone; and each chain is corrected in turn
             for the errors made before it, so that each layer gives what it gave. Statistics of batch norms are taken anew where the outputs of
             batches that are held out for it (one in four) show that it helps. (``plan`` only chooses: a plan that is replayed without calibration
             is a split of the weights alone, and the report says so.)
@@ -132,7 +133,7 @@ def decompose(
         true_or_false(argument, value)
     if refine is not None and calibration is None:
         raise SurgeryValueError("refine: needs calibration, batches to polish the factors on")
-    batches = None if calibration is None else usable_batches(calibration, refine)
+    batches = None if calibration is None else usable_batches(model, calibration, refine)
     usable_model(model)
     followers = following(model, optimizer, also, state, inplace=inplace)
     if inplace and (is_layer(model) or isinstance(model, Chain)):
@@ -214,7 +215,7 @@ def plan(
 
         shared: dict[str, Any] = {"example_inputs": example_inputs, "method": method, "include": include, "exclude": exclude, "guard": guard}
         shared |= {"round_to": round_to, "device": device, "effective_weights": effective_weights, "progress": progress}
-        shared["calibration"] = None if calibration is None else usable_batches(calibration)
+        shared["calibration"] = None if calibration is None else usable_batches(model, calibration)
         return gated_plan(
             model, ranks, evaluate, max_drop, lambda budget: plan(model, budget, **shared), lambda found: decompose(model, found, **shared)
         )

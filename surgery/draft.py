@@ -119,7 +119,7 @@ class Draft(Mapping[str, Decision]):
         seen = look(model, example_inputs)
         sites = host_for(model, observed=seen.observed, effective_weights=options.effective_weights).sites()
         check_not_quantized(model, sites)
-        metrics = {} if calibration is None else learn(model, usable_batches(calibration), sites)[0]
+        metrics = {} if calibration is None else learn(model, usable_batches(model, calibration), sites)[0]
         return cls(sites, ranks, options, totals_of(model, seen), metrics=metrics, stopwatch=Stopwatch(model, example_inputs))
 
     @property

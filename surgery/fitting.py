@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 __all__ = ["learn", "mend", "usable_batches"]
 
 
-def usable_batches(calibration: Any, refine: Any = None, argument: str = "calibration") -> list[Any]:
-    """The batches that a user gave.
+def usable_batches(model: nn.Module, calibration: Any, refine: Any = None, argument: str = "calibration") -> list[Any]:
+    """The batches that a user gave for a model.
 
     Raises:
         SurgeryTypeError, SurgeryValueError: they are none, or ``refine`` is no ``Refine``.
     """
-    from surgery.calibration import batches_of
+    from surgery.calibration import batches_of, inputs_needed
     from surgery.refinement import Refine
 
     if refine is not None and not isinstance(refine, Refine):
         raise SurgeryTypeError(f"refine: expected surgery.Refine(epochs=..., rate=...), got {refine!r}")
-    return batches_of(calibration, argument)
+    return batches_of(calibration, argument, needed=inputs_needed(model))
 
 
 def learn(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> tuple[Mapping[str, Metric], int]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.errors import SurgeryTypeError, SurgeryValueError
+from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import private_inputs, tensors_in
-from passes.running import arguments, kept_random_states
+from passes.running import arguments, first_line, kept_random_states
 
 __all__ = ["Refine", "distance", "outputs_on", "refine"]
 
@@ -102,9 +102,13 @@ def _descend(
         for group, size in zip(optimizer.param_groups, sizes, strict=True):
             group["lr"] = rate * falling * size
         for index in torch.randperm(len(batches)).tolist():
-            loss = _loss(_outputs(model, batches[index]), targets[index], scales) * len(batches)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            try:
+                loss = _loss(_outputs(model, batches[index]), targets[index], scales) * len(batches)
+                loss.backward()  # type: ignore[no-untyped-call]
+            except RuntimeError as error:  # the model's own code: it may change in place what gradients need
+                what = type(model).__name__
+                raise SurgeryError(f"refine: a training step of {what} fails ({first_line(error)}); leave refine out") from error
             optimizer.step()
         reached = distance(model, batches, targets)
         if reached < best:

@@ -256,7 +256,7 @@ def _named(dynamic_size: Mapping[str, Sequence[int]], names: Sequence[str], shap
         if name not in names:
             raise SurgeryValueError(f"dynamic_size: no input is named {name!r}; {nearest(name, names)}")
         ndim = len(shapes[list(names).index(name)])
-        if isinstance(chosen, str) or not all(isinstance(i, int) and 0 <= i < ndim for i in chosen):
+        if isinstance(chosen, str) or not isinstance(chosen, Iterable) or not all(isinstance(i, int) and 0 <= i < ndim for i in chosen):
             raise SurgeryValueError(f"dynamic_size: {name!r} has the dimensions 0 to {ndim - 1}, got {chosen!r}")
     return [list(dynamic_size.get(name, ())) for name in names]
 

@@ -46,6 +46,7 @@ class Exported:
         import onnx
 
         from surgery.export.onnx_layers import name_layers
+        from surgery.onnx_files.files import move_out
 
         raw, file = folder / "raw.onnx", folder / "original.onnx"
         if not quick_onnx(network, inputs, raw):
@@ -54,7 +55,8 @@ class Exported:
         if len(model.graph.input) != len(list(tensors_in(inputs))):
             return None
         name_layers(model, network, "")
-        onnx.save_model(model, str(file), save_as_external_data=True, all_tensors_to_one_file=True, location=WEIGHTS, size_threshold=1024)
+        move_out(model, WEIGHTS)
+        onnx.save_model(model, str(file))
         raw.unlink()
         return cls(file, onnx.load(str(file), load_external_data=False))
 

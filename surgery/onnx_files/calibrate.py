@@ -11,6 +11,7 @@ from passes.errors import SurgeryValueError
 from passes.site import Site
 from surgery.calibration import Calibration, Moments, batches_of
 from surgery.onnx_files.feeds import Feed, example_feed
+from surgery.onnx_files.graph import true_inputs
 from surgery.onnx_files.watch import watched
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def calibration_feeds(model: ModelProto, calibration: Any) -> list[Feed]:
     Raises:
         SurgeryValueError, SurgeryTypeError: they are none, or do not fit.
     """
-    batches = [calibration] if isinstance(calibration, numpy.ndarray) else batches_of(calibration)
+    batches = [calibration] if isinstance(calibration, numpy.ndarray) else batches_of(calibration, needed=len(true_inputs(model.graph)))
     if any(batch is None for batch in batches):
         raise SurgeryValueError("calibration: a batch is None")
     return [example_feed(model, batch, argument=f"calibration: batch {number}") or {} for number, batch in enumerate(batches)]

@@ -46,7 +46,7 @@ def correct_file(original: ModelProto, host: OnnxHost, names: Iterable[str], fee
     errors: dict[str, float] = {}
     for start in tracked(range(0, len(ordered), size), "correcting"):
         group = ordered[start : start + size]
-        sums = {name: Refit(ends[name].piece) for name in group}
+        sums = {name: Refit(ends[name].piece, lower=ends[name].lower) for name in group}
         wanted, given = [ends[name].gives for name in group], [ends[name].reads for name in group]
         with watched(original, wanted, external=external, only=True) as before, watched(host.model, given, external=external, only=True) as after:
             for feed in feeds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,12 @@ from passes.running import first_line
 from surgery.files import as_path
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import GraphProto, ModelProto, TensorProto
 
-__all__ = ["check_valid", "copied", "has_external_data", "open_model", "read_graph", "write_model"]
+__all__ = ["check_valid", "copied", "data_files", "has_external_data", "move_out", "open_model", "read_graph", "write_model"]
 
 LARGEST = 2**31 - 2**20  # bytes that a message of protobuf can hold, with room for its frame
+SMALLEST = 1024  # bytes of a weight that is worth a place in another file
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelProto:
@@ -76,19 +78,46 @@ def _has_layers(nodes: object) -> bool:
 
 def has_external_data(path: str | os.PathLike[str]) -> bool:
     """Whether a file keeps weights in others."""
-    from onnx.external_data_helper import uses_external_data
-
-    return any(uses_external_data(tensor) for tensor in read_graph(Path(path)).graph.initializer)
+    return bool(data_files(path))
 
 
-def write_model(model: ModelProto, file: Path, *, external: bool) -> None:
-    """Write a model, with its weights in a second file beside it where that is asked for or needed."""
+def data_files(path: str | os.PathLike[str]) -> set[Path]:
+    """The files beside it in which a file keeps weights, links followed."""
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    file = Path(path).resolve()
+    kept = [tensor for tensor in _initializers(read_graph(file).graph) if uses_external_data(tensor)]
+    return {(file.parent / ExternalDataInfo(tensor).location).resolve() for tensor in kept}
+
+
+def write_model(model: ModelProto, file: Path, *, external: bool, data: str | None = None) -> None:
+    """Write a model, with its weights in a second file beside it, named ``data``, where that is asked for or needed."""
     import onnx
 
     if external or model.ByteSize() > LARGEST:
-        onnx.save(model, str(file), format="protobuf", save_as_external_data=True, location=f"{file.name}.data")
-    else:
-        onnx.save(model, str(file), format="protobuf")
+        move_out(model, data or f"{file.name}.data")
+    onnx.save(model, str(file), format="protobuf")
+
+
+def move_out(model: ModelProto, location: str) -> None:
+    """Mark the weights of a model to be written into a file beside its own when it is saved.
+
+    What onnx has for it refuses a name that exists in the current directory, wherever the file is going to be.
+    """
+    from onnx.external_data_helper import set_external_data
+
+    for tensor in _initializers(model.graph):
+        if len(tensor.raw_data) >= SMALLEST:
+            set_external_data(tensor, location)
+
+
+def _initializers(graph: GraphProto) -> Iterator[TensorProto]:
+    """Those of a graph and of the graphs in its nodes."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _initializers(inner)
 
 
 def check_valid(file: Path, source: Path) -> None:

@@ -31,12 +31,16 @@ __all__ = ["End", "OnnxHost"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class End:
-    """The last layer of a chain: the place of its node, the values that it reads and gives, its weight and bias."""
+    """The last layer of a chain: the place of its node, the values that it reads and gives, its weight and bias.
+
+    ``lower``: its padding is SAME_LOWER.
+    """
 
     node: int
     reads: str
     gives: str
     piece: Piece
+    lower: bool
 
 
 class OnnxHost(Host):
@@ -107,7 +111,7 @@ class OnnxHost(Host):
         own = all(len(self._graph.readers_of_constant(each)) == 1 for each in numbers)
         if not own or (bias is not None and (piece.bias is None or not isinstance(self._graph.constant(bias), Constant))):
             return None
-        return End(node=index, reads=node.input[0], gives=node.output[0], piece=piece)
+        return End(node=index, reads=node.input[0], gives=node.output[0], piece=piece, lower=auto_pad(node) == b"SAME_LOWER")
 
     def put(self, name: str, piece: Piece) -> None:
         """Give the last layer of a chain other numbers."""

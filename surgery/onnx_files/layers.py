@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -150,9 +151,27 @@ def _chains(graph: Graph, plan: Mapping[str, Decision]) -> Iterator[Layer]:
             if isinstance(plan.get(name), Factorization):
                 runs.setdefault((name, call), []).append(index)
     for (name, call), run in runs.items():
-        chain = _chain(graph, plan, name, call, run)
-        if chain is not None:
-            yield chain
+        found = (chain for part in _parts(graph, run) if (chain := _chain(graph, plan, name, call, part)) is not None)
+        yield from islice(found, 1)
+
+
+def _parts(graph: Graph, run: Sequence[int]) -> Iterator[list[int]]:
+    """Layers of a run that follow each other, longest first: other nodes may have names that begin like those of the chain's layers."""
+    members = [index for index in run if weight_place(graph.nodes[index]) == 1]
+    follows = {}
+    for index in members:
+        readers = graph.readers.get(graph.nodes[index].output[0], [])
+        if len(readers) == 1 and readers[0].node in members and readers[0].input == 0:
+            follows[index] = readers[0].node
+    paths = []
+    for start in (index for index in members if index not in follows.values()):
+        path = [start]
+        while path[-1] in follows:
+            path.append(follows[path[-1]])
+        paths.append(path)
+    for length in range(max(map(len, paths), default=0), 1, -1):
+        for path in paths:
+            yield from (path[first : first + length] for first in range(len(path) - length + 1))
 
 
 def _chain(graph: Graph, plan: Mapping[str, Decision], name: str, call: str, run: Sequence[int]) -> Layer | None:

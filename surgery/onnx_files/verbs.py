@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from itertools import chain, count
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from surgery.files import usable_target
 from surgery.inspection import saved_macs
 from surgery.onnx_files.check import merged_copy, prove
 from surgery.onnx_files.feeds import Feed, example_feed, open_inputs, shapes_of_feed
-from surgery.onnx_files.files import copied, has_external_data, open_model, write_model
+from surgery.onnx_files.files import copied, data_files, has_external_data, open_model, write_model
 from surgery.onnx_files.graph import Constant, Graph, tensor_dtype
 from surgery.onnx_files.host import OnnxHost
 from surgery.onnx_files.record import FileRecord, read_file_record, write_file_record, write_plan
@@ -315,11 +316,19 @@ def _finished(work: _Work, record: FileRecord, ran: str | None, target: Path, *,
     difference: float | None = None
     with installed(target) as file:
         merged = merged_copy(work.model) if check and cut else None
-        write_model(work.model, file, external=external)
+        write_model(work.model, file, external=external, data=_data_name(work.source, target))
         if check and work.feed is not None:
             rounding, difference = prove(file, merged, work.source, work.feed, external=external)
         size = sum(p.stat().st_size for p in file.parent.iterdir())
     return OnnxResult(path=str(target), report=report, rounding=rounding, difference=difference, size_bytes=size)
+
+
+def _data_name(source: Path, target: Path) -> str:
+    """A name for the weights beside the target that is not one of the files in which the source keeps its own."""
+    kept = set() if target.exists() and target.samefile(source) else data_files(source)
+    place = target.resolve()
+    names = chain([f"{place.name}.data"], (f"{place.name}.{number}.data" for number in count(1)))
+    return next(name for name in names if (place.parent / name).resolve() not in kept)
 
 
 def _params(model: ModelProto) -> int:

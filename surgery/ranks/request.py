@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError, nearest
+from passes.factorization import Keep
 from passes.kinds import decision_from_json
+from passes.running import shorten
 from passes.site import Site
 from surgery.plan import Plan
 from surgery.ranks.budget import Budget
@@ -69,7 +70,8 @@ class Names:
     def _check_aliases(self, argument: str, site: Site) -> None:
         named = [self._exact[alias] for alias in site.aliases if alias in self._exact]
         for other in named[1:]:
-            if other.value != named[0].value:
+            both_kept = isinstance(other.value, Keep) and isinstance(named[0].value, Keep)  # each may be so in words of its own
+            if other.value != named[0].value and not both_kept:
                 raise SurgeryValueError(
                     f"{argument}: {named[0].key!r} and {other.key!r} are one layer or one weight, but get {named[0].value!r} and {other.value!r}"
                 )
@@ -147,11 +149,11 @@ def _parse_text(text: str) -> Request:
         return Energy(_share(_number(option, text), f"ranks={text!r}"))
     if name == "budget":
         return _parse_budget(option, text)
-    if text.endswith(".json") or Path(text).is_file():
+    if text.endswith(".json") or os.path.isfile(text):  # unlike Path's, it is False for what no file can be named
         return Plan.load(text)
     near = get_close_matches(name, ("evbmf", "stable", "energy", "budget"), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise SurgeryValueError(f"{HELP}; got {text!r}, which is no rule and no file{hint}")
+    raise SurgeryValueError(f"{HELP}; got {shorten(repr(text))}, which is no rule and no file{hint}")
 
 
 def _parse_evbmf(options: str, whole: str) -> Evbmf:

@@ -282,7 +282,7 @@ class DecompositionSchedule:
         model = followers.model
         cut_before = any(site.chain is not None for site in host_for(model).sites())
         whole = reconstruct(model) if cut_before else model
-        batches, statistics = _batches("calibration", self.calibration), _batches("batch_norm", self.batch_norm)
+        batches, statistics = _batches(model, "calibration", self.calibration), _batches(model, "batch_norm", self.batch_norm)
         if statistics is not None:
             for batch in statistics:  # what cannot be run is said before anything is cut
                 output_of(model, batch, argument="batch_norm")
@@ -369,14 +369,14 @@ class DecompositionSchedule:
         self._shortened = ShorterSteps(model, list(optimizers), self.rate, self._gains, self._highest) if cut and self.rate != 1 else None
 
 
-def _batches(argument: str, given: Batches) -> Any:
+def _batches(model: nn.Module, argument: str, given: Batches) -> Any:
     """The batches of an argument, asked for now where it is a function."""
     if given is None:
         return None
     if callable(given):
         with callers_code(f"{argument}: the function that gives its batches failed"):
             given = given()
-    return usable_batches(given, argument=argument)
+    return usable_batches(model, given, argument=argument)
 
 
 def _position(name: str, value: Any) -> int:

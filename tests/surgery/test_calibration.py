@@ -300,3 +300,58 @@ def test_layers_that_see_no_tensor_or_give_nothing_to_differentiate_are_passed_o
     model = Rounded()
     net = surgery.decompose(model, {"conv": 0.5}, calibration=[torch.randn(4, 3, 8, 8)])
     assert 0 < surgery.report(net)["conv"].output_error < 1
+
+
+class InPlace(nn.Module):
+    """What works without gradients only: it changes what a derivative would need, in place, or leaves torch."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.how = nn.Conv2d(3, 16, 3, padding=1), how
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.how == "saved":
+            y = y.sigmoid()
+            y[..., :2] = y[..., :2] * 2
+        elif self.how == "view":
+            part, _ = y.chunk(2, 1)
+            part.mul_(2)
+        else:
+            y = torch.from_numpy(y.numpy() + 1)
+        return y
+
+
+@pytest.mark.parametrize("how", ["saved", "view", "numpy"])
+def test_a_network_that_cannot_be_differentiated_is_fitted_to_what_its_layers_see(how):
+    torch.manual_seed(0)
+    net = InPlace(how)
+    x = IMAGES * torch.tensor([1.0, 1.0, 0.01]).reshape(3, 1, 1)
+    metric = calibrate(net, [x], host_for(net).sites()).metrics["conv"]
+    seen = torch.einsum("nihw,njhw->ij", x.double(), x.double()) / (64 * 144)
+    torch.testing.assert_close(metric.inputs[0], seen)
+    assert metric.outputs is None
+    done = surgery.decompose(net, {"conv": (8, 2)}, calibration=[x])
+    assert surgery.report(done)["conv"].output_error is not None
+    with pytest.raises(surgery.SurgeryError, match="refine: a training step of InPlace fails"):
+        surgery.decompose(net, {"conv": (8, 2)}, calibration=[x], refine=Refine(epochs=1))
+    with pytest.raises(surgery.SurgeryValueError, match="calibration: batch 1: InPlace fails on them"):
+        surgery.decompose(net, {"conv": (8, 2)}, calibration=[x, x[:, :2]])
+
+
+class WithTime(nn.Module):
+    """As the networks of diffusion models: a picture, and the number of a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.steps = nn.Conv2d(3, 16, 3), nn.Embedding(10, 16)
+
+    def forward(self, x, step):
+        return self.conv(x) + self.steps(step)[:, :, None, None]
+
+
+def test_a_pair_is_two_inputs_where_the_network_needs_two():
+    net, pair = WithTime(), (IMAGES, torch.arange(64) % 10)
+    for batches in ([pair], [list(pair)], torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*pair), 16)):
+        done = surgery.decompose(net, {"conv": (8, 2)}, example_inputs=pair, calibration=batches)
+        assert surgery.report(done)["conv"].output_error is not None

@@ -239,6 +239,8 @@ def test_wrong_arguments(small, tmp_path, form):
         export(form, small, tmp_path, X, dynamic_size={"y": [2]})
     with pytest.raises(SurgeryValueError, match="'x' has the dimensions 0 to 3"):
         export(form, small, tmp_path, X, dynamic_size={"x": [4]})
+    with pytest.raises(SurgeryValueError, match="'x' has the dimensions 0 to 3, got 2"):
+        export(form, small, tmp_path, X, dynamic_size={"x": 2})
     with pytest.raises(SurgeryTypeError, match=r"expected an nn\.Module"):
         export(form, small.forward, tmp_path, X)
     (tmp_path / name).mkdir()

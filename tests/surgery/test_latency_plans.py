@@ -349,11 +349,13 @@ def mixed():
     return model, host_for(model, observed=observe(model, X)).sites()
 
 
-def test_cut_onnx_files_have_the_nodes_of_an_export_and_share_the_weights(mixed, tmp_path):
+def test_cut_onnx_files_have_the_nodes_of_an_export_and_share_the_weights(mixed, tmp_path, monkeypatch):
     import onnx
     import onnxruntime
 
     model, sites = mixed
+    (tmp_path / "here" / "weights").mkdir(parents=True)  # the caller's own, which are nobody's business
+    monkeypatch.chdir(tmp_path / "here")
     decisions = {"first.0": surgery.Tucker(8, 2), "twice": surgery.Tucker(None, 8), "grouped": surgery.Channel(8), "up": surgery.Tucker(8, 16)}
     made = Exported.of(model, X, tmp_path)
     file = made.cut(sites, decisions)

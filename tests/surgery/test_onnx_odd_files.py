@@ -559,3 +559,92 @@ def test_inputs_that_are_no_numbers_need_examples(tmp_path):
         surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", EVERYTHING)
     with pytest.raises(SurgeryValueError, match="example_inputs: 'text': the input is of a type that torch has not"):
         surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", EVERYTHING, example_inputs=(draw(2, 4, 9, 10), numpy.zeros(1)))
+
+
+def with_data_beside(folder, name="net.onnx"):
+    """A file as torch writes it, its weights in another whose name is in the graph."""
+    folder.mkdir()
+    model = model_of([conv("x", "w", "y")], {"w": draw(64, 4, 3, 3)})
+    onnx.save(
+        onnx.ModelProto.FromString(model.SerializeToString()), folder / name, save_as_external_data=True, location=f"{name}.data", size_threshold=0
+    )
+    return model
+
+
+def test_weights_beside_a_file_in_the_current_directory(tmp_path, monkeypatch):
+    model = with_data_beside(tmp_path / "m")
+    x = draw(2, 4, 9, 10)
+    monkeypatch.chdir(tmp_path / "m")
+    for target in ("cut.onnx", "cut.onnx", "net.onnx"):
+        surgery.decompose_onnx("net.onnx", target, EVERYTHING)
+        assert_parity(run(tmp_path / "m" / target, x=x), run(model, x=x), tolerance=1e-4)
+    surgery.reconstruct_onnx("net.onnx", "net.onnx")
+    assert_parity(run(tmp_path / "m" / "net.onnx", x=x), run(model, x=x), tolerance=1e-4)
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["cut.onnx", "cut.onnx.data", "net.onnx", "net.onnx.data"]
+
+
+def test_the_data_of_the_source_stay_where_another_file_is_named_like_it(tmp_path):
+    """Whoever renames a file cannot rename its data: their name is in the graph."""
+    model = with_data_beside(tmp_path / "m")
+    source, target = tmp_path / "m" / "orig.onnx", tmp_path / "m" / "net.onnx"
+    target.rename(source)
+    x = draw(2, 4, 9, 10)
+    for _ in range(2):
+        surgery.decompose_onnx(source, target, EVERYTHING)
+        assert_parity(run(source, x=x), run(model, x=x), tolerance=0)
+        assert_parity(run(target, x=x), run(model, x=x), tolerance=1e-4)
+    assert sorted(p.name for p in source.parent.iterdir()) == ["net.onnx", "net.onnx.1.data", "net.onnx.data", "orig.onnx"]
+
+
+@pytest.mark.parametrize(
+    "padding",
+    [
+        {"auto_pad": "SAME_UPPER", "strides": [2, 2]},
+        {"auto_pad": "SAME_LOWER", "strides": [2, 2]},
+        {"auto_pad": "SAME_LOWER"},
+        {"pads": [0, 0, 1, 1], "strides": [2, 2]},
+        {"pads": [0, 2, 1, 0], "dilations": [2, 1]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(3, 3), (4, 2)])
+def test_calibration_sees_what_a_padded_layer_sees(tmp_path, padding, size):
+    """Of a network that needs no correction the correction takes nothing away, which it would if it saw other pixels."""
+    path, out = tmp_path / "net.onnx", tmp_path / "out.onnx"
+    thin = numpy.einsum("orhw,ri->oihw", draw(16, 4, *size), draw(4, 8))
+    onnx.save(model_of([conv("x", "w", "y", **padding)], {"w": thin.astype(numpy.float32)}, (2, 8, 12, 11)), path)
+    batches = [draw(2, 8, 12, 11) for _ in range(8)]
+    done = surgery.decompose_onnx(path, out, {"conv": surgery.Tucker(None, 4)}, calibration=batches)
+    assert done.report["conv"].output_error < 1e-5
+    assert_parity(run(out, x=batches[0]), run(path, x=batches[0]), tolerance=1e-4)
+
+
+def test_other_nodes_may_be_named_like_layers_of_a_chain(tmp_path):
+    weights = {"w": draw(6, 4, 3, 3), "v": draw(6, 6, 1, 1), "s": draw(6) ** 2 + 1, "b": draw(6), "d": draw(2, 4, 1, 1), "u": draw(6, 2, 1, 1)}
+    nodes = [
+        conv("x", "w", "a", name="conv1", pads=[1, 1, 1, 1]),
+        helper.make_node("BatchNormalization", ["a", "s", "b", "b", "s"], ["n"], name="conv1.bn"),
+        conv("n", "v", "m", name="conv1.after"),
+        conv("x", "d", "c", name="conv1.down"),
+        conv("c", "u", "e", name="conv1.up"),
+        helper.make_node("Add", ["m", "e"], ["y"]),
+    ]
+    path, out = tmp_path / "net.onnx", tmp_path / "out.onnx"
+    onnx.save(model_of(nodes, weights), path)
+    done = surgery.decompose_onnx(path, out, {"conv1": (3, 4)}, calibration=[draw(2, 4, 9, 10)])
+    assert done.report["conv1"].status == "decomposed"
+    assert done.report["conv1"].output_error is not None
+    assert surgery.report_onnx(out)["conv1"].status == "decomposed"
+    surgery.reconstruct_onnx(out, tmp_path / "back.onnx")
+    x = draw(2, 4, 9, 10)
+    assert_parity(run(tmp_path / "back.onnx", x=x), run(out, x=x), tolerance=1e-4)
+
+
+def test_a_pair_of_batches_is_two_inputs_of_a_file_with_two(tmp_path):
+    nodes = [conv("x", "w", "a"), helper.make_node("Gather", ["t", "n"], ["s"]), helper.make_node("Add", ["a", "s"], ["y"])]
+    more = [helper.make_tensor_value_info("n", TensorProto.INT64, [])]
+    path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(model_of(nodes, {"w": draw(6, 4, 3, 3), "t": draw(5)}, more=more), path)
+    pair = torch.from_numpy(draw(2, 4, 9, 10)), torch.tensor(3)
+    done = surgery.decompose_onnx(path, out, EVERYTHING, calibration=[pair], example_inputs=pair)
+    assert done.report["conv"].output_error < 1e-3

@@ -235,6 +235,11 @@ def test_a_rule_sees_the_spectra():
         (lambda site, spectra: (-1, 3), SurgeryValueError, "at least 0"),
         (lambda site, spectra: SVD(2), SurgeryValueError, "the rank rule answered SVD"),
         (np.int64(3), SurgeryTypeError, "is ambiguous"),
+        (
+            Plan({"conv1": Tucker(5, 2)}).to_json() + " " * 5000,
+            SurgeryValueError,
+            r"a Plan or the path of one.*got .*\.\.\., which is no rule and no file",
+        ),
     ],
 )
 def test_wrong_ranks_get_one_clear_error(ranks, error, message):

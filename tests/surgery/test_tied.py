@@ -178,3 +178,7 @@ def test_a_second_bias_that_the_parent_reads_keeps_the_first():
     rows = {row.name: row for row in surgery.report(net).layers}
     assert "its bias is read by the model" in rows["right"].reason
     assert rows["left"].reason == f"its weight is shared with right: {rows['right'].reason}"
+    plan = surgery.plan(Reads().double().eval(), 0.5, example_inputs=X)
+    assert plan["left"] != plan["right"]  # kept, each in words of its own
+    again = surgery.decompose(Reads().double().eval(), surgery.Plan.from_json(plan.to_json()), example_inputs=X)
+    assert {row.name: row.status for row in surgery.report(again).layers} == {**dict.fromkeys(plan, "kept"), "other": "decomposed"}

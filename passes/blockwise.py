@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from passes.errors import SurgeryValueError
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece, PieceShape
 from passes.kind import Kind, Rank
 from passes.linalg import Spectrum, pooled
 
 __all__ = ["Blockwise"]
+
+TAKEN = ("weight", "bias")  # what a chain answers for its layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,11 @@ class Blockwise:
         """The chain's layers, first to last, without weights. The bias, if any, is the last layer's."""
         found = self.kind.shapes(geometry.one_group, _scaled(factorization, self.unit(geometry), down=True))
         last = list(found)[-1]
+        for name in found:
+            if not name.isidentifier() or name in TAKEN:
+                raise SurgeryValueError(
+                    f"{self.name}: a layer of its chains is named {name!r}; it must be an identifier, and neither weight nor bias"
+                )
         return tuple(PieceShape(name, shape.times(geometry.groups), bias and name == last) for name, shape in found.items())
 
     def split(

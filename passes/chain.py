@@ -54,6 +54,7 @@ MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+LAYER_ATTRIBUTES = frozenset({*vars(nn.Linear(1, 1, device="meta")), *vars(nn.Conv1d(1, 1, 1, device="meta"))}) - MODULE_ATTRIBUTES
 BUILT: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS.values(), *TRANSPOSED.values())
 
 
@@ -106,7 +107,7 @@ class Chain(nn.Sequential):
 
     def __setattr__(self, name: str, value: Any) -> None:
         info = self.__dict__.get("_surgery")
-        if info is not None and name not in MODULE_ATTRIBUTES and name in vars(info.original):
+        if info is not None and name in LAYER_ATTRIBUTES and name in vars(info.original):  # what others note on a layer they may note on its chain
             raise AttributeError(f"{name!r} of a chain is derived from the layer it replaced and cannot be set")
         super().__setattr__(name, value)
 

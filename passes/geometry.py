@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -45,13 +45,13 @@ class Geometry:
             in_channels=layer.in_channels,
             out_channels=layer.out_channels,
             kernel=tuple(layer.kernel_size),
-            stride=tuple(layer.stride),
-            padding=layer.padding if isinstance(layer.padding, str) else tuple(layer.padding),
-            dilation=tuple(layer.dilation),
+            stride=_each(layer.stride, layer),
+            padding=layer.padding if isinstance(layer.padding, str) else _each(layer.padding, layer),
+            dilation=_each(layer.dilation, layer),
             groups=layer.groups,
             padding_mode=layer.padding_mode,
             transposed=layer.transposed,
-            output_padding=tuple(layer.output_padding),
+            output_padding=_each(layer.output_padding, layer),
         )
 
     @property
@@ -228,3 +228,8 @@ class Piece:
     geometry: Geometry
     weight: Tensor
     bias: Tensor | None
+
+
+def _each(value: int | Sequence[int], layer: nn.Module) -> tuple[int, ...]:
+    """A number for each direction, as torch's functions take one number for all of them; layers may have been given one later."""
+    return (value,) * len(layer.kernel_size) if isinstance(value, int) else tuple(value)  # type: ignore[arg-type]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -227,12 +229,15 @@ def _tie(module: nn.Module) -> tuple[object, ...]:
 
 
 def held_outside(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> Iterator[tuple[int, str]]:
-    """Modules that are also held in a plain list, tuple, set or dict of some module, where a replacement would not reach, and why to keep them."""
+    """Modules that are also held in a plain list, tuple, set, dict, namespace, ``partial`` or bound method of some module, and why to keep them.
+
+    A replacement would not reach there.
+    """
     for holder, names in groups:
         for attribute, value in vars(holder).items():
             if attribute in MODULE_ATTRIBUTES or isinstance(holder, fx.GraphModule):
                 continue
-            for module in _modules_in(value, 0):
+            for module in (held for held in _modules_in(value, 0) if held is not holder):
                 where = ".".join(part for part in (names[0], attribute) if part)
                 yield id(module), f"it is also held in {where}, outside the tree of modules, where its chain would not be put"
 
@@ -243,6 +248,12 @@ def _modules_in(value: object, depth: int) -> Iterator[nn.Module]:
     elif isinstance(value, list | tuple | set | frozenset | dict) and depth < DEPTH_OF_CONTAINERS:
         for item in value.values() if isinstance(value, dict) else value:
             yield from _modules_in(item, depth + 1)
+    elif isinstance(value, functools.partial) and depth < DEPTH_OF_CONTAINERS:
+        yield from _modules_in((value.func, value.args, value.keywords), depth + 1)
+    elif isinstance(value, types.MethodType):
+        yield from _modules_in(value.__self__, depth + 1)
+    elif isinstance(value, types.SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
+        yield from _modules_in(vars(value) if hasattr(value, "__dict__") else {}, depth + 1)
 
 
 def computes_weight(layer: nn.Module, name: str) -> str | None:
@@ -267,6 +278,13 @@ def computes_weight(layer: nn.Module, name: str) -> str | None:
     return None
 
 
+def _pads_as_it_says(layer: nn.Module) -> bool:
+    """Where padding is not of zeros, torch's layers go by pixels that were worked out when they were built."""
+    if layer.__dict__.get("padding_mode", "zeros") == "zeros" or not isinstance(layer.padding, tuple):
+        return True
+    return list(layer.__dict__.get("_reversed_padding_repeated_twice", ())) == [pixels for pixels in reversed(layer.padding) for _ in range(2)]
+
+
 def reason_to_keep(layer: nn.Module, name: str) -> str | None:
     """Why nothing can be made of this layer's own weight; None where something can."""
     return computes_weight(layer, name) or _unusable(layer)
@@ -278,6 +296,8 @@ def _unusable(layer: nn.Module) -> str | None:
         return f"its weight is a {type(weight).__name__}, which holds its numbers in a form of its own (quantized or the like)"
     if weight.numel() == 0:
         return "its weight is empty"
+    if not _pads_as_it_says(layer):
+        return "its padding was changed after it was built"
     needed = Geometry.of(layer).weight_shape
     if tuple(weight.shape) != needed:
         return f"its weight has the shape {tuple(weight.shape)}, a {type(layer).__name__} of its attributes has {needed}"

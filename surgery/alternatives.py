@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from passes.decompose import refusal_of
 from passes.errors import SurgeryTypeError, SurgeryValueError, nearest
 from passes.factorization import Decision, Factorization, Keep
 from passes.kinds import kind_of
@@ -178,6 +179,8 @@ def explain(
         raise SurgeryValueError(f"explain: nothing can be done with {site!r}: {getattr(draft[site], 'reason', draft[site])}")
     mine = next(each for each in _family(draft, unit).candidates if site in each.site.aliases)
     chosen = plan[site]
+    if isinstance(chosen, Factorization) and (refusal := refusal_of(mine.site, chosen)) is not None:
+        raise SurgeryValueError(f"explain: {site!r} cannot be cut as the plan says: {refusal}; is it a plan of this model?")
     same = [i for i, decision in enumerate(mine.decisions) if decision == chosen or (isinstance(decision, Keep) and isinstance(chosen, Keep))]
     sizes = np.array([draft.cost_of(mine.site, decision) for decision in mine.decisions])
     place = same[0] if same else int(np.abs(sizes - draft.cost_of(mine.site, chosen)).argmin())

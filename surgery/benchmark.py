@@ -86,18 +86,10 @@ def benchmark(
     from surgery.benchmarking.compare import check_sampling, compare_files, compare_modules
 
     sampling = check_sampling(pairs=repeats, precision=precision, seconds=seconds, threads=threads)
-    if isinstance(before, str | os.PathLike) and isinstance(after, str | os.PathLike):
-        options = {"batch": batch, "dtype": dtype, "memory_format": memory_format, "layers": layers or None}
-        return compare_files(before, after, example_inputs, runtimes, threads, sampling, options)
-    return compare_modules(
-        before,
-        after,
-        example_inputs,
-        runtimes,
-        threads,
-        sampling,
-        batch=batch,
-        dtype=dtype,
-        memory_format=memory_format,
-        layers=layers,
-    )
+    with torch.inference_mode(False):  # a caller's own would leave a training step without its backward pass
+        if isinstance(before, str | os.PathLike) and isinstance(after, str | os.PathLike):
+            options = {"batch": batch, "dtype": dtype, "memory_format": memory_format, "layers": layers or None}
+            return compare_files(before, after, example_inputs, runtimes, threads, sampling, options)
+        return compare_modules(
+            before, after, example_inputs, runtimes, threads, sampling, batch=batch, dtype=dtype, memory_format=memory_format, layers=layers
+        )

@@ -49,7 +49,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         SurgeryTypeError: a wrapped model, or one whose state dict holds something other than plain tensors.
-        SurgeryValueError: ``path`` exists and is not a folder that ``save`` wrote, or clean-up passes have changed the model's architecture.
+        SurgeryValueError: ``path`` exists and is not a folder that ``save`` wrote, or something beside surgery has changed the architecture:
+            clean-up passes, or the layers of a chain by pruning, parametrizations and the like.
         OSError: the folder cannot be written.
     """
     from safetensors import SafetensorError
@@ -65,6 +66,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for site in host_for(model).sites():
         known = records.get(site.name)
         plan[site.name] = site.chain or Keep((known.reason if known else None) or NOT_DECOMPOSED)
+    _check_chains(model, plan)
     tensors = _tensors_to_write(model)
     metadata = {METADATA: json.dumps(record_to_data(whole_record(model) or SurgeryRecord()))}
     with temporary_beside(folder) as work, naming(given):
@@ -80,6 +82,23 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 undo.later(lambda: None if folder.exists() else os.rename(work / "old", folder))
                 os.rename(folder, work / "old")
             os.rename(new, folder)
+
+
+def _check_chains(model: nn.Module, plan: Plan) -> None:
+    """Refuse chains whose layers hold something else than their plan says, which ``load`` could not build."""
+    keys = [key for key in model.state_dict() if not key.endswith("_extra_state")]
+    for site in host_for(model).sites():
+        chain = plan[site.name]
+        if not isinstance(chain, Factorization):
+            continue
+        layers = [f"{site.name}.{shape.name}".lstrip(".") for shape in kind_of(chain).shapes(site.geometry, chain, False)]
+        found = {key for key in keys for layer in layers if key.startswith(f"{layer}.")}
+        other = sorted(found - {f"{layers[-1]}.bias"} ^ {f"{layer}.weight" for layer in layers})
+        if other:
+            raise SurgeryValueError(
+                f"{site}: the layers of its chain were changed after the cut ({other[0]}), by pruning, a parametrization or the like, and could "
+                "not be built anew; undo that before saving"
+            )
 
 
 def load(path: str | os.PathLike[str], fresh_model: nn.Module) -> nn.Module:

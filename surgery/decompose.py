@@ -173,7 +173,7 @@ def decompose(
                 fused_params=old.fused_params,
                 fused_macs=old.fused_macs,
                 functions=functions_of(target) if seen.observed is None else seen.observed.functions,
-                latency=draft.latency or old.latency,
+                latency=draft.latency if result.modified else draft.latency or old.latency,
             )
             write_record(result.model, record)
             if followers is not None:

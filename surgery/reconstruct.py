@@ -100,7 +100,7 @@ def _fuse_own(target: nn.Module, undo: Undo, inplace: bool, followers: Followers
             Outcome(o.site, o.status, REASON if o.status == "applied" else o.reason, before[o.site].error if o.site in before else None)
             for o in result.outcomes
         )
-        record = replace(old, sites=merged_sites(before, sites, outcomes), passes=(*old.passes, "Reconstruct"))
+        record = replace(old, sites=merged_sites(before, sites, outcomes), passes=(*old.passes, "Reconstruct"), latency=None)
         write_record(result.model, record)
     if followers is not None:
         followers.follow(held or {}, host.sites(), undo)

@@ -77,6 +77,13 @@ def refine(
                 p.grad = None
             targets = outputs_on(original, batches)
             _descend(model, parameters, batches, targets, how, progress)
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+        ) as error:  # code of the model, whose outputs may have sizes that numbers decide, or no gradients
+            what = type(model).__name__
+            raise SurgeryError(f"refine: {what} cannot be trained to the original's outputs ({first_line(error)}); leave refine out") from error
         finally:
             for p, wanted in trainable.items():
                 p.requires_grad_(wanted)
@@ -102,13 +109,9 @@ def _descend(
         for group, size in zip(optimizer.param_groups, sizes, strict=True):
             group["lr"] = rate * falling * size
         for index in torch.randperm(len(batches)).tolist():
+            loss = _loss(_outputs(model, batches[index]), targets[index], scales) * len(batches)
             optimizer.zero_grad()
-            try:
-                loss = _loss(_outputs(model, batches[index]), targets[index], scales) * len(batches)
-                loss.backward()  # type: ignore[no-untyped-call]
-            except RuntimeError as error:  # the model's own code: it may change in place what gradients need
-                what = type(model).__name__
-                raise SurgeryError(f"refine: a training step of {what} fails ({first_line(error)}); leave refine out") from error
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         reached = distance(model, batches, targets)
         if reached < best:

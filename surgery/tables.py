@@ -43,7 +43,7 @@ def count(number: int | None) -> str:
     """A count with a unit a person can read: 853k, 1.33M."""
     if number is None:
         return "-"
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= 0.9995 * size:  # what rounds to 1 of the unit
             return f"{number / size:.3g}{unit}"
     return str(number)

@@ -140,7 +140,7 @@ def _torchscript(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
             size = len(script.save_to_buffer())
     except Exception as error:  # tracing runs the model's own code
         raise SurgeryError(f"runtime 'torchscript': this network cannot be traced: {first_line(error)}") from error
-    yield Ready(lambda: script(*tensors), file_bytes=size)
+    yield Ready(waited_for(partial(script, *tensors), _on_cuda(example_inputs)), file_bytes=size)
 
 
 RUNTIMES: dict[str, Runtime] = {

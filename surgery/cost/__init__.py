@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
+from typing import Any
 
 import torch
 
@@ -67,6 +69,9 @@ def _size_after(geometry: Geometry, size: tuple[int, ...], call: Call) -> tuple[
     return (*after[:lead], *sizes)
 
 
+Size = Sequence[int]
+
+
 class MacCounter:
     """Holds ``macs`` of a network once ``count_macs`` has ended."""
 
@@ -93,7 +98,7 @@ def count_macs() -> Iterator[MacCounter]:
     counter = MacCounter()
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused kernels are invisible to the counter
-    mode = FlopCounterMode(display=False)
+    mode = FlopCounterMode(display=False, custom_mapping=_unknown_to_torch())
     mode.mod_tracker = _OneModule()  # type: ignore[assignment]
     try:
         with mode:
@@ -101,6 +106,20 @@ def count_macs() -> Iterator[MacCounter]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     counter.macs = mode.get_total_flops() // 2
+
+
+def _unknown_to_torch() -> dict[Any, Callable[..., int]]:
+    """Operators of CPUs that its counter passes over: attention, and each layer and direction of an LSTM."""
+    from torch.utils.flop_counter import sdpa_flop_count
+
+    def attention(query: Size, key: Size, value: Size, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+    def recurrent(x: Size, inputs: Size, states: Size, *_: Any, **__: Any) -> int:
+        return 2 * prod(x[:2]) * (prod(inputs) + prod(states))
+
+    named = {"_scaled_dot_product_flash_attention_for_cpu": attention, "mkldnn_rnn_layer": recurrent}
+    return {getattr(torch.ops.aten, name): formula for name, formula in named.items() if hasattr(torch.ops.aten, name)}
 
 
 @contextmanager

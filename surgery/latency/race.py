@@ -105,10 +105,17 @@ def _running(network: nn.Module, inputs: Any, runtime: str) -> Iterator[Callable
     with ExitStack() as stack:
         if runtime in ON_FILES:
             file = Path(stack.enter_context(TemporaryDirectory())) / "network.onnx"
-            if quick_onnx(network, inputs, file):
+            if quick_onnx(network, inputs, file) and _takes_all(file, inputs):
                 yield _on_file(file, inputs, runtime)
                 return
         yield stack.enter_context(RUNTIMES[runtime](network, inputs))
+
+
+def _takes_all(file: Path, inputs: Any) -> bool:
+    """Whether a file has an input for each tensor: torch's older exporter leaves out those that nothing reads."""
+    import onnx
+
+    return len(onnx.load(str(file), load_external_data=False).graph.input) == len(list(tensors_in(inputs)))
 
 
 def _on_file(file: Path, inputs: Any, runtime: str) -> Callable[[], object]:

@@ -21,12 +21,13 @@ from passes.site import Site
 from passes.spectra import Spectra
 from surgery.cost import macs_under, threads_set
 from surgery.cost.outcome import LatencyOutcome
+from surgery.cost.profile import TimedShape
 from surgery.cost.timing import describe, in_terms_of_layers
 from surgery.latency.families import Family, Proposal, Rung, Solved, Uniform, rungs_of
 from surgery.latency.race import Race, Raced, race_against
 from surgery.latency.replan import Attempt, Search
 from surgery.latency.table import Table
-from surgery.latency.times import Times, timed_layer
+from surgery.latency.times import Times, timed_chain, timed_layer
 from surgery.ranks.budget import Budget
 from surgery.ranks.candidates import Candidates, Cost, Pays, candidates_of
 
@@ -114,8 +115,10 @@ class Task:
         times = self.times
         self._tables = {site.name: Table(site, self.terms.kinds(site), times, self.terms.round_to) for site in self.free}
         times.measure([shape for table in self._tables.values() for shape in table.shapes])
-        if times.foreign and (lacking := [shape for table in self._tables.values() for shape in table.lacking]):
-            raise times.lacks(lacking)
+        if times.foreign:
+            lacking = [shape for table in self._tables.values() for shape in table.lacking]
+            if lacking := [*lacking, *(layer for layer in self._all_layers() if layer not in times)]:
+                raise times.lacks(lacking)
         return self._candidates(rivals=rivals)
 
     @contextmanager
@@ -151,18 +154,19 @@ class Task:
 
     def _by_profile_alone(self, candidates: Sequence[Candidates]) -> tuple[dict[str, Decision], LatencyOutcome]:
         """Where the network cannot be run, its time is that of its layers."""
-        times, total = self.times, 0.0
-        for site in host_for(self.model, observed=observe(self.model, self.inputs), effective_weights=True).sites():
-            layers = timed_layer(site, times.setup.runtime) if site.chain is None else []
-            if any(layer not in times for layer in layers) and any(c.site.name == site.name for c in candidates):
-                raise times.lacks(layers)
-            total += sum(times[layer].seconds for layer in layers if layer in times)
-        family = self._family(candidates, total)
+        times = self.times
+        family = self._family(candidates, sum(times[layer].seconds for layer in self._all_layers()))
         if family.floor > self._asked:
             raise self._unreachable(family.floor, "by the profile")
         proposal = family.at_share(self._asked)
         note = f"{len(candidates)} layers timed on {times.profile.device.get('processor', 'another device')}"
         return dict(proposal.decisions), self._outcome(proposal.share, None, 0, note)
+
+    def _all_layers(self) -> list[TimedShape]:
+        """Of the whole network, each call once: also of those that are not to be cut, or are cut already."""
+        sites = host_for(self.model, observed=observe(self.model, self.inputs), effective_weights=True).sites()
+        runtime = self.times.setup.runtime
+        return [s for site in sites for s in (timed_layer(site, runtime) if site.chain is None else timed_chain(site, site.chain, runtime))]
 
     def _by_racing(self, candidates: Sequence[Candidates], race: Race) -> tuple[dict[str, Decision], LatencyOutcome]:
         """Plan, measure, and correct what the cuts are taken to save by what they did save; then see whether other sorts of plans are better."""
@@ -229,7 +233,7 @@ class Task:
         )
 
     def _nothing(self, note: str) -> LatencyOutcome:
-        return replace(self._outcome(1.0, Raced(1.0, 1.0, 1.0), 0, note), kept=True)
+        return replace(self._outcome(1.0, None if self.times.foreign else Raced(1.0, 1.0, 1.0), 0, note), kept=True)
 
     def _unreachable(self, least: float, how: str) -> SurgeryValueError:
         return SurgeryValueError(

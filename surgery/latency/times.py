@@ -60,8 +60,11 @@ class Times:
         if not wanted or self.foreign:
             return
         found, reference = time_shapes(wanted, self.setup)
-        with suppress(SurgeryError, OSError):  # what another process has found meanwhile stays
-            self.profile = Profile.load(self.file)
+        with suppress(SurgeryError, OSError):  # what another process has found meanwhile stays, and so does what could not be written
+            known, self.profile = self.profile, Profile.load(self.file)
+            own = {key: entry for key, entry in known.entries.items() if key not in self.profile.entries}
+            if own and known.reference is not None:
+                self.profile.add(own, known.reference)
         self.profile.add(found, reference)
         with suppress(OSError) if self.cached else nullcontext():  # a cache that cannot be written costs time only
             if self.cached:

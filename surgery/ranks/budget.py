@@ -27,7 +27,8 @@ class Budget:
             of what the network takes, an int a number.
         params: parameters, likewise.
         max_error: the error that the network may have, in (0, 1); MACs are then as few as it allows (parameters without example inputs).
-        criterion: what of the layers' errors is made small: ``"mean"`` the root of their mean square, ``"max"`` the largest.
+        criterion: what of the layers' errors is made small: ``"mean"`` the root of their mean square, ``"max"`` the largest. With ``calibration``
+            errors are shares of what each layer makes of the network's output, and the mean is weighted by that.
         latency: share in (0, 1) of the time that the network takes on this machine, measured (see ``surgery.latency``).
         runtime: what ``latency`` is measured in: ``"onnxruntime"`` (the default), ``"openvino"``, ``"eager"``, ``"compile"``, or
             ``"train"``, the forward and backward of a training step in eager mode.

@@ -25,17 +25,18 @@ def solve(budget: Budget, candidates: Sequence[Candidates], totals: Totals) -> d
     """
     costs, losses = [c.costs for c in candidates], [c.losses for c in candidates]
     if budget.max_error is not None:
-        bound = budget.max_error**2
-        chosen = _within_error(budget, costs, losses, bound)
+        chosen = _within_error(budget, candidates, budget.max_error**2)
     else:
         chosen = _within_cost(budget, costs, losses, totals, [c.before for c in candidates])
     return {c.site.name: c.decisions[index] for c, index in zip(candidates, chosen, strict=True)}
 
 
-def _within_error(budget: Budget, costs: Sequence[Any], losses: Sequence[Any], bound: float) -> list[int]:
+def _within_error(budget: Budget, candidates: Sequence[Candidates], bound: float) -> list[int]:
+    """The cheapest whose losses are at most this share: of what all layers together have to lose, or each of its own."""
+    costs, losses = [c.costs for c in candidates], [c.losses for c in candidates]
     if budget.criterion == "mean":
-        return cheapest_within(costs, losses, bound * len(costs)) if costs else []
-    return within(costs, losses, bound)
+        return cheapest_within(costs, losses, bound * sum(c.energy for c in candidates)) if costs else []
+    return within(costs, [loss / c.energy if c.energy else loss for loss, c in zip(losses, candidates, strict=True)], bound)
 
 
 def _within_cost(budget: Budget, costs: Sequence[Any], losses: Sequence[Any], totals: Totals, before: Sequence[float]) -> list[int]:

@@ -62,7 +62,7 @@ def orthogonalize(model: nn.Module, names: Collection[str] | None = None) -> Non
         exact = [replace(piece, weight=piece.weight.detach().double().clone()) for piece in site.pieces]
         if len(exact) == 2:
             _share(*exact)
-        else:
+        elif len(exact) > 2:
             _move(exact[0], exact[1], forward=True)
             _move(exact[-2], exact[-1], forward=False)
         rounded = [piece.weight.to(old.weight) for piece, old in zip(exact, site.pieces, strict=True)]

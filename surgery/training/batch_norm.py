@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from passes.errors import SurgeryError
 from passes.parity import private_inputs
 from passes.running import arguments, kept_random_states, model_errors
 from surgery.refinement import distance, outputs_on
@@ -19,16 +20,17 @@ __all__ = ["reestimate", "reestimate_where_it_helps", "statistics_of"]
 HELD_OUT = 4  # one in so many batches
 
 
-def reestimate(model: nn.Module, batches: Sequence[Any]) -> int:
+def reestimate(model: nn.Module, batches: Sequence[Any], argument: str = "batch_norm") -> int:
     """Running means and variances of all batch norms of the model, in place, as plain averages over these batches.
 
     All batches go through once, without gradients, with batch norms in train mode and everything else in eval mode; modes, momentum, counts and
     random states are afterwards as before. A few hundred inputs at least: too few make it worse. After an error the old statistics are back, and so
-    they are where the new ones would not be finite.
+    they are where the new ones would not be finite, and in batch norms that the batches do not reach.
 
     Args:
         model: with or without batch norms that keep statistics.
         batches: each a tensor, a tuple of positional or a mapping of keyword arguments.
+        argument: what errors call them.
 
     Returns:
         How many batch norms there are.
@@ -49,13 +51,14 @@ def reestimate(model: nn.Module, batches: Sequence[Any]) -> int:
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
-            norm.train()
+            norm.training = True  # not what it may hold beside
             norm.momentum = None  # the average of all
-            norm.__dict__["forward"] = types.MethodType(_BatchNorm.forward, norm)  # SyncBatchNorm's would wait for other processes
+            if "forward" not in norm.__dict__ and type(norm).forward is nn.SyncBatchNorm.forward:  # which would wait for other processes
+                norm.__dict__["forward"] = types.MethodType(_BatchNorm.forward, norm)
         with kept_random_states(), torch.no_grad():
             for batch in batches:
                 args, kwargs = arguments(private_inputs(batch))
-                with model_errors(model, batch):
+                with model_errors(model, batch, argument):
                     model(*args, **kwargs)
         done = all(bool(t.isfinite().all()) for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None)
     finally:
@@ -63,8 +66,9 @@ def reestimate(model: nn.Module, batches: Sequence[Any]) -> int:
             norm.__dict__.pop("forward", None)
             norm.__dict__.update({"forward": forwards[norm]} if norm in forwards else {})
             norm.momentum = momentum
+            reached = done and (norm.num_batches_tracked is None or int(norm.num_batches_tracked) > 0)
             for name, value in buffers.items():
-                if not done or name == "num_batches_tracked":
+                if not reached or name == "num_batches_tracked":
                     norm._buffers[name].copy_(value)  # type: ignore[union-attr]
         for module, mode in modes.items():
             module.training = mode
@@ -75,7 +79,8 @@ def reestimate_where_it_helps(original: nn.Module, model: nn.Module, batches: Se
     """``reestimate``, but only if it brings the model's outputs nearer to the original's, in eval mode, on batches that had no part in it.
 
     Every fourth batch, or of fewer the last, is held out for that; if the outputs there are nearer all batches are used, otherwise the statistics
-    stay. With one batch there is nothing to tell it by, and they stay too.
+    stay. With one batch there is nothing to tell it by, and they stay too; likewise where the model cannot run with batch norms in train mode (a
+    batch of one picture behind global pooling), or its outputs do not compare.
 
     Args:
         original: the network before the cut.
@@ -101,6 +106,8 @@ def reestimate_where_it_helps(original: nn.Module, model: nn.Module, batches: Se
             reestimate(model, others)
             if distance(model, held_out, wanted) < as_it_is:
                 done = reestimate(model, batches)
+    except (SurgeryError, RuntimeError, ValueError, IndexError):  # it was a thing to try
+        done = 0
     finally:
         for module, mode in modes.items():
             module.training = mode

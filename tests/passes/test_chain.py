@@ -279,3 +279,13 @@ def test_memory_format_outlives_every_kind(dims, kind):
     assert surgery.reconstruct(again)[0].weight.stride() == model[0].weight.stride()
     plain = surgery.decompose(nn.Sequential({2: nn.Conv2d, 3: nn.Conv3d}[dims](4, 6, 3)), {"0": kind})
     assert surgery.reconstruct(plain)[0].weight.is_contiguous()
+
+
+def test_what_is_noted_on_a_layer_may_be_noted_on_its_chain():
+    model = ReadsAttributes()
+    model.conv.register_forward_hook(lambda module, args, output: setattr(module, "feature", output.detach()))
+    x = torch.randn(2, 3, 8, 8) if model.conv.in_channels == 3 else torch.randn(2, model.conv.in_channels, 8, 8)
+    model.conv(x)
+    net = surgery.decompose(model, HALF)
+    y = net.conv(x)
+    assert torch.equal(net.conv.feature, y)

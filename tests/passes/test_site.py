@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 import surgery
 from passes.chain import Chain
@@ -176,6 +180,38 @@ class Listed(nn.Module):
         return self.other(x)
 
 
+@dataclass
+class Held:
+    layers: list
+
+
+class Calling(Listed):
+    """It calls what it holds."""
+
+    def forward(self, x):
+        return self.other(
+            self.todo.c(x) if isinstance(self.todo, SimpleNamespace) else self.todo.layers[0](x) if isinstance(self.todo, Held) else self.todo(x)
+        )
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [
+        functools.partial,
+        lambda c: functools.partial(checkpoint, c, use_reentrant=False),
+        lambda c: c.forward,
+        lambda c: SimpleNamespace(c=c),
+        lambda c: Held([c]),
+    ],
+    ids=["partial", "argument", "method", "namespace", "dataclass"],
+)
+def test_layers_held_where_they_are_called_from_are_kept(holder):
+    model = Calling(holder)
+    net = surgery.decompose(model, 0.5)
+    assert "also held in todo, outside the tree of modules" in surgery.report(net)["conv"].reason
+    assert surgery.report(net)["other"].status == "decomposed"
+
+
 @pytest.mark.parametrize("holder", [lambda c: [c], lambda c: (c,), lambda c: {c}, lambda c: {"first": [c]}], ids=["list", "tuple", "set", "dict"])
 def test_layers_held_outside_the_tree_of_modules_are_kept(holder):
     model = Listed(holder)
@@ -217,3 +253,23 @@ def test_factors_that_the_dtype_cannot_hold_are_an_error():
     nn.init.constant_(model[0].weight, 6e4)
     with pytest.raises(SurgeryValueError, match=r"0: the factors of its weight overflow torch\.float16"):
         surgery.decompose(model, {"0": (4, 4)})
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+def test_a_number_given_later_is_for_all_directions(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=2)).eval()
+    setattr(model[0], name, 2)
+    x = torch.randn(1, 6, 12, 12)
+    net = surgery.decompose(model, {"0": (8, 6)}, example_inputs=x)
+    assert surgery.report(net)["0"].macs_after is not None
+    torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(surgery.reconstruct(net)(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_that_is_not_what_the_layer_says_is_kept():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.Conv2d(8, 8, 3, padding=(2, 1), padding_mode="reflect"))
+    model[0].padding = (0, 0)  # torch goes on with one pixel
+    net = surgery.decompose(model, 0.5)
+    assert surgery.report(net)["0"].reason == "its padding was changed after it was built"
+    assert surgery.report(net)["1"].status == "decomposed"

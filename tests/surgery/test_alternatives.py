@@ -12,6 +12,7 @@ import surgery
 from surgery import Budget
 from surgery.cli import main
 from surgery.zoo import make
+from tests.networks import Small
 
 X = torch.randn(1, 3, 32, 32)
 
@@ -112,3 +113,11 @@ def test_shares_may_come_in_any_order(small):
     rising = surgery.tradeoff(small, shares=(0.001, 0.6, 0.9), example_inputs=x)
     assert [row.share for row in rising.rows] == [0.9, 0.6]
     assert rising.rows == surgery.tradeoff(small, shares=(0.9, 0.6, 0.001), example_inputs=x).rows
+
+
+def test_a_plan_of_another_network_is_told():
+    model = Small()
+    plan = surgery.plan(model, 0.5)
+    plan["conv2"] = surgery.Tucker(500, 16)
+    with pytest.raises(surgery.SurgeryValueError, match=r"explain: 'conv2' cannot be cut as the plan says: rank 500 .*is it a plan of this model"):
+        surgery.explain(model, "conv2", plan)

@@ -425,3 +425,30 @@ def test_the_environment_tells_older_instructions(monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     assert environment()["processor"] == f"{whole} (ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2)"
+
+
+class Backwards(torch.autograd.Function):
+    """Nothing, which counts how often it is differentiated."""
+
+    times = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        Backwards.times += 1
+        return gradient
+
+
+class Counted(Small):
+    def forward(self, x):
+        return Backwards.apply(super().forward(x))
+
+
+def test_a_training_step_is_whole_in_inference_mode_too():
+    model, before = Counted(), Backwards.times
+    with torch.inference_mode():
+        surgery.benchmark(model, surgery.decompose(model, 0.5), torch.randn(2, 3, 12, 12), runtimes=["train"], repeats=8, layers=True)
+    assert Backwards.times - before >= 2 * 8

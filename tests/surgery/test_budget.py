@@ -252,3 +252,19 @@ def test_a_budget_as_text():
 def test_a_network_without_layers_to_cut():
     with pytest.raises(surgery.SurgeryValueError, match="least"):
         surgery.plan(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), Budget(params=0.5))
+
+
+@pytest.mark.parametrize("criterion", ["mean", "max"])
+def test_an_error_asked_for_under_calibration_is_a_share_whatever_the_unit_of_the_output(criterion):
+    torch.manual_seed(0)
+    model, batches = Small().eval(), [torch.randn(16, 3, 12, 12)]
+    plans = []
+    for scale in (1e-2, 1e5):
+        with torch.no_grad():
+            model.head.weight *= scale
+            model.head.bias *= scale
+        plans.append(surgery.plan(model, Budget(max_error=0.3, criterion=criterion), example_inputs=batches[0], calibration=batches))
+    assert plans[0] == plans[1]
+    kinds = {type(decision) for decision in plans[0].values()}
+    assert Keep in kinds
+    assert surgery.Tucker in kinds

@@ -333,7 +333,7 @@ def test_a_network_that_cannot_be_differentiated_is_fitted_to_what_its_layers_se
     assert metric.outputs is None
     done = surgery.decompose(net, {"conv": (8, 2)}, calibration=[x])
     assert surgery.report(done)["conv"].output_error is not None
-    with pytest.raises(surgery.SurgeryError, match="refine: a training step of InPlace fails"):
+    with pytest.raises(surgery.SurgeryError, match="refine: InPlace cannot be trained to the original's outputs"):
         surgery.decompose(net, {"conv": (8, 2)}, calibration=[x], refine=Refine(epochs=1))
     with pytest.raises(surgery.SurgeryValueError, match="calibration: batch 1: InPlace fails on them"):
         surgery.decompose(net, {"conv": (8, 2)}, calibration=[x, x[:, :2]])
@@ -355,3 +355,35 @@ def test_a_pair_is_two_inputs_where_the_network_needs_two():
     for batches in ([pair], [list(pair)], torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*pair), 16)):
         done = surgery.decompose(net, {"conv": (8, 2)}, example_inputs=pair, calibration=batches)
         assert surgery.report(done)["conv"].output_error is not None
+
+
+class Pooled(nn.Module):
+    """A batch norm behind global pooling: in train mode it cannot be shown a single picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 16, 3), nn.BatchNorm1d(16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x).mean((2, 3))))
+
+
+class Chosen(Pooled):
+    """As many numbers as there are above 0."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y[y > 0]
+
+
+@pytest.mark.parametrize("build", [Pooled, Chosen])
+def test_what_statistics_cannot_be_taken_of_is_cut_all_the_same(build):
+    torch.manual_seed(0)
+    model = build().eval()
+    batches = [IMAGES[:32], IMAGES[32:63], IMAGES[63:]] if build is Pooled else list(IMAGES.split(16))
+    net = surgery.decompose(model, {"conv": (4, 2)}, calibration=batches)
+    assert surgery.report(net)["conv"].output_error is not None
+    assert torch.equal(net.norm.running_mean, model.norm.running_mean)
+    if build is Chosen:
+        with pytest.raises(surgery.SurgeryError, match="refine: Chosen cannot be trained to the original's outputs"):
+            surgery.decompose(model, {"conv": (4, 2)}, calibration=batches, refine=Refine(epochs=1))

@@ -266,3 +266,17 @@ def test_saving_into_the_working_folder_and_through_a_link(net, tmp_path, monkey
     surgery.save(surgery.reconstruct(net), "link")
     assert (tmp_path / "link").is_symlink()
     assert surgery.report(surgery.load(tmp_path / "here", Small()))["conv2"].status == "kept"
+
+
+def test_chains_that_were_changed_after_the_cut_are_not_saved(tmp_path):
+    net = surgery.decompose(Small(), {"conv2": (8, 8)})
+    surgery.save(net, tmp_path / "net")
+    before = (tmp_path / "net" / "plan.json").read_bytes()
+    nn.utils.prune.l1_unstructured(net.conv2.core, "weight", 0.3)
+    with pytest.raises(surgery.SurgeryValueError, match=r"conv2: the layers of its chain were changed after the cut \(conv2.core.weight"):
+        surgery.save(net, tmp_path / "net")
+    assert (tmp_path / "net" / "plan.json").read_bytes() == before
+    nn.utils.prune.remove(net.conv2.core, "weight")
+    net.conv2.core.register_forward_hook(lambda *_: None)  # nothing that is saved
+    surgery.save(net, tmp_path / "net")
+    surgery.load(tmp_path / "net", Small())

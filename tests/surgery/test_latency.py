@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import surgery
+from passes import host_for, observe
 from passes.factorization import Factorization
 from passes.geometry import Geometry
 from surgery import Budget, Keep, cli
@@ -426,3 +427,62 @@ def test_lists_of_shapes_that_are_none(tmp_path, change, message):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(surgery.SurgeryValueError, match=f"shapes.json: .*{message}"):
         read_shapes(file)
+
+
+def test_shares_by_a_foreign_profile_are_of_the_whole_network(clock, tmp_path):
+    """Also where few layers may be cut: what the others take is asked for as well."""
+    model, file = resnet(), tmp_path / "phone.json"
+    Profile({"runtime": "onnxruntime 1.0"}).save(file)
+    some = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][-2:]
+    options = {"example_inputs": X, "include": some}
+    with pytest.raises(surgery.SurgeryValueError, match="lacks"):
+        surgery.plan(model, Budget(latency=0.9, profile=file), **options)
+    found, _ = clock.time_shapes(read_shapes(tmp_path / "phone.missing.json"), None)
+    Profile({"runtime": "onnxruntime 1.0"}, 1.0, found).save(file)
+    plan = surgery.plan(model, Budget(latency=0.95, profile=file), **options)
+    total = after = 0.0
+    for site in host_for(model, observed=observe(model, X)).sites():
+        layer = sum(found[shape.key].seconds for shape in timed_layer(site, "onnxruntime"))
+        cut = plan[site.name]
+        total, after = (
+            total + layer,
+            after + (sum(clock.seconds(s) for s in timed_chain(site, cut, "onnxruntime")) if isinstance(cut, Factorization) else layer),
+        )
+    assert plan.latency.predicted == pytest.approx(after / total, abs=0.01)
+    with pytest.raises(surgery.SurgeryValueError, match="out of reach"):
+        surgery.plan(model, Budget(latency=0.3, profile=file), **options)
+
+
+def test_a_cache_that_can_be_read_only_keeps_what_was_measured_in_mind(clock, tmp_path, monkeypatch):
+    surgery.plan(nn.Sequential(nn.Conv2d(3, 64, 3)).eval(), 0.5, guard="latency", example_inputs=X)
+    written = list(tmp_path.rglob("*.json"))
+    assert written
+
+    def refused(*_):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(Profile, "save", refused)
+    plans = [surgery.plan(resnet(), "evbmf", guard="latency", example_inputs=X), surgery.plan(resnet(), Budget(latency=0.7), example_inputs=X)]
+    assert all(isinstance(d, Keep | Factorization) for plan in plans for d in plan.values())
+
+
+def test_the_time_that_was_measured_is_told_of_the_network_it_was_measured_of(clock):
+    net = surgery.decompose(resnet(), Budget(latency=0.7), example_inputs=X)
+    assert surgery.report(net).latency is not None
+    assert surgery.report(surgery.reconstruct(net)).latency is None
+    name = next(row.name for row in surgery.report(net).layers if row.status == "decomposed")
+    assert surgery.report(surgery.decompose(net, {name: (2, 2)})).latency is None
+
+
+def test_inputs_that_nothing_reads(tmp_path, monkeypatch):
+    """Torch's older exporter leaves them out of the file."""
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
+
+    class Masked(nn.Sequential):
+        def forward(self, x, mask):
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Masked(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)).eval()
+    plan = surgery.plan(model, Budget(latency=0.8, threads=1), example_inputs=(torch.randn(1, 3, 24, 24), torch.ones(1, 24)))
+    assert plan.latency.measured is not None

@@ -188,6 +188,30 @@ def test_auto_takes_kinds_of_several_modes_too(monkeypatch):
         assert cost[0] <= cost[1]
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "a.b"])
+def test_a_kind_whose_layers_have_names_that_no_module_can_have(name, monkeypatch):
+    tucker = type(kind_named("tucker").kind)
+
+    @dataclass(frozen=True, slots=True)
+    class Named(Tucker):
+        kind = "named"
+
+    def shapes(self, geometry, factorization):
+        reduce, *others = tucker.shapes(self, geometry, factorization).items()
+        return dict([(name, reduce[1]), *others])
+
+    def from_ranks(self, geometry, ranks):
+        return Named(*tucker.from_ranks(self, geometry, ranks).ranks)
+
+    monkeypatch.setattr(kinds, "_registered", {})
+    register_kind(type("NamedKind", (tucker,), {"factorization": Named, "shapes": shapes, "from_ranks": from_ranks})())
+    model = Small()
+    for network in (model, surgery.trace(model, X)):
+        with pytest.raises(SurgeryValueError, match=f"named: a layer of its chains is named '{name}'; it must be an identifier"):
+            surgery.decompose(network, {"conv2": Named(4, 4)}, inplace=True)
+    assert type(model.conv2) is nn.Conv2d
+
+
 def test_auto_leaves_explicit_ranks_to_tucker_and_rounds():
     assert cuts(Small(), {"conv2": (6, 4)}, method="auto") == {"conv2": Tucker(6, 4)}
     for found in cuts(Small(), 0.4, method="auto", round_to=4).values():

@@ -54,6 +54,29 @@ def test_attention_counts_in_the_total():
     assert report.macs_after == report["conv"].macs_after + attention
 
 
+def test_attention_and_recurrent_layers_count_where_cpus_have_operators_of_their_own():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.project, self.lstm = (
+                nn.Conv1d(16, 16, 3, padding=1),
+                nn.Linear(16, 48),
+                nn.LSTM(16, 8, 2, bidirectional=True, batch_first=True),
+            )
+
+        def forward(self, x):
+            y = self.conv(x).transpose(1, 2)
+            q, k, v = self.project(y).view(2, 10, 3, 2, 8).permute(2, 0, 3, 1, 4)
+            return nn.functional.scaled_dot_product_attention(q, k, v), self.lstm(y)[0]
+
+    model, x = Attends().eval(), torch.randn(2, 16, 10)
+    attention = 2 * (2 * 2 * 10 * 10 * 8)
+    recurrent = 2 * 10 * 2 * (4 * 8 * (16 + 8) + 4 * 8 * (16 + 8))  # the second layer sees both directions of the first
+    with torch.no_grad():
+        report = surgery.report(surgery.decompose(model, {"conv": (4, 4)}, example_inputs=x))
+    assert report.macs_before == report["conv"].macs_before + 2 * 10 * 16 * 48 + attention + recurrent
+
+
 def test_compression_and_speedup_are_equations_10_and_11(net):
     row = surgery.report(net)["conv2"]
     c_in, c_out, k1, k2, pixels_in, pixels_out = 16, 24, 4, 8, 144, 36

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
 import surgery
 from passes import host_for
 from surgery import CP, SVD, Channel, Depthwise, Spatial, Tucker
+from surgery.training import balance
 from surgery.training.balance import orthogonalize
 from tests.networks import Kinds, Small
 
@@ -117,3 +121,13 @@ def test_what_the_number_type_cannot_hold_stays():
     assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("conv2"))
     assert not torch.equal(after["tail.1.core.weight"], before["tail.1.core.weight"])
     assert all(bool(p.isfinite().all()) for p in after.values())
+
+
+def test_chains_of_one_layer_have_nothing_to_balance(monkeypatch):
+    net = surgery.decompose(nn.Sequential(nn.Conv2d(6, 8, 3)), {"0": (4, 4)})
+    (site,) = host_for(net).sites()
+    alone = replace(site, read_pieces=lambda: site.pieces[:1])
+    monkeypatch.setattr(balance, "_chains", lambda *_: [alone])
+    before = [p.clone() for p in net.parameters()]
+    balance.orthogonalize(net)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))

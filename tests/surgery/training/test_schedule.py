@@ -529,3 +529,40 @@ def test_a_state_that_does_not_fit_leaves_a_model_that_was_cut_before_as_it_was(
         schedule.load_state_dict(other.state_dict(), model, hooks=False)
     assert list(model.state_dict()) == keys
     assert schedule.plan == surgery.Plan({"conv2": Tucker(8, 4)})
+
+
+class NormAndAct(nn.BatchNorm2d):
+    """As timm's: a batch norm that does more, and holds what does it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop = nn.Dropout(0.9)
+
+    def forward(self, x):
+        return self.drop(super().forward(x)).relu()
+
+
+class TwoDomains(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.first, self.second = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x, other=False):
+        return (self.second if other else self.first)(self.conv(x))
+
+
+def test_batch_norms_that_do_more_and_those_that_are_not_reached():
+    from surgery.training.batch_norm import reestimate
+
+    torch.manual_seed(0)
+    batches = [torch.randn(16, 3, 12, 12) for _ in range(3)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), NormAndAct(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    reestimate(model, batches)
+    with torch.no_grad():
+        seen = [model[2](functional.batch_norm(y, None, None, training=True).relu()) for y in map(model[0], batches)]
+    torch.testing.assert_close(model[3].running_mean, torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0))
+    two = TwoDomains()
+    two.second.running_mean += 3
+    reestimate(two, batches)
+    assert float(two.first.running_mean.abs().max()) > 0
+    assert torch.equal(two.second.running_mean, torch.full((4,), 3.0))

@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def guarded(action: Callable[[], None]) -> int:
     """Run an action; an error that users can act on becomes one line on stderr and exit code 1."""
+    _make_writable()
     try:
         action()
         sys.stdout.flush()
@@ -46,6 +47,16 @@ def guarded(action: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 1
     return 0
+
+
+def _make_writable() -> None:
+    """Where a process has no stdout or stderr what is written there is lost; what their encoding does not know is written in escapes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _parser() -> argparse.ArgumentParser:

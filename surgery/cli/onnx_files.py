@@ -9,6 +9,7 @@ from typing import Any
 import surgery
 from surgery.cli.arguments import is_onnx_file, rank_options, show
 from surgery.cli.batches import calibration_of
+from surgery.files import usable_target
 
 __all__ = ["decompose_file", "plan_file", "reconstruct_file", "report_file", "target_of"]
 
@@ -36,6 +37,8 @@ def target_of(options: argparse.Namespace) -> Path | None:
 
 
 def decompose_file(options: argparse.Namespace, target: Path) -> None:
+    if options.html is not None:
+        usable_target("--html", options.html)
     done = surgery.decompose_onnx(
         options.model,
         target,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import surgery
 from surgery.cli.arguments import timed_names
+from surgery.files import usable_target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +28,9 @@ def add_page_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_page_arguments(options: argparse.Namespace) -> None:
-    """Refuse times that nothing would show, and runtimes that are not installed, before any work."""
+    """Refuse a page that cannot be written, times that nothing would show, and runtimes that are not installed, before any work."""
+    if options.html is not None:
+        usable_target("--html", options.html)
     if options.time and options.html is None:
         options.wrong("--time: it is for the page; give --html FILE")
     if options.time:

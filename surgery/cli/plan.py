@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import surgery
 from surgery.cli.arguments import Commands, add_command, add_rank_arguments, is_onnx_file, open_model, rank_options, show
@@ -31,8 +33,14 @@ def _plan(options: argparse.Namespace) -> None:
     batches = calibration_of(options)
     model, inputs = open_model(options)
     plan = surgery.plan(model, options.ranks, example_inputs=inputs, calibration=batches, progress=True, **rank_options(options))
-    if options.out is not None:
+    table, as_json = _shown(options, plan, model, inputs, batches)
+    if options.out is not None:  # when nothing can fail any more
         plan.save(options.out)
+    show(options, table, as_json)
+
+
+def _shown(options: argparse.Namespace, plan: surgery.Plan, model: Any, inputs: Any, batches: Any) -> tuple[Callable[[], Any], Callable[[], str]]:
+    """What was asked for, as a table and as JSON."""
     from surgery.tables import explain_table, plan_table, tradeoff_table
 
     chosen = rank_options(options)
@@ -42,16 +50,15 @@ def _plan(options: argparse.Namespace) -> None:
         found = tradeoff(model, example_inputs=inputs, calibration=batches, by=options.by, **chosen)
         if options.picture is not None:
             found.save_picture(options.picture)
-        show(options, lambda: tradeoff_table(found), lambda: json.dumps(found.to_data(), indent=1))
-    elif options.explain is not None:
+        return lambda: tradeoff_table(found), lambda: json.dumps(found.to_data(), indent=1)
+    if options.explain is not None:
         from surgery.alternatives import explain
 
         near = explain(model, options.explain, plan, example_inputs=inputs, calibration=batches, by=options.by, **chosen)
         as_data = [{"decision": a.decision.to_json(), "cost": a.cost, "error": a.error, "chosen": a.chosen} for a in near]
-        show(options, lambda: explain_table(near), lambda: json.dumps(as_data, indent=1))
-    elif options.diff is not None:
+        return lambda: explain_table(near), lambda: json.dumps(as_data, indent=1)
+    if options.diff is not None:
         changes = surgery.Plan.load(options.diff).diff(plan)
         rows = [{"site": c.site, "before": c.before and c.before.to_json(), "after": c.after and c.after.to_json()} for c in changes]
-        show(options, lambda: "\n".join(map(str, changes)) or "nothing changes", lambda: json.dumps(rows, indent=1))
-    else:
-        show(options, lambda: plan_table(plan), plan.to_json)
+        return lambda: "\n".join(map(str, changes)) or "nothing changes", lambda: json.dumps(rows, indent=1)
+    return lambda: plan_table(plan), plan.to_json

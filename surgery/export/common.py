@@ -164,7 +164,7 @@ def prepare(
     # each tensor by itself: torch.export takes one that is given twice for one input
     inputs = filled(example_inputs, iter([t.detach().clone() for t in tensors_in(example_inputs)]), copy.deepcopy)
     if found.exported != shapes_of(example_inputs):
-        inputs = fresh_inputs(example_inputs, torch.Generator().manual_seed(0), shapes=found.exported)
+        inputs, _ = _example(twin, example_inputs, found.exported, torch.Generator().manual_seed(0))
     output, layers = _observed(private_copy(model, share_parameters=True).eval(), inputs)
     if next(tensors_in(output), None) is None:
         raise SurgeryValueError(

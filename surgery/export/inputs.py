@@ -128,7 +128,7 @@ def only_tensors(structure: Any) -> bool:
 def input_names(network: nn.Module, example_inputs: Any) -> tuple[str, ...]:
     """A name for each input tensor: the parameter of ``forward`` that it goes to, with the way to it inside of containers."""
     args, kwargs = arguments(example_inputs)
-    parameters = [p for p in inspect.signature(network.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    parameters = [p for p in inspect.signature(network.forward).parameters.values() if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
     named: list[tuple[str, Any]] = []
     for index, value in enumerate(args):
         parameter = parameters[min(index, len(parameters) - 1)] if parameters else None
@@ -231,7 +231,8 @@ def openings(network: nn.Module, example_inputs: Any, names: Sequence[str], *, d
         other = _open_sizes(network, example_inputs, exported, candidates, names, dims, exact=isinstance(dynamic_size, Mapping))
     if dynamic_batch:
         last = tuple(tuple(a if i == 0 and 0 in d else b for i, (a, b) in enumerate(zip(*s))) for s, d in zip(zip(other_batch, other), dims))
-        return Openings(dims=dims, exported=exported, checked=(_with_batch(exported, 3), last))
+        three = tuple((3, *shape[1:]) if 0 in open_dims else shape for shape, open_dims in zip(exported, dims, strict=True))
+        return Openings(dims=dims, exported=exported, checked=(three, last))
     return Openings(dims=dims, exported=exported, checked=(shapes, other) if dynamic_size else (shapes,))
 
 
@@ -309,14 +310,18 @@ def _other_size(network: nn.Module, example_inputs: Any, shapes: Shapes, chosen:
 
 
 def _refusal(network: nn.Module, example_inputs: Any, shapes: Shapes) -> SurgeryValueError | None:
-    """The error of the network on inputs of these shapes, or None where it takes them."""
-    inputs = fresh_inputs(example_inputs, torch.Generator().manual_seed(0), shapes=shapes)
-    try:
-        with torch.no_grad():
-            run(network, inputs)
-    except SurgeryValueError as error:
-        return error
-    return None
+    """The error of the network on inputs of these shapes, noise or else the example's own numbers in another order; None where it takes them."""
+    refusal = None
+    for noise in (True, False):
+        inputs = fresh_inputs(example_inputs, torch.Generator().manual_seed(0), shapes=shapes, noise=noise)
+        try:
+            with torch.no_grad():
+                run(network, inputs)
+        except SurgeryValueError as error:
+            refusal = error
+        else:
+            return None
+    return refusal
 
 
 def _own_words(error: Exception) -> str:

@@ -177,6 +177,7 @@ def write_onnx(job: Job, work: Path, exporter: str, opset: int | None) -> int:
                 dynamic_axes=axes,
                 verbose=False,
             )
+        _gather_data(work)
     proto = onnx.load(str(work), load_external_data=False)
     name_layers(proto, job.network, "network")
     check_chains(proto, job.network, job.layers)
@@ -184,8 +185,24 @@ def write_onnx(job: Job, work: Path, exporter: str, opset: int | None) -> int:
     onnx.save(proto, str(work))
     found = next(int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     if opset is not None and found != opset:
-        raise SurgeryValueError(f"opset: torch wrote operator set {found}, it cannot write {opset}; ask for {found} or one between")
+        kind = SurgeryError if exporter == "dynamo" else SurgeryValueError  # the older exporter may write it
+        raise kind(f"opset: torch wrote operator set {found}, it cannot write {opset}; ask for {found} or one between, or for another exporter")
     return found
+
+
+def _gather_data(work: Path) -> None:
+    """Weights beside a large file, of which the older exporter makes a file each, named alike in every export, as one file with its name."""
+    import onnx
+
+    from surgery.onnx_files.files import data_files, move_out
+
+    files = data_files(work)
+    if files:
+        proto = onnx.load(str(work))
+        for file in files:
+            file.unlink()
+        move_out(proto, f"{work.name}.data")
+        onnx.save(proto, str(work))
 
 
 @contextmanager
@@ -288,6 +305,8 @@ def _value(tensor: Tensor) -> Any:
 
 
 def _tensor(value: Any) -> Tensor:
+    if not value.is_tensor() or "string" in value.data_type():
+        raise SurgeryError(f"an output is no tensor of numbers ({value.data_type()}) and cannot be compared; check=False writes it unchecked")
     array = value.numpy()
     return torch.from_numpy(array).view(torch.bfloat16) if "bfloat16" in value.data_type() else torch.from_numpy(array)
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import chain, count
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ class OnnxResult:
 
     def to_data(self) -> dict[str, Any]:
         """Plain data for JSON: the report's, and the rest under ``"file"``."""
-        file = {name: value for name, value in asdict(self).items() if name != "report"}
+        file = {name: None if value == inf else value for name, value in asdict(self).items() if name != "report"}  # JSON has no infinity
         return self.report.to_data() | {"file": file}
 
     def __str__(self) -> str:

@@ -13,11 +13,14 @@ from torch import Tensor
 from surgery.export.onnx import onnx_session, run_session
 from surgery.onnx_files.feeds import Feed
 from surgery.onnx_files.files import copied, write_model
+from surgery.onnx_files.graph import tensor_dtype
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
 
 __all__ = ["Watched", "watched"]
+
+DEFAULTS_SINCE = 4  # the version from which initializers may be given other numbers; before, onnxruntime passes over what it is given
 
 
 class Watched:
@@ -55,7 +58,9 @@ def watched(model: ModelProto, values: Sequence[str], *, external: bool, only: b
     copy = copied(model)
     if only:
         _stop_after(copy.graph, values)
+    copy.ir_version = max(copy.ir_version, DEFAULTS_SINCE if loose else 0)
     _loosen(copy.graph, loose)
+    _keep_tensors(copy.graph)
     given = {value.name for value in (*copy.graph.output, *copy.graph.input)}
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in given)
     with tempfile.TemporaryDirectory() as folder:
@@ -69,6 +74,14 @@ def _stop_after(graph: GraphProto, values: Sequence[str]) -> None:
     makers = [index for index, node in enumerate(graph.node) if not set(values).isdisjoint(node.output)]
     del graph.node[max(makers, default=-1) + 1 :]
     del graph.output[:]
+
+
+def _keep_tensors(graph: GraphProto) -> None:
+    """Leave out outputs that are no tensors of numbers (texts, sequences, maps), which nothing can be seen in."""
+    kept = [output for output in graph.output if not output.type.WhichOneof("value") or tensor_dtype(output.type.tensor_type.elem_type) is not None]
+    if kept:
+        del graph.output[:]
+        graph.output.extend(kept)
 
 
 def _loosen(graph: GraphProto, names: Sequence[str]) -> None:

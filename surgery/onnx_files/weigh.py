@@ -70,7 +70,7 @@ def _energy(site: Site, weight: Tensor, metric: Metric) -> float:
 
 
 def _floats(values: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
-    return [values[name].double() for name in names if values[name].is_floating_point()]
+    return [values[name].double() for name in names if name in values and values[name].is_floating_point()]
 
 
 def _distance(values: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -370,3 +370,30 @@ def test_a_profile_on_one_thread(capsys, tmp_path):
     told = out(capsys, "profile", str(tmp_path / "shapes.json"), "--out", str(tmp_path / "times.json"), "--runtime", "eager", "--threads", "1")
     assert "1 times in eager" in told
     assert list(Profile.load(tmp_path / "times.json").entries) == [shape.key]
+
+
+def test_nothing_is_written_by_a_command_that_fails(capsys, tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text("mine")
+    for more in (["--explain", "nolayer"], ["--diff", str(tmp_path / "missing.json")]):
+        assert main(["plan", MODEL, "--ranks", "0.5", "--out", str(plan), *more]) == 1
+        assert plan.read_text() == "mine"
+    assert main(["decompose", MODEL, "--ranks", "0.5", "--out", str(tmp_path / "cut"), "--html", str(tmp_path / "nowhere" / "page.html")]) == 1
+    assert not (tmp_path / "cut").exists()
+    assert "does not exist; make it first" in capsys.readouterr().err
+    net = tmp_path / "net.onnx"
+    torch.manual_seed(0)
+    surgery.export_onnx(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)).eval(), net, torch.randn(1, 3, 8, 8), exporter="torchscript")
+    before = net.read_bytes()
+    assert main(["decompose", str(net), str(net), "--ranks", "0.5", "--html", str(tmp_path / "nowhere" / "page.html")]) == 1
+    assert net.read_bytes() == before
+
+
+def test_without_a_stdout_and_names_that_no_encoding_knows(tmp_path):
+    code = "import sys; from surgery.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "summary", MODEL]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    odd = str(tmp_path / "net-\udcff")
+    done = subprocess.run([sys.executable, "-c", code, "decompose", MODEL, "--ranks", "0.5", "--out", odd, "--json"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr

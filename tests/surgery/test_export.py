@@ -339,3 +339,76 @@ def test_what_was_not_checked_says_so(tmp_path):
     assert "not checked" in str(done)
     cut = surgery.decompose_onnx(tmp_path / "net.onnx", tmp_path / "cut.onnx", {"re:.*": 0.5}, check=False)
     assert "not checked" in str(cut)
+
+
+class Beside(nn.Module):
+    """Pictures, and a table that has as many rows as it is asked for, or two."""
+
+    def __init__(self, two=False):
+        super().__init__()
+        self.conv, self.two = nn.Conv2d(3, 4, 3), two
+
+    def forward(self, x, table):
+        if self.two:
+            torch._assert(table.shape[0] == 2, "two rows")
+        return self.conv(x).mean((2, 3)) @ table.T
+
+
+@EVERY
+@pytest.mark.parametrize("two", [False, True])
+def test_what_is_not_open_keeps_its_size_when_batches_are_tried(tmp_path, form, two):
+    if form == "program" and two:
+        pytest.skip("torch.export takes an assertion for a fact")
+    inputs = torch.randn(1, 3, 8, 8), torch.randn(2, 4)
+    report = export(form, Beside(two), tmp_path, inputs, dynamic_batch=True)
+    assert report.checked_shapes[0] == ((3, 3, 8, 8), (2, 4))
+    assert report.difference < 1e-5
+
+
+class ByNumber(nn.Module):
+    """Class numbers as floating-point numbers: noise is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.names = nn.Conv2d(3, 4, 3), nn.Embedding(5, 4)
+
+    def forward(self, image, ids):
+        return self.conv(image) + self.names(ids.long())[..., None, None]
+
+
+@EVERY
+def test_open_sizes_are_tried_with_numbers_that_the_network_takes(tmp_path, form):
+    for batch in (1, 2):
+        inputs = torch.randn(batch, 3, 8, 8), torch.arange(batch).float() + 1
+        assert export(form, ByNumber(), tmp_path, inputs, dynamic_batch=True).difference < 1e-5
+
+
+def test_positional_inputs_beside_keywords_have_their_own_names():
+    from surgery.export.inputs import input_names
+
+    class Wrapper(nn.Module):
+        def forward(self, first, *args, **kwargs):
+            return first
+
+    assert input_names(Wrapper(), (X, X, X)) == ("first", "args_1", "args_2")
+
+
+def test_large_weights_of_the_older_exporter_are_one_file_with_the_name_of_the_network(tmp_path, monkeypatch):
+    """It writes a file each, named alike whatever the network: the next one would take the weights of the first."""
+    import onnx
+
+    plain = torch.onnx.export
+
+    def large(*args, **kwargs):
+        plain(*args, **kwargs)
+        onnx.save(onnx.load(args[2]), args[2], save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=0)
+
+    monkeypatch.setattr(torch.onnx, "export", large)
+    nets = {}
+    for name in ("before", "after"):
+        nets[name] = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
+        surgery.export_onnx(nets[name], tmp_path / f"{name}.onnx", X, exporter="torchscript")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["after.onnx", "after.onnx.data", "before.onnx", "before.onnx.data"]
+    for name, net in nets.items():
+        (y,) = run_session(onnx_session(tmp_path / f"{name}.onnx"), X)
+        torch.testing.assert_close(y, net(X).detach(), rtol=1e-4, atol=1e-5)

@@ -648,3 +648,47 @@ def test_a_pair_of_batches_is_two_inputs_of_a_file_with_two(tmp_path):
     pair = torch.from_numpy(draw(2, 4, 9, 10)), torch.tensor(3)
     done = surgery.decompose_onnx(path, out, EVERYTHING, calibration=[pair], example_inputs=pair)
     assert done.report["conv"].output_error < 1e-3
+
+
+@pytest.mark.parametrize("ir", [3, 8])
+def test_files_of_every_age_tell_what_their_outputs_make_of_their_layers(tmp_path, ir):
+    """Before version 4 of the format defaults could not be given other numbers."""
+    weights = {"w": draw(16, 4, 3, 3), "v": draw(16, 4, 3, 3), "s": numpy.float32(1e-4).reshape(1)}
+    nodes = [conv("x", "w", "a", name="loud"), conv("x", "v", "b", name="quiet"), helper.make_node("Mul", ["b", "s"], ["c"])]
+    model = model_of([*nodes, helper.make_node("Add", ["a", "c"], ["y"])], weights, ir=ir, opset=8)
+    if ir == 3:
+        model.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in model.graph.initializer)
+    path = tmp_path / "net.onnx"
+    onnx.save(model, path)
+    plan = surgery.plan_onnx(path, surgery.Budget(macs=0.7), calibration=[draw(2, 4, 9, 10)])
+    assert isinstance(plan["quiet"], surgery.Tucker)
+    assert isinstance(plan["loud"], surgery.Keep)
+
+
+def test_outputs_that_are_no_tensors_of_numbers(tmp_path):
+    nodes = [
+        conv("x", "w", "a", pads=[1, 1, 1, 1]),
+        helper.make_node("GlobalAveragePool", ["a"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["y"]),
+        helper.make_node("ZipMap", ["y"], ["z"], domain="ai.onnx.ml", classlabels_int64s=list(range(6))),
+    ]
+    model = model_of(nodes, {"w": draw(6, 4, 3, 3)})
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 1))
+    kind = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, [])))
+    model.graph.output.append(helper.make_value_info("z", kind))
+    path, out = tmp_path / "net.onnx", tmp_path / "out.onnx"
+    onnx.save(model, path)
+    with pytest.raises(SurgeryError, match=r"an output is no tensor of numbers .*check=False"):
+        surgery.decompose_onnx(path, out, EVERYTHING)
+    assert not out.exists()
+    done = surgery.decompose_onnx(path, out, EVERYTHING, check=False, calibration=[draw(2, 4, 9, 10)])
+    assert done.report["conv"].output_error is not None
+
+
+def test_a_difference_that_is_none_is_null(tmp_path):
+    from dataclasses import replace
+
+    path, out = tmp_path / "net.onnx", tmp_path / "out.onnx"
+    onnx.save(model_of([conv("x", "w", "y")], {"w": draw(6, 4, 3, 3)}), path)
+    done = replace(surgery.decompose_onnx(path, out, EVERYTHING), difference=float("inf"))
+    assert done.to_data()["file"]["difference"] is None

@@ -280,9 +280,9 @@ def computes_weight(layer: nn.Module, name: str) -> str | None:
 
 def _pads_as_it_says(layer: nn.Module) -> bool:
     """Where padding is not of zeros, torch's layers go by pixels that were worked out when they were built."""
-    if layer.__dict__.get("padding_mode", "zeros") == "zeros" or not isinstance(layer.padding, tuple):
+    if layer.__dict__.get("padding_mode", "zeros") == "zeros" or isinstance(padding := Geometry.of(layer).padding, str):
         return True
-    return list(layer.__dict__.get("_reversed_padding_repeated_twice", ())) == [pixels for pixels in reversed(layer.padding) for _ in range(2)]
+    return list(layer.__dict__.get("_reversed_padding_repeated_twice", ())) == [pixels for pixels in reversed(padding) for _ in range(2)]
 
 
 def reason_to_keep(layer: nn.Module, name: str) -> str | None:

@@ -269,7 +269,8 @@ def test_a_number_given_later_is_for_all_directions(name):
 
 def test_padding_that_is_not_what_the_layer_says_is_kept():
     model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.Conv2d(8, 8, 3, padding=(2, 1), padding_mode="reflect"))
-    model[0].padding = (0, 0)  # torch goes on with one pixel
-    net = surgery.decompose(model, 0.5)
-    assert surgery.report(net)["0"].reason == "its padding was changed after it was built"
-    assert surgery.report(net)["1"].status == "decomposed"
+    for padding in ((0, 0), 2):
+        model[0].padding = padding  # torch goes on with one pixel
+        net = surgery.decompose(model, 0.5)
+        assert surgery.report(net)["0"].reason == "its padding was changed after it was built"
+        assert surgery.report(net)["1"].status == "decomposed"

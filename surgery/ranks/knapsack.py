@@ -21,6 +21,7 @@ __all__ = ["cheapest_within", "least_loss", "least_worst", "pareto", "within"]
 GAP = 2e-4  # relative to the optimum, at which the integer program stops
 SECONDS = 20.0
 ALONE = Lock()
+EXACT = 1e-10  # of the largest loss: what is below it counts as none
 EXACT_UP_TO = 20_000  # choices in all up to which none is left out of the integer program
 
 Numbers = Any  # a one-dimensional float64 numpy array
@@ -38,7 +39,9 @@ def pareto(costs: Numbers, losses: Numbers, most: int) -> Numbers:
     front = order[first]
     if len(front) <= most:
         return front
-    height = np.log(np.maximum(losses[front], losses[front][losses[front] > 0].min(initial=1e-30) / 2))
+    lossy = losses[front][losses[front] > 0]  # a choice without any loss would leave most of the marks where there are no choices
+    least = max(float(lossy.min()), EXACT * float(lossy.max())) / 2 if len(lossy) else 1.0
+    height = np.log(np.maximum(losses[front], least))
     marks = np.linspace(height[0], height[-1], most)
     chosen = np.unique(np.searchsorted(-height, -marks))
     return front[np.unique(np.clip(np.concatenate([chosen, [0, len(front) - 1]]), 0, len(front) - 1))]

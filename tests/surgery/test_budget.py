@@ -112,6 +112,14 @@ def test_pareto_keeps_the_ends_and_nothing_beaten():
     assert {0, 999} <= set(thinned.tolist())
 
 
+def test_the_choice_without_loss_does_not_take_the_marks_of_the_others():
+    costs = np.arange(1.0, 4001.0)
+    losses = np.append(np.geomspace(1.0, 1e-3, 3999), 0.0)  # the last one keeps the layer
+    thinned = pareto(costs, losses, 400)
+    steps = losses[thinned][:-2] / losses[thinned][1:-1]
+    assert len(thinned) > 350 and steps.max() < 1.05 and int(thinned[-1]) == 3999
+
+
 def macs_of(model):
     with FlopCounterMode(display=False) as counter:
         model(X)

@@ -6,7 +6,7 @@ RUN is the folder of an ``original`` run of ``train_cifar.py`` or ``train_all.py
 epoch 0, are made from its seed. For each checkpoint and rule: parameters after the cut, and every layer's share of its full ranks (the geometric mean
 of its modes), to see which layers grow; and how much of the random start each layer still holds, with the parameters that EVBMF would leave without
 it. The picture has the paper's networks as crosses.
-Checkpoints that are in FILE (``benchmarks/results/rank_growth_NETWORK.json`` by default) are not looked at again.
+Checkpoints that are in FILE (``benchmarks/results/rank_growth_NETWORK.json`` by default) are not looked at again; a FILE is of one run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from training.checkpoint import LAST, read_run
+from training.checkpoint import LAST, LATER, read_run
 from training.paper import TABLES
 from training.recipe import Recipe, fresh_network
 from training.scenario import Scenario
@@ -36,6 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 WITHOUT = "evbmf without the start"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EVBMF = "evbmf"
+NOT_OF_THE_NETWORK = {"environment", "threads", "memory_kept", LATER, "label"}  # of what run.json tells
 RULES = (EVBMF, "evbmf:weaken=0.5", "energy:0.8", "energy:0.9", "stable", 0.5)
 
 
@@ -87,6 +88,23 @@ def without_start(model: nn.Module, start: nn.Module) -> nn.Module:
     return bare
 
 
+def known(file: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds already of the run with these facts. What it does not tell of its run is not compared, nor added: it may be of another one.
+
+    Raises:
+        SurgeryValueError: it is of another run.
+    """
+    facts = {name: value for name, value in run.items() if name not in NOT_OF_THE_NETWORK}
+    if not file.exists():
+        return {"run": facts, "start_left": {}, "rows": []}
+    found: dict[str, Any] = json.loads(file.read_text())
+    before = found.get("run", {})
+    other = [f"{name} {before[name]!r}, not {value!r}" for name, value in facts.items() if name in before and before[name] != value]
+    if other:
+        raise surgery.SurgeryValueError(f"{file}: is of a run with {', '.join(other)}; give another --out, or remove it")
+    return found
+
+
 def draw(network: str, found: dict[str, Any], file: Path) -> None:
     """Parameters by epoch, a line a rule, the paper's, cut by EVBMF, as crosses; beside it what is left of the random start, a line a layer."""
     from matplotlib.figure import Figure
@@ -124,7 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{options.run} is not the folder of an original run with checkpoints")
     network = read_run(options.run)["network"].rpartition(":")[2]
     out = options.out or RESULTS / f"rank_growth_{network}.json"
-    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"start_left": {}, "rows": []}
+    try:
+        found = known(out, read_run(options.run))
+    except surgery.SurgeryError as error:
+        raise SystemExit(f"{parser.prog}: {error}") from error
     rows = found["rows"]
     start = None
     for epoch, model in networks(options.run):

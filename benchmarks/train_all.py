@@ -59,7 +59,7 @@ def jobs_of(text: str) -> list[Job]:
     """The jobs of a queue, in their order. An original that several entries share is one job.
 
     Raises:
-        SurgeryValueError: not such a list; the entry and what is wrong are named.
+        SurgeryValueError: not such a list, or two entries have one run in two ways; the entry and what is wrong are named.
     """
     try:
         entries = json.loads(text)
@@ -72,11 +72,24 @@ def jobs_of(text: str) -> list[Job]:
     for _, job in found:
         for scenario, epochs in branch_points([job.scenario], job.recipe.epochs).items():
             points.setdefault(_name(job, scenario), set()).update(epochs)
-    ordered: dict[tuple[Any, ...], Job] = {}
-    for _, job in sorted(found, key=lambda pair: pair[0]):
+    ordered: dict[tuple[Any, ...], tuple[int, Job]] = {}
+    for (_, _, number, _), job in sorted(found, key=lambda pair: pair[0]):
         name = _name(job, job.scenario)
-        ordered.setdefault(name, Job(job.recipe, job.scenario, job.label, job.keep | points.get(name, set())))
-    return list(ordered.values())
+        if name in ordered:
+            _check_same(*ordered[name], number, job)
+        ordered.setdefault(name, (number, Job(job.recipe, job.scenario, job.label, job.keep | points.get(name, set()))))
+    return [job for _, job in ordered.values()]
+
+
+def _check_same(number: int, job: Job, other_number: int, other: Job) -> None:
+    """Two entries may have one run, but not in two ways: it has one folder."""
+    ours, theirs = job.recipe.facts(job.scenario), other.recipe.facts(job.scenario)
+    told = ", ".join(f"{name} {value!r} and {theirs[name]!r}" for name, value in ours.items() if theirs[name] != value)
+    if told:
+        which = f"entries {number + 1} and {other_number + 1} both have {job.scenario} of {job.recipe.network} with seed {job.recipe.seed}"
+        original = job.scenario == Scenario()  # a label tells ways of cutting apart, so that originals have none
+        remedy = "put one of them into a queue of its own, with another --out" if original else "give one of them a label"
+        raise SurgeryValueError(f"queue: {which}, with {told}; {remedy}")
 
 
 def _name(job: Job, scenario: Scenario) -> tuple[str, int, Scenario, str]:

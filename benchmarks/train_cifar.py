@@ -5,7 +5,8 @@
 ROOT holds the official ``cifar-10-batches-py``. Scenarios (Elhoushi et al. 2019, section 4): ``original``; ``decompose-N``, after N epochs;
 ``decompose-N-reconstruct-M``; ``after-F``, decomposed after the last epoch and fine-tuned for F more. The paper's are the default, in shorter runs
 those at the same shares of the run. Beyond the paper: ``decompose-N-deeper-L`` cuts again after L epochs (``--ranks`` takes two then). The learning
-rate drops to a tenth after 50 % and after 75 % of the epochs.
+rate drops to a tenth after 50 % and after 75 % of the epochs. With ``--bf16`` or ``--compile`` a cut is still planned, and timed for ``--guard``, in
+float32 and uncompiled: read from the log whether its step became faster.
 
 Each run has a folder in RUNS with a log (a row an epoch: accuracy, seconds with surgery, parameters, MACs), the report of its surgery and its last
 checkpoint; started again it goes on to the bit (on a CPU). Scenarios go on from checkpoints of those that they share their first epochs with, and are

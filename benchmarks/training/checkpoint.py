@@ -15,13 +15,14 @@ import torch
 
 from surgery import SurgeryValueError
 
-__all__ = ["PLAN", "REPORT", "folder_of", "nearest_before", "read_log", "read_run", "write_checkpoint", "write_run"]
+__all__ = ["PLAN", "REPORT", "folder_of", "machines", "nearest_before", "read_log", "read_run", "write_checkpoint", "write_run"]
 
 LAST = "last.pt"
 LOG = "log.jsonl"
 RUN = "run.json"
 REPORT = "report.json"
 PLAN = "plan.json"
+LATER = "later_machines"
 
 
 def folder_of(runs: Path, network: str, scenario: object, seed: int, label: str = "") -> Path:
@@ -46,7 +47,8 @@ def _saved(folder: Path, facts: Mapping[str, Any], file: str = LAST) -> dict[str
     if not (folder / file).exists():
         return None
     state: dict[str, Any] = torch.load(folder / file, map_location="cpu", weights_only=True)
-    other = {name: (state["facts"].get(name), value) for name, value in facts.items() if state["facts"].get(name) != value}
+    known = state["facts"]  # without those that were not yet noted when it was written
+    other = {name: (known[name], value) for name, value in facts.items() if name in known and known[name] != value}
     if other:
         told = ", ".join(f"{name} {before!r}, not {now!r}" for name, (before, now) in other.items())
         raise SurgeryValueError(f"{folder}: holds a run with {told}; give another --label or --out, or remove it")
@@ -71,6 +73,24 @@ def write_run(folder: Path, facts: Mapping[str, Any]) -> None:
     """What a run is, for readers of its log."""
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / RUN, json.dumps(facts, indent=1) + "\n")
+
+
+def machines(begun: Path | None, epochs: int, here: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``run.json`` tells of machines: the one that a run was begun on, and later ones that it was moved to, with the epochs done before each.
+
+    Args:
+        begun: folder of the run that it goes on from, its own or another's; None at the beginning.
+        epochs: that are done.
+        here: this machine.
+    """
+    if begun is None or not (begun / RUN).exists():
+        return dict(here)
+    known = read_run(begun)
+    later = [machine for machine in known.get(LATER, []) if machine["epochs_before"] < epochs]  # no epoch of this run is of others
+    last = later[-1] if later else known
+    if any(name in last and last[name] != value for name, value in here.items()):
+        later.append({"epochs_before": epochs, **here})
+    return {name: known[name] for name in here if name in known} | ({LATER: later} if later else {})
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: Recipe) -> None:
     add("--weight-decay", type=float, default=defaults.weight_decay, help="default: %(default)s")
     add("--subset", type=int, help="so many training pictures only")
     add("--device", default=defaults.device, help="default: %(default)s")
-    add("--bf16", action="store_true", help="forward passes in bfloat16 by autocast")
+    add("--bf16", action="store_true", help="forward passes in bfloat16 by autocast; a cut is planned and timed in float32")
     add("--compile", dest="compiled", action="store_true", help="torch.compile of the network, before and after the cut")
     add("--contiguous", dest="channels_last", action="store_false", help="pictures and weights not in channels-last format")
     add("--threads", type=int, help="of torch (default: its own choice)")
@@ -70,6 +70,8 @@ def train(options: argparse.Namespace, pictures: Pictures) -> None:
     """All scenarios for all seeds, one after the other; each new row is printed."""
     names = options.scenarios or usual(options.network, options.epochs)
     scenarios = sorted((Scenario.parse(name) for name in names), key=order)
+    for scenario in scenarios:  # all of them, before one is trained
+        scenario.check(options.epochs)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     for recipe in recipes(options):

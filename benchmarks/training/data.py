@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +34,9 @@ class Pictures(Protocol):
 
     def sample(self, count: int) -> list[Tensor]:
         """So many training batches without labels, the same at each call."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a run depends on beside its recipe, as plain data; not where the pictures lie."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +94,9 @@ class InMemory:
     def sample(self, count: int) -> list[Tensor]:
         return [x for x, _ in itertools.islice(self.train(0, ASIDE), count)]
 
+    def facts(self) -> dict[str, Any]:
+        return {"size": self.test_pixels.shape[1], "train_pictures": len(self.labels), "test_pictures": len(self.test_labels)}
+
     def _cropped(self, index: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
         height, width = (size - 2 * self.PAD for size in self.padded.shape[1:3])
         rows, across = (torch.arange(size, device=index.device) for size in (height, width))
@@ -103,17 +110,22 @@ def _normalised(pixels: Tensor) -> Tensor:
     return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Folder:
     """Pictures in ``root/train/CLASS/`` and ``root/val/CLASS/``, cropped as is usual for ImageNet: at random to train, in the middle to test.
+
+    Both are listed when it is made: what is wrong with them is said before anything is trained. Labels are the numbers of train's classes.
 
     Attributes:
         root: of both folders.
         batch: pictures a step.
         device: where batches are given.
         size: of the crops; pictures are tested at 8/7 of it before the crop.
-        workers: processes that read.
+        workers: processes that read; which crops are drawn depends on their number.
         subset: so many training pictures, drawn once; all where None.
+
+    Raises:
+        SurgeryValueError: a part is not there or has no classes, a class has no pictures, or ``val`` has one that ``train`` has not.
     """
 
     root: Path
@@ -122,18 +134,27 @@ class Folder:
     size: int = 224
     workers: int = 8
     subset: int | None = None
+    _train: Any = field(init=False, repr=False)  # as torchvision lists them
+    _val: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         missing = [name for name in ("train", "val") if not (self.root / name).is_dir()]
         if missing:
             raise SurgeryValueError(f"data: {self.root} holds no folder {missing[0]!r}; expected train/CLASS/ and val/CLASS/")
         import_torchvision()
-
-    def train(self, seed: int, epoch: int) -> Batches:
         from torchvision.transforms import v2 as transforms
 
-        steps = [transforms.RandomResizedCrop(self.size), transforms.RandomHorizontalFlip()]
-        pictures = self._pictures("train", steps)
+        self._val = self._listed("val", [transforms.Resize(self.size * 8 // 7), transforms.CenterCrop(self.size)])
+        self._train = self._listed("train", [transforms.RandomResizedCrop(self.size), transforms.RandomHorizontalFlip()])
+        numbers = self._train.class_to_idx
+        unknown = [name for name in self._val.classes if name not in numbers]
+        if unknown:
+            told = f"the class {unknown[0]!r}" + (f" and {len(unknown) - 1} others" if unknown[1:] else "")
+            raise SurgeryValueError(f"data: {self.root / 'val'} has {told}, which {self.root / 'train'} has not; give both the same folders")
+        self._val.target_transform = [numbers[name] for name in self._val.classes].__getitem__  # it may lack some of train's classes
+
+    def train(self, seed: int, epoch: int) -> Batches:
+        pictures = self._train
         if self.subset is not None:
             chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[: self.subset]
             pictures = torch.utils.data.Subset(pictures, chosen.tolist())
@@ -141,20 +162,27 @@ class Folder:
         yield from self._batches(pictures, shuffle=True, drop_last=len(pictures) >= self.batch, generator=generator)
 
     def test(self) -> Batches:
-        from torchvision.transforms import v2 as transforms
-
-        yield from self._batches(self._pictures("val", [transforms.Resize(self.size * 8 // 7), transforms.CenterCrop(self.size)]))
+        yield from self._batches(self._val)
 
     def sample(self, count: int) -> list[Tensor]:
         torch.manual_seed(ASIDE)  # crops are drawn in this process where there are no workers
         return [x for x, _ in itertools.islice(self.train(0, ASIDE), count)]
 
-    def _pictures(self, part: str, steps: list[Any]) -> Any:
+    def facts(self) -> dict[str, Any]:
+        names = self._train.classes
+        counts = {"train_pictures": len(self._train), "test_pictures": len(self._val)}
+        return {"size": self.size, "classes": len(names), "class_names_crc32": f"{zlib.crc32('|'.join(names).encode()):08x}", **counts}
+
+    def _listed(self, part: str, steps: list[Any]) -> Any:
         from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2 as transforms
 
         ready = [transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(cifar10.MEAN, cifar10.STD)]
-        return ImageFolder(str(self.root / part), transforms.Compose([*steps, *ready]))
+        try:
+            return ImageFolder(str(self.root / part), transforms.Compose([*steps, *ready]))
+        except FileNotFoundError as error:  # no folders of classes, or one without pictures
+            told = f"{error}".splitlines()[0].rstrip(". ")
+            raise SurgeryValueError(f"data: {told}; expected {self.root / part}/CLASS/ with the pictures of each class") from error
 
     def _batches(self, pictures: Any, **options: Any) -> Batches:
         pinned = self.device.startswith("cuda")

@@ -17,7 +17,7 @@ from torch.nn import functional
 import surgery
 from surgery.benchmark import environment
 from surgery.cost import count_macs
-from training.checkpoint import PLAN, REPORT, folder_of, nearest_before, write_checkpoint, write_run
+from training.checkpoint import PLAN, REPORT, folder_of, machines, nearest_before, write_checkpoint, write_run
 from training.data import Pictures
 from training.memory import keep_memory
 from training.recipe import Recipe, fresh_network
@@ -62,20 +62,22 @@ def run(
         All rows of the log.
 
     Raises:
-        SurgeryValueError: a scenario that does not fit, or a folder with a run of another recipe.
+        SurgeryValueError: a scenario that does not fit, or a folder with a run of another recipe or on other pictures.
         Diverged: the loss is no number any more; what there is of the run stays.
     """
     scenario.check(recipe.epochs)
     folder = _folder(recipe, scenario, runs, label)
     kept = keep_memory()
     trainer = _Trainer.of(recipe, scenario, pictures)
-    state = _beginning(recipe, scenario, runs, label)
+    begun, state = _beginning(recipe, scenario, pictures, runs, label)
     if state is not None:
         trainer.load(state)
-    machine = {"environment": environment(), "threads": torch.get_num_threads(), "memory_kept": kept}
-    write_run(folder, trainer.facts | {"label": label} | machine)
     last = scenario.length(recipe.epochs)
-    while trainer.epoch < (last if until is None else min(until, last)):
+    end = last if until is None else min(until, last)
+    if trainer.epoch < end:  # a machine that trains nothing of a run is none of its machines
+        here = {"environment": environment(), "threads": torch.get_num_threads(), "memory_kept": kept}
+        write_run(folder, trainer.facts | {"label": label} | machines(begun, trainer.epoch, here))
+    while trainer.epoch < end:
         row = trainer.one_epoch()
         if row["surgery"]:
             trainer.tell_surgery(folder)
@@ -88,17 +90,20 @@ def _folder(recipe: Recipe, scenario: Scenario, runs: Path, label: str) -> Path:
     return folder_of(runs, recipe.network, scenario, recipe.seed, label if scenario != Scenario() else "")
 
 
-def _facts(recipe: Recipe, scenario: Scenario) -> dict[str, Any]:
-    return {"scenario": str(scenario)} | recipe.facts(scenario)
+def _facts(recipe: Recipe, scenario: Scenario, pictures: Pictures) -> dict[str, Any]:
+    return {"scenario": str(scenario)} | recipe.facts(scenario) | pictures.facts()
 
 
-def _beginning(recipe: Recipe, scenario: Scenario, runs: Path, label: str, at_most: float = math.inf) -> dict[str, Any] | None:
-    """The checkpoint to go on from: this run's own, or the latest that it shares with another's, or none."""
-    state = nearest_before(_folder(recipe, scenario, runs, label), _facts(recipe, scenario), at_most)
+def _beginning(
+    recipe: Recipe, scenario: Scenario, pictures: Pictures, runs: Path, label: str, at_most: float = math.inf
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint to go on from, and the folder that it is of: this run's own, or the latest that it shares with another's, or none."""
+    folder = _folder(recipe, scenario, runs, label)
+    state = nearest_before(folder, _facts(recipe, scenario, pictures), at_most)
     branch = scenario.branch(recipe.epochs)
-    if state is not None or branch is None:
-        return state
-    return _beginning(recipe, branch[0], runs, label, min(branch[1], at_most))
+    if state is None and branch is not None:
+        return _beginning(recipe, branch[0], pictures, runs, label, min(branch[1], at_most))
+    return (None if state is None else folder), state
 
 
 @dataclass(slots=True, eq=False)
@@ -125,7 +130,7 @@ class _Trainer:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return _facts(self.recipe, self.scenario)
+        return _facts(self.recipe, self.scenario, self.pictures)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -157,6 +162,7 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate_of(self.scenario, self.epoch)
         started = self._now()
+        # not in self._precision(): the cut computes with its own dtypes, and the guard keeps the times of layers as those of float32
         done = None if self.schedule is None else self.schedule.step(self.epoch, self.model, self.optimizer)
         cut = self._now()
         if done is not None:
@@ -224,6 +230,7 @@ class _Trainer:
 
     def _compiled(self) -> nn.Module:
         if self._called is None:
+            torch._dynamo.reset()  # else each cut of each run in this process counts towards the limit past which nothing is compiled any more
             self._called = torch.compile(self.model)  # type: ignore[assignment]
         return self._called  # type: ignore[return-value]
 

@@ -34,7 +34,7 @@ class Recipe:
         seed: of the weights, of the order of the pictures and of their crops.
         subset: so many training pictures, the first; all where None.
         device: to train on.
-        bf16: forward passes in bfloat16 by autocast.
+        bf16: forward passes in bfloat16 by autocast; guards and budgets of the cut still time float32.
         compiled: ``torch.compile`` of whatever network is trained at the moment.
         channels_last: memory format of weights and pictures.
         ranks: as for ``surgery.decompose``; a list of two where a scenario cuts twice (one that cuts once takes the last).

@@ -96,13 +96,19 @@ def branch_points(scenarios: Iterable[Scenario], epochs: int) -> dict[Scenario, 
 
 
 def usual(network: str, epochs: int) -> tuple[str, ...]:
-    """The paper's scenarios of a network; for others, and for shorter runs, its first ones at the same shares of the run."""
+    """The paper's scenarios of a network; for others, and for shorter runs, its first ones at the same shares of the run, where there is room."""
     paper = PAPER.get(network)
     if paper is not None and all(_fits(Scenario.parse(name), epochs) for name in paper):
         return paper
     cut = max(round(epochs * 0.05), 1)
-    back = max(round(epochs * 0.95), cut + 1)
-    return "original", f"decompose-{cut}", f"decompose-{cut}-reconstruct-{back}", f"after-{max(round(epochs * 0.2), 1)}"
+    back = min(max(round(epochs * 0.95), cut + 1), epochs - 1)
+    found = [
+        Scenario(),
+        Scenario(cut),
+        *([Scenario(cut, reconstruct_at=back)] if back > cut else ()),
+        Scenario(fine_tune=max(round(epochs * 0.2), 1)),
+    ]
+    return tuple(str(scenario) for scenario in found if _fits(scenario, epochs))
 
 
 def _fits(scenario: Scenario, epochs: int) -> bool:

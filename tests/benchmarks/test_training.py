@@ -22,7 +22,8 @@ sys.path.insert(1, str(Path(__file__).parents[2] / "benchmarks"))
 
 import train_cifar
 import train_imagenet
-from training.checkpoint import folder_of, read_log
+from training import engine
+from training.checkpoint import folder_of, read_log, read_run
 from training.command import train
 from training.data import Folder, InMemory
 from training.engine import Diverged, run
@@ -65,7 +66,7 @@ class Counted:
     """Pictures that count the epochs that were trained on them."""
 
     def __init__(self, inner):
-        self.inner, self.test, self.sample, self.epochs = inner, inner.test, inner.sample, []
+        self.inner, self.test, self.sample, self.facts, self.epochs = inner, inner.test, inner.sample, inner.facts, []
 
     def train(self, seed, epoch):
         self.epochs.append(epoch)
@@ -119,6 +120,12 @@ def test_scenarios_by_name():
     assert branch_points([Scenario.parse(deeper)], 30) == {ALL[0]: {5}}
     assert len(usual("surgery:vgg19", 200)) == 8
     assert usual("surgery:vgg19", 15) == ("original", "decompose-1", "decompose-1-reconstruct-14", "after-3")
+    assert usual("surgery:vgg19", 8) == ("original", "decompose-1", "decompose-1-reconstruct-7", "after-2")
+    assert usual("surgery:vgg19", 2) == ("original", "decompose-1", "after-1")
+    assert usual("surgery:vgg19", 1) == ("original", "after-1")
+    for epochs in range(1, 60):
+        for name in usual("surgery:resnet56", epochs):
+            Scenario.parse(name).check(epochs)
 
 
 def test_the_rate_drops_at_shares_of_the_run():
@@ -201,6 +208,56 @@ def test_runs_of_two_recipes_do_not_mix(pictures, tmp_path):
     run(replace(RECIPE, ranks=0.9), ALL[1], pictures, tmp_path, label="wide", until=2)
 
 
+def test_runs_on_other_pictures_do_not_mix(pictures, tmp_path):
+    run(RECIPE, ALL[0], pictures, tmp_path, until=1)
+    fewer = InMemory(pictures.padded, pictures.labels, pictures.test_pixels[:59], pictures.test_labels[:59], 32)
+    with pytest.raises(surgery.SurgeryValueError, match="test_pictures 60, not 59"):
+        run(RECIPE, ALL[0], fewer, tmp_path)
+    with pytest.raises(surgery.SurgeryValueError, match="test_pictures 60, not 59"):
+        run(RECIPE, ALL[1], fewer, tmp_path)  # which would go on from there
+    file = folder_of(tmp_path, NETWORK, ALL[0], 0) / "last.pt"
+    state = torch.load(file, weights_only=True)
+    torch.save(state | {"facts": {name: value for name, value in state["facts"].items() if name not in pictures.facts()}}, file)
+    assert len(run(RECIPE, ALL[0], pictures, tmp_path, until=2)) == 2  # a run from before pictures were noted goes on
+    assert torch.load(file, weights_only=True)["facts"] == state["facts"]
+
+
+def test_a_run_names_the_machines_that_trained_it(pictures, tmp_path, monkeypatch):
+    def facts(scenario):
+        return read_run(folder_of(tmp_path, NETWORK, scenario, 0))
+
+    def move(name):
+        monkeypatch.setattr(engine, "environment", lambda: {"processor": name})
+
+    move("first")
+    run(RECIPE, ALL[0], pictures, tmp_path, keep={1}, until=2)
+    move("second")
+    run(RECIPE, ALL[0], pictures, tmp_path, until=2)  # nothing to do
+    assert facts(ALL[0])["environment"] == {"processor": "first"}
+    assert "later_machines" not in facts(ALL[0])
+    run(RECIPE, ALL[0], pictures, tmp_path, until=3)
+    moved = {"epochs_before": 2, "environment": {"processor": "second"}}
+    for until in (3, 4):
+        run(RECIPE, ALL[0], pictures, tmp_path, keep={4}, until=until)
+        assert facts(ALL[0])["environment"] == {"processor": "first"}
+        (later,) = facts(ALL[0])["later_machines"]
+        assert {name: later[name] for name in moved} == moved
+    assert later["threads"] == torch.get_num_threads()
+    run(RECIPE, ALL[3], pictures, tmp_path, until=5)  # has all epochs of both
+    assert facts(ALL[3])["later_machines"] == [later]
+    run(RECIPE, ALL[1], pictures, tmp_path, until=2)  # has one epoch of the first, and goes on here
+    assert facts(ALL[1])["environment"] == {"processor": "first"}
+    assert [machine["epochs_before"] for machine in facts(ALL[1])["later_machines"]] == [1]
+
+
+def test_each_network_is_compiled_from_nothing(pictures, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: done.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda model: done.append("compile") or model)
+    run(replace(RECIPE, compiled=True), ALL[1], pictures, tmp_path, until=3)
+    assert done == ["reset", "compile"] * 2
+
+
 def test_a_rule_that_keeps_everything_is_told_apart(pictures, tmp_path):
     rows = run(replace(RECIPE, ranks=1.0), ALL[2], pictures, tmp_path)
     assert [row["surgery"] for row in rows] == [None, "nothing cut", None, "reconstructed"]
@@ -221,24 +278,37 @@ def test_the_command_trains_what_it_is_told(root, tmp_path, capsys):
     facts = json.loads((folder_of(tmp_path, NETWORK, "after-1", 0) / "run.json").read_text())
     assert (facts["ranks"], facts["bf16"], facts["channels_last"], facts["subset"]) == (0.5, True, False, 64)
     assert facts["memory_kept"] == (platform.libc_ver()[0] == "glibc")
+    options = train_cifar.parser().parse_args(f"--data {root} --out {tmp_path / 'none'} --epochs 2 --scenarios original decompose-2".split())
+    with pytest.raises(surgery.SurgeryValueError, match="decompose-2"):
+        train(options, InMemory.cifar10(root, 32, "cpu"))
+    assert not (tmp_path / "none").exists()  # nothing was trained before it was said
     with pytest.raises(surgery.SurgeryValueError, match="cifar-10-batches-py"):
         InMemory.cifar10(tmp_path, 32, "cpu")
     with pytest.raises(surgery.SurgeryValueError, match="subset"):
         InMemory.cifar10(root, 32, "cpu", 31)
 
 
-def test_a_folder_of_pictures(tmp_path):
+@pytest.fixture
+def image():
     try:
         import_torchvision()
     except surgery.MissingExtra as error:
         pytest.skip(str(error))
-    image = pytest.importorskip("PIL.Image")
+    return pytest.importorskip("PIL.Image")
+
+
+def fill(image, folder, *names, count=1):
+    """Pictures of noise in a folder for each class."""
     draw = np.random.default_rng(0)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for k in range(count):
+            image.fromarray(draw.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / name / f"{k}.png")
+
+
+def test_a_folder_of_pictures(tmp_path, image):
     for part, count in (("train", 5), ("val", 2)):
-        for name in ("cat", "dog"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for k in range(count):
-                image.fromarray(draw.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(tmp_path / part / name / f"{k}.png")
+        fill(image, tmp_path / part, "cat", "dog", count=count)
     options = train_imagenet.parser().parse_args(["--data", str(tmp_path), "--out", str(tmp_path / "runs"), "--batch", "4"])
     assert (options.epochs, options.network) == (90, "torchvision:resnet50")
     pictures = Folder(tmp_path, batch=4, device="cpu", size=32, workers=0)
@@ -248,3 +318,33 @@ def test_a_folder_of_pictures(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(pictures.sample(2), pictures.sample(2), strict=True))
     with pytest.raises(surgery.SurgeryValueError, match="'train'"):
         Folder(tmp_path / "runs", 4, "cpu")
+    smaller = Folder(tmp_path, batch=4, device="cpu", size=24, workers=0)
+    with pytest.raises(surgery.SurgeryValueError, match="size 32, not 24"):
+        run(Recipe(network=NETWORK, epochs=2, batch=4, ranks=0.5, guard="macs", round_to=1), Scenario(1), smaller, tmp_path / "runs")
+
+
+def test_labels_of_both_parts_of_a_folder_are_the_same(tmp_path, image):
+    fill(image, tmp_path / "train", "cat", "dog", "emu")
+    fill(image, tmp_path / "val", "emu", "dog")
+    pictures = Folder(tmp_path, batch=4, device="cpu", size=32, workers=0)
+    ((_, labels),) = pictures.test()
+    assert labels.tolist() == [1, 2]
+    pickle.dumps(pictures._val)  # what a process that reads is given, where processes are not forked
+    before = pictures.facts()
+    assert (before["classes"], before["train_pictures"], before["test_pictures"]) == (3, 3, 2)
+    (tmp_path / "train" / "cat").rename(tmp_path / "train" / "ant")
+    assert Folder(tmp_path, 4, "cpu", 32, 0).facts() != before
+
+
+def test_a_folder_whose_parts_do_not_fit_is_refused_before_it_is_trained_on(tmp_path, image):
+    fill(image, tmp_path / "train", "cat", "dog")
+    fill(image, tmp_path, "val")  # as ImageNet's is downloaded, pictures and no classes
+    with pytest.raises(surgery.SurgeryValueError, match=r"val/CLASS/ with the pictures"):
+        Folder(tmp_path, 4, "cpu")
+    (tmp_path / "val" / "dog").mkdir()
+    with pytest.raises(surgery.SurgeryValueError, match=r"dog.*val/CLASS/ with the pictures"):
+        Folder(tmp_path, 4, "cpu")
+    fill(image, tmp_path / "val", "gnu", "yak")
+    fill(image, tmp_path / "val" / "dog", "deeper")
+    with pytest.raises(surgery.SurgeryValueError, match=r"the class 'gnu' and 1 others, which .*train has not"):
+        Folder(tmp_path, 4, "cpu")

@@ -16,7 +16,7 @@ sys.path.insert(1, str(Path(__file__).parents[2] / "benchmarks"))
 
 import rank_growth
 import train_all
-from training.checkpoint import folder_of, write_run
+from training.checkpoint import folder_of, read_run, write_run
 from training.paper import TABLES
 from training.scenario import Scenario
 from training.tables import Logged, logged, summary, table
@@ -54,6 +54,11 @@ def test_a_queue_is_worked_off_in_order():
         ('[{"network": "surgery:vgg19"}]', "entry 1"),
         (queue({"recipe": {"learning_rate": 1}}), "learning_rate"),
         (queue({"scenarios": ["decompose-3"]}), "3 epochs"),
+        (
+            queue({}, {"recipe": ENTRY["recipe"] | {"ranks": 0.7}}),
+            "entries 1 and 2 both have decompose-1 of .* with seed 0, with ranks 0.5 and 0.7; .* label",
+        ),
+        (queue({"priority": 2}, {"epochs": 4, "label": "long"}), "entries 2 and 1 both have original .* epochs 4 and 3; .*--out"),
     ],
 )
 def test_queues_that_mean_nothing(text, message):
@@ -93,6 +98,11 @@ def test_from_a_queue_to_tables_and_figures(root, tmp_path, capsys):  # noqa: F8
     assert set(found["start_left"]["0"].values()) == {1.0}
     assert all(0.5 < left < 1 for left in found["start_left"]["3"].values())  # a few steps of small rate move it a little
     assert {row["epoch"] for row in rows if row["rule"] == rank_growth.WITHOUT} == {1, 3}  # at first there is nothing else
+    run = runs / "tiny" / "original-seed0"
+    write_run(run, read_run(run) | {"seed": 1})  # as another run
+    with pytest.raises(SystemExit, match="seed 0, not 1"):
+        rank_growth.main([str(run), "--out", str(tmp_path / "growth.json")])
+    assert json.loads((tmp_path / "growth.json").read_text()) == found
     half = [row for row in rows if row["rule"] == "0.5"]
     assert all(row["parameters"] == cut["parameters"] and row["shares"] == pytest.approx({"0": 0.5, "3": 0.5}, abs=0.2) for row in half)
 
@@ -133,6 +143,14 @@ def test_best_is_of_the_network_as_it_is_in_the_end_and_shared_epochs_are_known_
     assert [whole.best_top1, cut.best_top1, fused.best_top1] == [90.0, 85.0, 83.0]
     assert [cut.shared_with(whole), fused.shared_with(cut), fused.shared_with(whole)] == [2, 4, 2]
     assert whole.shared_with(run(1, (80.0, 1.0, None))) == 0
+
+
+def test_results_that_do_not_name_their_run_are_read_as_they_are(tmp_path):
+    for file in rank_growth.RESULTS.glob("rank_growth_*.json"):
+        found = {name: value for name, value in json.loads(file.read_text()).items() if name != "run"}
+        (tmp_path / file.name).write_text(json.dumps(found))
+        assert rank_growth.known(tmp_path / file.name, {"network": "surgery:another", "seed": 7}) == found
+        assert found["rows"]
 
 
 def test_without_its_start_a_network_is_what_it_has_learnt():

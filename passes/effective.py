@@ -21,7 +21,7 @@ from passes.chain import BUILT, HOOKS, plain_layer
 from passes.errors import ParityError
 from passes.geometry import Geometry, Piece
 from passes.parity import assert_parity
-from passes.running import private_copy, quiet_run
+from passes.running import evaluating_copy, quiet_run
 
 __all__ = ["effective_layer"]
 
@@ -82,7 +82,7 @@ def _takes_more(layer: nn.Module) -> str | None:
 
 def _observed(layer: nn.Module, geometry: Geometry, like: Tensor) -> nn.Module | None:
     """The plain layer without hooks, or None where the layer makes no single product of its input with a weight of its shape."""
-    twin = private_copy(layer).eval()
+    twin = evaluating_copy(layer)
     for name in HOOKS:
         if name not in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
             twin.__dict__[name] = getattr(nn.Module(), name)

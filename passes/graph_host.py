@@ -14,7 +14,7 @@ from passes.effective import effective_layer
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
 from passes.graph_meta import CHAINS
-from passes.host import Host, Undo, site_of
+from passes.host import Host, Undo, site_of, telling_numbers
 from passes.kinds import kind_of
 from passes.neighbours import Neighbour, read_neighbours
 from passes.placing import Fusion, layers_of_chains
@@ -222,9 +222,10 @@ class GraphHost(Host):
     def _chain_site(self, name: str) -> Site:
         info = self._chains[name]
         layers = self._layers(name)
-        weight = next(iter(layers.values()))._parameters["weight"]
-        bias = list(layers.values())[-1]._parameters["bias"]
-        runs, broken = self._runs(name)
+        like = telling_numbers(next(iter(layers.values())))
+        bias = list(layers.values())[-1]._parameters.get("bias")
+        changed = changed_since_cut(layers, info)
+        runs, broken = self._runs(name) if changed is None else ([], changed)
         read = next((self._readers[f"{a}.{child}"] for a in self._aliases[name] for child in layers if f"{a}.{child}" in self._readers), None)
         return Site(
             name=name,
@@ -232,10 +233,10 @@ class GraphHost(Host):
             layer=type(info.original).__name__,
             geometry=Geometry.of(info.original),
             bias=None if bias is None else bias.detach(),
-            dtype=weight.dtype,  # type: ignore[union-attr]
-            device=weight.device,  # type: ignore[union-attr]
+            dtype=like.dtype,
+            device=like.device,
             calls=_calls(runs),
-            keep=broken or read or changed_since_cut(layers, info),
+            keep=broken or read,
             tied_to=self._tied.get(name),
             chain=info.factorization,
             read_weight=lambda: merge(pieces_of(self._layers(name)), info).weight.detach(),

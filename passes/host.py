@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from passes.chain import Chain, ChainInfo, changed_since_cut, merged_piece, pieces_of
@@ -14,7 +15,7 @@ from passes.kinds import kind_of
 from passes.neighbours import Neighbour
 from passes.site import Call, Found, Site
 
-__all__ = ["Host", "Undo", "site_of", "tied_pieces"]
+__all__ = ["Host", "Undo", "site_of", "telling_numbers", "tied_pieces"]
 
 
 class Host(Protocol):
@@ -92,15 +93,16 @@ def site_of(found: Found, calls: tuple[Call, ...] | None, module_now: Callable[[
     module = found.module
     info: ChainInfo | None = module.__dict__["_surgery"] if isinstance(module, Chain) else None
     original = module if info is None else info.original
-    weight = next(module.parameters()) if info is not None else module.weight
+    bias: Any = module._parameters.get("bias") if info is None else module.bias
+    weight = telling_numbers(module)
     return Site(
         name=found.names[0],
         aliases=found.names,
         layer=type(original).__name__,
         geometry=Geometry.of(original),
-        bias=None if module.bias is None else module.bias.detach(),  # type: ignore[operator,union-attr,arg-type]
-        dtype=weight.dtype,  # type: ignore[union-attr,arg-type]
-        device=weight.device,  # type: ignore[union-attr,arg-type]
+        bias=None if bias is None else bias.detach(),
+        dtype=weight.dtype,
+        device=weight.device,
         calls=calls,
         keep=found.keep or (None if info is None else changed_since_cut(dict(module.named_children()), info)),
         tied_to=found.tied_to,
@@ -108,6 +110,12 @@ def site_of(found: Found, calls: tuple[Call, ...] | None, module_now: Callable[[
         read_weight=lambda: _weight_of(module_now()),
         read_pieces=lambda: _pieces_of(module_now()),
     )
+
+
+def telling_numbers(module: nn.Module) -> Tensor:
+    """What tells the dtype and device of a layer or chain. A weight that is computed is not asked for: that may fail, or change the layer."""
+    tensors = (*[p for p in (module._parameters.get("weight"),) if p is not None], *module.parameters(), *module.buffers())
+    return next((t for t in tensors if t.is_floating_point()), tensors[0] if tensors else torch.empty(0))
 
 
 def tied_pieces(site: Site, factorization: Factorization, first: Sequence[Piece]) -> tuple[Piece, ...]:

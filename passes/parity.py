@@ -16,6 +16,7 @@ __all__ = ["TOLERANCE_EVAL", "TOLERANCE_TRAIN", "assert_parity", "difference", "
 
 TOLERANCE_EVAL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 TOLERANCE_TRAIN = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -27,7 +28,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
-            yield from tensors_in(getattr(value, field.name))
+            yield from tensors_in(getattr(value, field.name, None))
     elif isinstance(value, Iterable) and not isinstance(value, str | bytes) and not hasattr(value, "__array_interface__"):
         for item in value:
             yield from tensors_in(item)
@@ -46,8 +47,8 @@ def assert_parity(got: Any, expected: Any, *, tolerance: float | None = None, tr
     found = difference(got, expected)
     if tolerance is None:
         table = TOLERANCE_TRAIN if training else TOLERANCE_EVAL
-        dtypes = [t.dtype for t in tensors_in(expected) if t.is_floating_point()]
-        tolerance = max((table[dtype] for dtype in dtypes), default=0.0)
+        dtypes = [REAL.get(t.dtype, t.dtype) for t in tensors_in(expected) if t.is_floating_point() or t.is_complex()]
+        tolerance = max((table.get(dtype, max(table.values())) for dtype in dtypes), default=0.0)
     if not found <= tolerance:
         raise ParityError(f"{what}: outputs differ by {found:.3g} of the largest value, the tolerance is {tolerance:.3g}")
     return found
@@ -77,7 +78,7 @@ def _tensor_difference(a: Tensor, b: Tensor) -> float:
     if b.numel() == 0:
         return 0.0
     dtype = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
-    x, y = a.detach().to("cpu", dtype), b.detach().to("cpu", dtype)
+    x, y = (t.detach().to("cpu", dtype) if t.layout is torch.strided else t.detach().cpu().to_dense().to(dtype) for t in (a, b))
     same_specials = torch.equal(torch.isnan(x), torch.isnan(y)) and torch.equal(x[torch.isinf(x)], y[torch.isinf(y)])
     if not same_specials:
         return float("inf")

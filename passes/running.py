@@ -9,15 +9,17 @@ import copy
 import functools
 import random
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from passes.chain import Chain, has_hooks
+from passes.chain import HOOKS, Chain, has_hooks
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import TOLERANCE_EVAL, private_inputs, tensors_in
 from passes.shared_state import modules_in_closures
@@ -28,6 +30,7 @@ __all__ = [
     "callable_of",
     "callers_code",
     "check_initialized",
+    "evaluating_copy",
     "first_line",
     "kept_random_states",
     "model_errors",
@@ -43,6 +46,7 @@ __all__ = [
     "shorten",
     "tensor_metadata",
     "watch",
+    "without_waiting",
 ]
 
 T = TypeVar("T")
@@ -61,8 +65,9 @@ def private_copy(model: nn.Module, *, share_parameters: bool = False) -> nn.Modu
             would go on calling that one.
     """
     for name, attribute, held in modules_in_closures(model):
+        what = "one of its hooks" if attribute in HOOKS else f"its attribute {attribute!r}"
         raise SurgeryTypeError(
-            f"{name or 'the model'}: its attribute {attribute!r} is a function that reaches {held} by its closure, defaults or globals, and in a "
+            f"{name or 'the model'}: {what} is a function that reaches {held} by its closure, defaults or globals, and in a "
             "copy would go on using the caller's own; make it a method of the class, or bind it with types.MethodType or functools.partial"
         )
     memo: dict[int, Any] = {}
@@ -76,6 +81,13 @@ def private_copy(model: nn.Module, *, share_parameters: bool = False) -> nn.Modu
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError, ValueError) as error:
         raise SurgeryTypeError(f"the model ({type(model).__name__}) cannot be copied ({error}); give a model that copy.deepcopy accepts") from error
+
+
+def evaluating_copy(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
+    """A private copy in eval mode. (``eval()`` gives what a class's own ``train`` gives, which may be nothing.)"""
+    twin = private_copy(model, share_parameters=share_parameters)
+    twin.eval()
+    return twin
 
 
 def run(model: nn.Module, example_inputs: Any, argument: str = "example_inputs") -> Any:
@@ -98,7 +110,9 @@ def output_of(model: nn.Module, example_inputs: Any, *, gradients: bool = False,
     """The output of a private copy, always with the same random numbers, and with gradients only where the model is known to need them."""
     with kept_random_states(), torch.set_grad_enabled(gradients):
         seed_all(SEEDS[0])
-        return run(private_copy(model), example_inputs, argument)
+        twin = private_copy(model)
+        with without_waiting(twin):
+            return run(twin, example_inputs, argument)
 
 
 def outputs_in_a_row(model: nn.Module, several: Sequence[Any]) -> list[list[Tensor]]:
@@ -205,6 +219,19 @@ def check_initialized(model: nn.Module) -> None:
     for module, names in named_groups(model):
         if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
             raise SurgeryValueError(f"{names[0] or 'the model'}: {type(module).__name__} has no shape yet; run the model once, then come back")
+
+
+@contextmanager
+def without_waiting(model: nn.Module) -> Iterator[None]:
+    """Batch norms that wait for other processes (``SyncBatchNorm``) go by their own batch inside: one process runs the model alone."""
+    waiting = [m for m in model.modules() if type(m).forward is nn.SyncBatchNorm.forward and "forward" not in m.__dict__]
+    for module in waiting:
+        module.__dict__["forward"] = types.MethodType(_BatchNorm.forward, module)
+    try:
+        yield
+    finally:
+        for module in waiting:
+            module.__dict__.pop("forward", None)
 
 
 @contextmanager

@@ -209,7 +209,8 @@ def _layer(part: Part, home: nn.Module) -> nn.Module:
     if g == Geometry.of(home):
         parameters, layer = layer._parameters, copy.copy(home)
         layer.__dict__["_parameters"] = parameters
-    return layer.train(home.training)
+    layer.train(home.training)
+    return layer
 
 
 def _alone(member: Neighbour, neighbours: Mapping[str, Neighbour], reasons: Mapping[str, str], backward: bool) -> str:

@@ -25,17 +25,21 @@ CONTAINERS = (*MAPPINGS, list, set)
 
 
 def modules_in_closures(model: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """Functions among the attributes of modules that reach a module of the model by their closure, defaults or globals.
+    """Functions among the attributes and hooks of modules that reach a module of the model by their closure, defaults or globals.
 
-    A bound method, and the arguments of a ``functools.partial``, are copied with the model; the functions inside them are looked at too.
+    A bound method, and the arguments of a ``functools.partial``, are copied with the model; the functions inside them are looked at too. What
+    ``torch.compile`` puts on a module is not copied with it, and does not count.
 
     Yields:
         First name of the module, its attribute, and the name of the module that is held, for a message.
     """
     known = {id(module): (name, module) for name, module in model.named_modules()}
     for name, holder in model.named_modules():
-        for attribute, value in vars(holder).items():
-            for function in _functions_of(value):
+        if "_orig_mod" in holder._modules:  # compiled: its copy is compiled anew
+            continue
+        hooks = [(name, hook) for name in HOOKS if isinstance(table := vars(holder).get(name), dict) for hook in table.values()]
+        for attribute, value in (*vars(holder).items(), *hooks):
+            for function in _functions_of(value) if attribute != "_compiled_call_impl" else ():
                 for inner in _enclosed(function, set()):
                     if id(inner) in known:
                         held, module = known[id(inner)]

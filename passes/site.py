@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -140,6 +141,7 @@ def find_layers(model: nn.Module, plain: Callable[[nn.Module], nn.Module | str] 
     groups = list(named_groups(model))
     inside_chains = {id(child) for module, _ in groups if isinstance(module, Chain) for child in module.children()}
     holders, owners, readers = dict(held_outside(groups)), _owners(groups), _readers(groups)
+    everyone = _owners([(module, (name,)) for module, names in groups for name in names])  # under all their names
     found = []
     for module, names in groups:
         keep = holders.get(id(module))
@@ -153,7 +155,7 @@ def find_layers(model: nn.Module, plain: Callable[[nn.Module], nn.Module | str] 
                 computed = f"{computed}; effective_weights=True may cut it"
             elif computed is not None and plain is not None and keep is None:
                 sources = [p for p in module.parameters() if p is not module._parameters.get("bias")]
-                shared = next((owners[id(p)] for p in sources if len(owners[id(p)]) > 1), None)
+                shared = next((owners[id(p)] for p in sources if any(not _within(owner, names) for owner in everyone[id(p)])), None)
                 amounts_to = f"its weight is computed from one shared by {' and '.join(shared)}" if shared else plain(module)
                 computed, module = (amounts_to, module) if isinstance(amounts_to, str) else (None, amounts_to)
             found.append(Found(module, names, keep or computed or _unusable(module)))
@@ -170,13 +172,19 @@ def _owners(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> dict[int, li
     return owners
 
 
+def _within(owner: str, names: Sequence[str]) -> bool:
+    """Whether the name of a module is that of one of these, or of a module inside it."""
+    return any(owner == name or owner.startswith(f"{name}.") or not name for name in names)
+
+
 def _readers(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> dict[int, str]:
     """Layers whose weight some module of torch takes without calling them, by identity."""
     readers: dict[int, str] = {}
     for module, names in groups:
         for reader, children in READERS.items():
             if isinstance(module, reader):
-                readers |= {id(getattr(module, child)): f"{names[0] or 'the model'} ({reader.__name__})" for child in children}
+                held = [read for child in children if (read := getattr(module, child, None)) is not None]
+                readers |= {id(read): f"{names[0] or 'the model'} ({reader.__name__})" for read in held}
     return readers
 
 
@@ -225,11 +233,12 @@ def _tie(module: nn.Module) -> tuple[object, ...]:
     info = module.__dict__.get("_surgery") if isinstance(module, Chain) else None
     g = Geometry.of(module if info is None else info.original)
     shape = (g.in_channels, g.out_channels, g.kernel, g.groups, g.transposed)
-    return (*(id(weight) for weight in _weights(module).values()), shape, None if info is None else info.factorization)
+    held = [id(module) if weight is None else id(weight) for weight in _weights(module).values()]  # one that is computed is nobody else's
+    return (*held, shape, None if info is None else info.factorization)
 
 
 def held_outside(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> Iterator[tuple[int, str]]:
-    """Modules that are also held in a plain list, tuple, set, dict, namespace, ``partial`` or bound method of some module, and why to keep them.
+    """Modules that are also held in a container, ``partial``, bound method or callable object of some module, and why to keep them.
 
     A replacement would not reach there.
     """
@@ -245,15 +254,24 @@ def held_outside(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> Iterato
 def _modules_in(value: object, depth: int) -> Iterator[nn.Module]:
     if isinstance(value, nn.Module):
         yield value
-    elif isinstance(value, list | tuple | set | frozenset | dict) and depth < DEPTH_OF_CONTAINERS:
+    elif isinstance(value, list | tuple | set | frozenset | deque | dict) and depth < DEPTH_OF_CONTAINERS:
         for item in value.values() if isinstance(value, dict) else value:
             yield from _modules_in(item, depth + 1)
     elif isinstance(value, functools.partial) and depth < DEPTH_OF_CONTAINERS:
         yield from _modules_in((value.func, value.args, value.keywords), depth + 1)
     elif isinstance(value, types.MethodType):
         yield from _modules_in(value.__self__, depth + 1)
-    elif isinstance(value, types.SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
-        yield from _modules_in(vars(value) if hasattr(value, "__dict__") else {}, depth + 1)
+    elif is_dataclass(value) and not isinstance(value, type):
+        held = vars(value) if hasattr(value, "__dict__") else {field.name: getattr(value, field.name, None) for field in fields(value)}
+        yield from _modules_in(held, depth + 1)
+    elif isinstance(value, types.SimpleNamespace) or _is_called(value):
+        yield from _modules_in(vars(value), depth + 1)
+
+
+def _is_called(value: object) -> bool:
+    """Whether a value is an instance of a plain class with attributes that is there to be called, as a layer would be."""
+    plain = not isinstance(value, type | types.FunctionType | types.BuiltinFunctionType)
+    return plain and callable(value) and isinstance(getattr(value, "__dict__", None), dict)
 
 
 def computes_weight(layer: nn.Module, name: str) -> str | None:
@@ -280,9 +298,15 @@ def computes_weight(layer: nn.Module, name: str) -> str | None:
 
 def _pads_as_it_says(layer: nn.Module) -> bool:
     """Where padding is not of zeros, torch's layers go by pixels that were worked out when they were built."""
-    if layer.__dict__.get("padding_mode", "zeros") == "zeros" or isinstance(padding := Geometry.of(layer).padding, str):
+    if layer.__dict__.get("padding_mode", "zeros") == "zeros":
         return True
-    return list(layer.__dict__.get("_reversed_padding_repeated_twice", ())) == [pixels for pixels in reversed(padding) for _ in range(2)]
+    g = Geometry.of(layer)
+    if isinstance(g.padding, str):
+        totals = [d * (k - 1) if g.padding == "same" else 0 for d, k in zip(g.dilation, g.kernel, strict=True)]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    else:
+        sides = [(pixels, pixels) for pixels in g.padding]
+    return list(layer.__dict__.get("_reversed_padding_repeated_twice", ())) == [pixels for side in reversed(sides) for pixels in side]
 
 
 def reason_to_keep(layer: nn.Module, name: str) -> str | None:
@@ -294,6 +318,8 @@ def _unusable(layer: nn.Module) -> str | None:
     weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
     if wraps_numbers(weight):
         return f"its weight is a {type(weight).__name__}, which holds its numbers in a form of its own (quantized or the like)"
+    if weight.layout is not torch.strided:
+        return f"its weight is sparse ({str(weight.layout).removeprefix('torch.')})"
     if weight.numel() == 0:
         return "its weight is empty"
     if not _pads_as_it_says(layer):

@@ -24,7 +24,7 @@ from passes.chain import Chain
 from passes.geometry import Geometry
 from passes.neighbours import is_norm
 from passes.parity import private_inputs, tensors_in
-from passes.running import arguments, check_initialized, model_errors, private_copy, quietly, run, tensor_metadata, watch
+from passes.running import arguments, check_initialized, evaluating_copy, model_errors, quietly, run, tensor_metadata, watch
 from passes.site import Call, is_layer, named_groups
 
 __all__ = ["COMPUTED", "FunctionUse", "Observation", "observe_graph", "observe_module"]
@@ -113,7 +113,7 @@ def observe_module(model: nn.Module, example_inputs: Any) -> Observation:
     check_initialized(model)
 
     def attempt() -> Observation:
-        twin = private_copy(model).eval()
+        twin = evaluating_copy(model)
         seen = _Watch(twin)
         with _Operators(seen), _Functions(seen):
             run(twin, example_inputs)
@@ -150,7 +150,7 @@ def _observed_graph(traced: fx.GraphModule, example_inputs: Any) -> Observation:
         def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
             return next(self.args_iter) if str(target).startswith("**") else super().placeholder(target, args, kwargs)
 
-    twin: Any = private_copy(traced).eval()
+    twin: Any = evaluating_copy(traced)
     seen = _Watch(twin)
     args, kwargs = arguments(private_inputs(example_inputs))
     with model_errors(traced, example_inputs):

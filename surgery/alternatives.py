@@ -175,6 +175,9 @@ def explain(
         raise SurgeryValueError(f"explain: {site!r} is no layer of this model: {nearest(site, plan)}")
     unit = _unit(by, example_inputs)
     draft = _draft(model, unit, example_inputs, calibration, options)
+    known = [alias for each in draft.all_sites for alias in each.aliases]
+    if site not in known:
+        raise SurgeryValueError(f"explain: {site!r} is no layer of this model, but of the plan's: {nearest(site, known)}")
     if not any(site in each.site.aliases for each in draft.candidates):
         raise SurgeryValueError(f"explain: nothing can be done with {site!r}: {getattr(draft[site], 'reason', draft[site])}")
     mine = next(each for each in _family(draft, unit).candidates if site in each.site.aliases)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,13 +22,14 @@ from passes.geometry import Geometry
 from passes.metric import Metric
 from passes.parity import private_inputs, tensors_in
 from passes.refit import rows
-from passes.running import arguments, callers_code, kept_random_states, model_errors, private_copy
+from passes.running import arguments, callers_code, evaluating_copy, kept_random_states, model_errors
 from passes.site import Site
 from surgery.progress import tracked
 
 __all__ = ["Calibration", "Moments", "batches_of", "calibrate", "inputs_needed"]
 
 SEED = 0
+LEAST = 1e-9  # of what counts most: layers that nothing was seen to depend on are cut first, but not as if they were not there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,7 +59,7 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
     Raises:
         SurgeryValueError: a batch does not fit the model, or gives numbers that are not finite.
     """
-    twin = private_copy(model).eval()
+    twin = evaluating_copy(model)
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
     looked_at = [site for site in sites if site.chain is None and site.keep is None]
@@ -66,14 +67,34 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
         seen = _moments(twin, model, batches, looked_at, gradients=True)
     except (SurgeryValueError, RuntimeError):
         seen = _moments(twin, model, batches, looked_at, gradients=False)
+    for site in looked_at:
+        if site.tied_to in seen:  # they are cut together
+            seen[site.tied_to].add(seen[site.name])
     examples = sum(next((len(t) for t in tensors_in(batch) if t.ndim), 0) for batch in batches)
-    return Calibration(metrics={name: moments.metric(name) for name, moments in seen.items() if moments.positions}, examples=examples)
+    return Calibration(metrics=_metrics(seen, examples), examples=examples)
+
+
+def _metrics(seen: Mapping[str, Moments], examples: int) -> dict[str, Metric]:
+    """All in one unit: the squared change of the network's output for an example, however many rows each layer makes of one.
+
+    What no output depends on counts next to nothing; where a layer could not be asked (it runs without gradients), its outputs count like those of
+    the others on average.
+    """
+    seen = {name: moments for name, moments in seen.items() if moments.positions}
+    found = {name: moments.metric(name, examples) for name, moments in seen.items()}
+    counts = [float(metric.outputs.diagonal(dim1=-2, dim2=-1).mean()) for metric in found.values() if metric.outputs is not None]
+    for name, moments in seen.items() if counts else ():
+        if moments.outputs is None:
+            found[name] = replace(found[name], outputs=moments.alike(LEAST * max(counts) if moments.asked else sum(counts) / len(counts)))
+    return found
 
 
 def _moments(twin: nn.Module, model: nn.Module, batches: Sequence[Any], sites: Sequence[Site], *, gradients: bool) -> dict[str, Moments]:
     """What the sites of ``twin``, a copy of ``model``, see of the batches and, with gradients, how much of their outputs counts."""
     seen = {site.name: Moments(site.geometry) for site in sites}
-    hooks = [twin.get_submodule(name).register_forward_hook(partial(_note, moments), with_kwargs=True) for name, moments in seen.items()]
+    hooks = [  # before those of the layer, which go on with what its chain gives
+        twin.get_submodule(name).register_forward_hook(partial(_note, moments), with_kwargs=True, prepend=True) for name, moments in seen.items()
+    ]
     try:
         with kept_random_states(), torch.set_grad_enabled(gradients):
             generator = torch.Generator().manual_seed(SEED)
@@ -144,7 +165,13 @@ class Moments:
     inputs: Tensor | None = None
     outputs: Tensor | None = None
     positions: int = 0
-    examples: int = 0
+    asked: bool = False  # for the derivatives of its output
+
+    def add(self, other: Moments) -> None:
+        """What another layer with the same weight saw and gave."""
+        self.inputs = other.inputs if self.inputs is None else self.inputs if other.inputs is None else self.inputs + other.inputs
+        self.outputs = other.outputs if self.outputs is None else self.outputs if other.outputs is None else self.outputs + other.outputs
+        self.positions, self.asked = self.positions + other.positions, self.asked or other.asked
 
     def saw(self, x: Tensor) -> None:
         seen = rows(x.detach(), self.geometry.dims, self.geometry.groups)
@@ -153,13 +180,17 @@ class Moments:
 
     def gave(self, gradient: Tensor) -> None:
         self.outputs = _added(self.outputs, rows(gradient, self.geometry.dims, self.geometry.groups))
-        self.examples += len(gradient)
 
-    def metric(self, name: str) -> Metric:
+    def alike(self, weighting: float) -> Tensor:
+        """The same weighting of all outputs."""
+        groups, each = self.geometry.groups, self.geometry.out_channels // self.geometry.groups
+        return weighting * torch.eye(each, dtype=torch.float64).expand(groups, each, each)
+
+    def metric(self, name: str, examples: int = 1) -> Metric:
         if not all(bool(moment.isfinite().all()) for moment in (self.inputs, self.outputs) if moment is not None):
             raise SurgeryValueError(f"calibration: {name or 'the model'} sees, or its output has, numbers that are not finite on these batches")
         inputs = None if self.inputs is None else self.inputs / max(self.positions, 1)
-        return Metric(inputs=inputs, outputs=None if self.outputs is None else self.outputs / max(self.examples, 1))
+        return Metric(inputs=inputs, outputs=None if self.outputs is None else self.outputs / max(examples, 1))
 
 
 def _note(moments: Moments, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -170,6 +201,7 @@ def _note(moments: Moments, _: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     if torch.is_grad_enabled() and not got.requires_grad and got is output and got.is_floating_point():
         output = got = got + torch.zeros((), dtype=got.dtype, device=got.device, requires_grad=True)  # no leaf, which nothing could change in place
     if got.requires_grad:
+        moments.asked = True
         got.register_hook(moments.gave)
     return output
 

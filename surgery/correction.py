@@ -18,7 +18,7 @@ from passes.chain import pieces_of, plain_layer
 from passes.geometry import Geometry, Piece
 from passes.parity import private_inputs, tensors_in
 from passes.refit import refit, rows
-from passes.running import arguments, private_copy, quiet_run
+from passes.running import arguments, evaluating_copy, quiet_run
 from surgery.lockstep import Enough, OutOfStep, Pass
 from surgery.progress import tracked
 from surgery.storages import Storages
@@ -48,7 +48,7 @@ def correct(original: nn.Module, model: nn.Module, chains: Mapping[str, str], ba
     Returns:
         For each layer that could be corrected |Y - Y'|_F / |Y|_F of its outputs over the batches, with the errors made before it.
     """
-    original, model = (private_copy(network, share_parameters=True).eval() for network in (original, model))  # buffers may count what goes through
+    original, model = (evaluating_copy(network, share_parameters=True) for network in (original, model))  # buffers may count what goes through
     with quiet_run():
         calls, needed = _first_pass(model, list(chains.values()), batches)
         refitted = [name for name, last in chains.items() if last in calls and can_be_refitted(Geometry.of(model.get_submodule(last)))]
@@ -121,7 +121,7 @@ def _first_pass(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) 
 
 def _watched(model: nn.Module, names: Iterable[str], note: Callable[..., None], batch: Any) -> None:
     """One pass of a batch, with ``note(name, module, args, output)`` after each call of the named modules; it may end the pass by ``Enough``."""
-    handles = [model.get_submodule(name).register_forward_hook(partial(note, name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(partial(note, name), prepend=True) for name in names]  # before hooks of its own
     args, kwargs = arguments(private_inputs(batch))
     try:
         with suppress(Enough):
@@ -173,20 +173,27 @@ class Refit:
         self.xtx: Tensor | None = None
         self.xty: Tensor | None = None
         self.yty = 0.0
+        self.comparable = True
 
     def add(self, x: Tensor, y: Tensor) -> None:
+        """Rows that the layer sees, and those wanted of it; where what goes into a layer hangs on numbers there may be another count of them."""
         g = self.piece.geometry
         given = rows(x if self.patches is None else self.patches(x), g.dims, g.groups)
         given = torch.cat([given, given.new_ones(*given.shape[:2], 1)], 2)
         wanted = rows(y, g.dims, g.groups)
+        if given.shape[1] != wanted.shape[1]:
+            self.comparable = False
+            return
         xtx, xty = given.mT @ given, given.mT @ wanted
         self.xtx = xtx if self.xtx is None else self.xtx + xtx
         self.xty = xty if self.xty is None else self.xty + xty
         self.yty += float(wanted.square().sum())
 
     def solve(self) -> tuple[Piece, float | None] | None:
-        """The layer that comes nearest, float64, and the relative error that it leaves; None where nothing was seen or the sums are not finite."""
-        if self.xtx is None or self.xty is None:
+        """The layer that comes nearest, float64, and the relative error that it leaves; None where that cannot be told: nothing was seen, or other
+        positions than there were, or the sums are not finite.
+        """
+        if self.xtx is None or self.xty is None or not self.comparable:
             return None
         new = refit(self.piece, self.xtx, self.xty)
         if not bool(new.weight.isfinite().all()):

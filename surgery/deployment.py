@@ -14,7 +14,7 @@ from passes.errors import SurgeryError, SurgeryValueError
 from passes.functional_norms import norms_as_modules
 from passes.parity import assert_parity
 from passes.result import Outcome
-from passes.running import output_of, private_copy
+from passes.running import evaluating_copy, output_of
 from passes.site import Site
 from surgery.cost import count_macs
 from surgery.inspection import look, saved_macs, usable_model
@@ -47,7 +47,7 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
     """
     usable_model(model)
     with torch.inference_mode(False):
-        twin = private_copy(model).eval()
+        twin = evaluating_copy(model)
         seen, before = look(twin, example_inputs), report(twin)
         saved = sum(saved_macs(site) or 0 for site in host_for(twin, observed=seen.observed).sites())
         gradients = seen.observed is not None and seen.observed.gradients

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from surgery.latency.table import Table
     from surgery.ranks.candidates import Candidates, Pays
 
-__all__ = ["Draft"]
+__all__ = ["Draft", "check_answerable"]
 
 NOTHING = Totals()
 
@@ -72,6 +72,7 @@ class Draft(Mapping[str, Decision]):
         stopwatch: Stopwatch | None = None,
     ) -> None:
         request = parse_ranks(ranks)
+        check_answerable(request, options.method, inputs=True)  # a budget says itself what it lacks
         self._stopwatch = stopwatch
         if runtime_of(options.guard) is not None and (stopwatch is None or stopwatch.example_inputs is None):
             raise SurgeryValueError(f'guard: "{options.guard}" needs example_inputs: without them there is nothing to time')
@@ -90,11 +91,6 @@ class Draft(Mapping[str, Decision]):
             self._table = Names("ranks (the plan)", dict(request.items()), sites)
         elif isinstance(request, Mapping):
             self._table = Names("ranks", request, sites, linear_too=linear_too)
-        elif options.method != AUTO and not kind_named(options.method).has_spectra:
-            raise SurgeryValueError(
-                f"method: {options.method!r} has no spectra that a rank rule could look at; give its ranks by name, "
-                f'for example ranks={{"re:.*conv.*": 16}}'
-            )
         elif not isinstance(request, Budget):
             self._rule = request
         if self._replay and not request and sites:
@@ -182,9 +178,16 @@ class Draft(Mapping[str, Decision]):
 
     def _by_budget(self, budget: Budget) -> dict[str, Decision]:
         """All layers that are not decided yet, at once."""
+        free = [site for site in self._sites.values() if site.name not in self._decided]
+        unseen = [site for site in free if self.spectra.metrics and site.name not in self.spectra.metrics]
+        if unseen:  # its errors would have another unit than the others'
+            kept = {site.name: Keep("the calibration batches do not reach it") for site in unseen}
+            return {**kept, **self._by_budget_of(budget, [site for site in free if site.name not in kept])}
+        return self._by_budget_of(budget, free)
+
+    def _by_budget_of(self, budget: Budget, free: Sequence[Site]) -> dict[str, Decision]:
         from surgery.ranks.solve import solve
 
-        free = [site for site in self._sites.values() if site.name not in self._decided]
         if budget.latency is not None:
             return self._by_latency(budget, free)
         unit = budget.unit or ("macs" if self.totals.macs is not None else "params")
@@ -267,7 +270,8 @@ class Draft(Mapping[str, Decision]):
         if isinstance(decision, Factorization) and self._options.method == AUTO and not isinstance(answer, Factorization):
             from surgery.ranks.auto import best_kind
 
-            return self._guard(site, best_kind(site, decision, self.spectra, self._options.round_to))
+            better = self._guard(site, best_kind(site, decision, self.spectra, self._options.round_to))
+            return decision if isinstance(better, Keep) else better  # by error alone it may be a kind that is slow
         return decision
 
     def _guard(self, site: Site, factorization: Factorization) -> Decision:
@@ -277,6 +281,23 @@ class Draft(Mapping[str, Decision]):
         if runtime is not None and self._stopwatch is not None:
             return self._stopwatch.pays(site, factorization, runtime) or factorization
         return no_gain(site, factorization) or factorization
+
+
+def check_answerable(request: Any, method: str, *, inputs: bool) -> None:
+    """Refuse ranks for which no network has an answer under a method, or without example inputs.
+
+    Raises:
+        SurgeryValueError: a rule or a budget for a kind without spectra, or a budget of MACs or time without inputs.
+    """
+    if isinstance(request, Mapping):  # a plan too
+        return
+    if method != AUTO and not kind_named(method).has_spectra:
+        raise SurgeryValueError(
+            f'method: {method!r} has no spectra that a rank rule could look at; give its ranks by name, for example ranks={{"re:.*conv.*": 16}}'
+        )
+    if not inputs and isinstance(request, Budget) and (request.macs is not None or request.latency is not None):
+        lacking = "there is nothing to time" if request.latency is not None else "MACs are not known"
+        raise SurgeryValueError(f"ranks: {request} needs example_inputs: without them {lacking}")
 
 
 def _macs_and_params(site: Site, guard: str) -> list[Callable[[Factorization | None], int]]:

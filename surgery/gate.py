@@ -11,7 +11,7 @@ from torch import nn
 
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.factorization import Keep
-from passes.running import callers_code
+from passes.running import callers_code, first_line
 from surgery.plan import Plan
 from surgery.ranks.budget import Budget
 
@@ -90,7 +90,10 @@ def _score(evaluate: Callable[[nn.Module], Any], net: nn.Module) -> float:
         value = evaluate(net)
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise SurgeryTypeError(f"evaluate: must give a number, gave {value!r}")
-    score = float(value)
+    try:
+        score = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # several numbers in a tensor or an array
+        raise SurgeryTypeError(f"evaluate: must give a number, gave {type(value).__name__}: {first_line(error)}") from error
     if score != score:
         raise SurgeryValueError("evaluate: gave NaN, which compares with nothing")
     return score

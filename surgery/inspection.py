@@ -13,7 +13,7 @@ from passes import Observation, observe
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.kinds import kind_of
 from passes.parity import tensors_in
-from passes.running import check_initialized, output_of, private_copy
+from passes.running import check_initialized, evaluating_copy, output_of
 from passes.site import Site
 from surgery.cost import chain_macs, count_macs, site_macs
 from surgery.progress import stage
@@ -83,7 +83,7 @@ def look(model: nn.Module, example_inputs: Any) -> Seen:
         observed = observe(model, example_inputs)
     if observed.gradients:  # the run without them, which failed, was counted as well
         with count_macs() as counter:
-            output_of(private_copy(model).eval(), example_inputs, gradients=True)
+            output_of(evaluating_copy(model), example_inputs, gradients=True)
     return Seen(observed, counter.macs, tuple(tuple(t.shape) for t in tensors_in(example_inputs)))
 
 

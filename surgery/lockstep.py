@@ -49,7 +49,7 @@ class Pass:
         twin = private_copy(model, share_parameters=True)
         for name in self._ahead:
             if outputs:
-                twin.get_submodule(name).register_forward_hook(partial(self._after, name))
+                twin.get_submodule(name).register_forward_hook(partial(self._after, name), prepend=True)  # hooks of its own go on with what it gives
             else:
                 twin.get_submodule(name).register_forward_pre_hook(partial(self._before, name))
         self._thread = threading.Thread(target=self._run, args=(twin, batch, _contexts(twin)), daemon=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from passes.chain import FORMATS
 from passes.errors import SurgeryValueError
 from passes.parity import private_inputs, tensors_in
-from passes.running import private_copy
+from passes.running import evaluating_copy
 
 __all__ = ["Conditions", "conditions_of"]
 
@@ -35,8 +35,8 @@ class Conditions:
     def network(self, model: nn.Module) -> nn.Module:
         """A copy in eval mode; its parameters are the caller's own where nothing is cast."""
         if self.dtype is None and self.memory_format is None:
-            return private_copy(model, share_parameters=True).eval()
-        twin = private_copy(model).eval()
+            return evaluating_copy(model, share_parameters=True)
+        twin = evaluating_copy(model)
         if self.dtype is not None:
             twin.to(self.dtype)
         if self.memory_format is not None:

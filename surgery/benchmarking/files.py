@@ -124,10 +124,10 @@ def inputs_for(before: Path, after: Path, example_inputs: Any) -> dict[str, Tens
 
 def macs_of_file(file: Path, inputs: Mapping[str, Tensor]) -> int | None:
     """Of one call with these inputs, by shape inference; None where some shape cannot be told."""
-    from surgery.onnx_files.files import read_graph
+    from surgery.onnx_files.files import read_graph, without_functions
     from surgery.onnx_files.shapes import network_macs, value_shapes
 
-    model = read_graph(file)
+    model = without_functions(read_graph(file))
     try:
         return network_macs(model, value_shapes(model, {name: tuple(tensor.shape) for name, tensor in inputs.items()}))
     except SurgeryError:  # a file whose shapes do not fit together may run all the same

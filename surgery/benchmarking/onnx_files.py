@@ -6,13 +6,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from passes.parity import tensors_in
 from surgery.benchmarking.ready import Ready
+
+if TYPE_CHECKING:
+    from surgery.export.common import ExportReport
+    from surgery.export.onnx import Exporter
 
 __all__ = ["onnxruntime", "onnxruntime_file", "openvino", "openvino_call", "openvino_file", "size_of"]
 
@@ -47,23 +51,24 @@ def openvino_file(file: Path, feed: Mapping[str, Tensor]) -> Ready:
 def _exported(network: nn.Module, example_inputs: Any) -> Iterator[tuple[Path, dict[str, Tensor]]]:
     """A temporary ONNX file of the network, and its inputs by name."""
     from surgery.export.inputs import input_names
-    from surgery.export.onnx import export_onnx
+    from surgery.export.onnx import export_onnx, with_exporter
 
     names = input_names(network, example_inputs)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "network.onnx"
-        export_onnx(network, file, example_inputs, check=False)
+
+        def attempt(exporter: Exporter) -> ExportReport:
+            return export_onnx(network, file, example_inputs, check=False, exporter=exporter)
+
+        with_exporter("auto", attempt, check=True)  # a trace, too: it keeps what the network does with these inputs, on which it is timed
         yield file, dict(zip(names, tensors_in(example_inputs), strict=True))
 
 
 def size_of(file: Path) -> int:
     """Bytes of an ONNX file with the weights beside it that belong to it."""
-    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+    from surgery.onnx_files.files import data_files
 
-    from surgery.onnx_files.files import read_graph
-
-    beside = {ExternalDataInfo(tensor).location for tensor in read_graph(file).graph.initializer if uses_external_data(tensor)}
-    return file.stat().st_size + sum((file.parent / name).stat().st_size for name in beside)
+    return file.stat().st_size + sum(data.stat().st_size for data in data_files(file))
 
 
 def openvino_call(file: Path, example_inputs: Any) -> Callable[[], object]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from passes.errors import SurgeryError, SurgeryValueError
 from passes.parity import private_inputs, tensors_in
-from passes.running import arguments, callable_of, first_line, private_copy, run
+from passes.running import arguments, callable_of, first_line, private_copy, run, without_waiting
 from surgery.benchmarking import cuda, memory, onnx_files
 from surgery.benchmarking.ready import Ready
 from surgery.benchmarking.sampling import Clock, wall_clock
@@ -107,7 +107,8 @@ def _train(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
 
     network.train()
     try:
-        yield Ready(waited_for(call, _on_cuda(example_inputs)))
+        with without_waiting(network):
+            yield Ready(waited_for(call, _on_cuda(example_inputs)))
     finally:
         network.eval()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ __all__ = [
     "count",
     "is_onnx_file",
     "open_model",
+    "option",
     "parse_ranks_text",
     "rank_options",
     "runtime_names",
@@ -71,7 +73,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = N
 
 def model_text(text: str) -> str:
     """MODEL as it stands; what has neither the form of a name nor is on the disk is wrong usage."""
-    if ":" not in text and not is_onnx_file(text) and not Path(text).exists():
+    if ":" not in text and not is_onnx_file(text) and not os.path.exists(text):  # which says no, too, where nobody may look
         raise argparse.ArgumentTypeError(f"{text!r}: expected {MODEL_HELP}")
     return text
 
@@ -101,7 +103,7 @@ def parse_ranks_text(text: str) -> Any:
     What means nothing is wrong usage; what is wrong in a plan's file is not.
     """
     value = _value_in(text)
-    if not (isinstance(value, str) and (value.endswith(".json") or Path(value).exists())):
+    if not (isinstance(value, str) and (value.endswith(".json") or os.path.exists(value))):
         try:
             parse_ranks(value)
         except surgery.SurgeryError as error:

@@ -15,6 +15,19 @@ if TYPE_CHECKING:
 
 RUNTIMES_HELP = "eager, compile, torchscript, train, onnxruntime, openvino, cuda, cuda-graph (default: eager,onnxruntime; onnxruntime for files)"
 TEXT = "Decompose a model and time it against the original, side by side; or time two ONNX files, MODEL being the first."
+ONLY_FOR_CUTS = (
+    "ranks",
+    "method",
+    "include",
+    "exclude",
+    "guard",
+    "round_to",
+    "effective_weights",
+    "device",
+    "calibration",
+    "architecture",
+    "weights",
+)
 CONDITIONS = ("batch", "threads", "dtype", "memory_format", "precision", "seconds", "repeats", "layers")
 
 
@@ -33,6 +46,7 @@ def add(commands: Commands) -> None:
     bench.add_argument("--repeats", type=int, help="exactly so many pairs of samples instead of going on until the spread is small enough")
     bench.add_argument("--layers", action="store_true", help="time each layer that was cut beside its chain as well")
     bench.add_argument("--size", action="append", default=[], type=size, metavar="NAME=N", help="size of an open dimension of ONNX files, repeatable")
+    bench.set_defaults(by_default={name: bench.get_default(name) for name in ONLY_FOR_CUTS})
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -60,8 +74,9 @@ def _of_a_cut(options: argparse.Namespace) -> Benchmark:
 
 
 def _of_files(options: argparse.Namespace) -> Benchmark:
-    if options.calibration is not None:
-        options.wrong("--calibration: nothing is cut where two ONNX files are timed")
+    given = [f"--{name.replace('_', '-')}" for name in ONLY_FOR_CUTS if getattr(options, name) != options.by_default[name]]
+    if given:
+        options.wrong(f"{', '.join(given)}: nothing is cut where two ONNX files are timed")
     from surgery.benchmarking.files import file_inputs, made_up
 
     inputs = made_up(file_inputs(Path(options.model)), dict(options.size), options.input_shape)

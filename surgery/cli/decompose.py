@@ -10,6 +10,7 @@ from surgery.cli.arguments import Commands, add_command, add_rank_arguments, ope
 from surgery.cli.batches import add_calibration_argument, calibration_of
 from surgery.cli.onnx_files import decompose_file, reconstruct_file, target_of
 from surgery.cli.pages import add_page_arguments, check_page_arguments, save_page
+from surgery.cli.targets import check_folder
 
 
 def add(commands: Commands) -> None:
@@ -38,6 +39,7 @@ def _decompose(options: argparse.Namespace) -> None:
         decompose_file(options, target)
         return
     check_page_arguments(options)
+    check_folder("--out", options.out)
     batches = calibration_of(options)
     model, inputs = open_model(options)
     net = surgery.decompose(model, options.ranks, example_inputs=inputs, calibration=batches, progress=True, **rank_options(options))
@@ -54,6 +56,7 @@ def _reconstruct(options: argparse.Namespace) -> None:
         return
     if options.out is None:
         options.wrong("--out FOLDER is required where MODEL is no ONNX file")
+    check_folder("--out", options.out)
     model, _ = open_model(options)
     net = surgery.reconstruct(model)
     surgery.save(net, options.out)

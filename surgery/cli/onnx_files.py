@@ -9,6 +9,7 @@ from typing import Any
 import surgery
 from surgery.cli.arguments import is_onnx_file, rank_options, show
 from surgery.cli.batches import calibration_of
+from surgery.cli.targets import check_file
 from surgery.files import usable_target
 
 __all__ = ["decompose_file", "plan_file", "reconstruct_file", "report_file", "target_of"]
@@ -58,6 +59,7 @@ def reconstruct_file(options: argparse.Namespace, target: Path) -> None:
 
 def plan_file(options: argparse.Namespace) -> None:
     refuse_options(options, allowed=("out",))
+    check_file("--out", options.out)
     batches = calibration_of(options)
     plan = surgery.plan_onnx(options.model, options.ranks, example_inputs=_noise(options), calibration=batches, **_rank_options(options))
     if options.out is not None:
@@ -69,6 +71,8 @@ def plan_file(options: argparse.Namespace) -> None:
 
 def report_file(options: argparse.Namespace, *, summary: bool) -> None:
     refuse_options(options)
+    if getattr(options, "html", None) is not None:
+        usable_target("--html", options.html)
     found = surgery.report_onnx(options.model, example_inputs=_noise(options))
     _save_page(options, found)
     from surgery.tables import report_table, summary_table

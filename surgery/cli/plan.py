@@ -12,6 +12,7 @@ import surgery
 from surgery.cli.arguments import Commands, add_command, add_rank_arguments, is_onnx_file, open_model, rank_options, show
 from surgery.cli.batches import add_calibration_argument, calibration_of
 from surgery.cli.onnx_files import plan_file
+from surgery.cli.targets import check_file
 
 
 def add(commands: Commands) -> None:
@@ -30,6 +31,8 @@ def _plan(options: argparse.Namespace) -> None:
     if is_onnx_file(options.model):
         plan_file(options)
         return
+    check_file("--out", options.out)
+    check_file("--picture", options.picture)
     batches = calibration_of(options)
     model, inputs = open_model(options)
     plan = surgery.plan(model, options.ranks, example_inputs=inputs, calibration=batches, progress=True, **rank_options(options))

@@ -102,7 +102,7 @@ def check_exporter(exporter: Exporter, what: str, extra: str) -> None:
         need("onnxscript", what, extra)
 
 
-def with_exporter(exporter: Exporter, attempt: Callable[[str], ExportReport], *, check: bool) -> ExportReport:
+def with_exporter(exporter: Exporter, attempt: Callable[[Exporter], ExportReport], *, check: bool) -> ExportReport:
     """What an attempt with the exporter gives, or for ``"auto"`` the first that succeeds.
 
     Raises:

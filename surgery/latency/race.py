@@ -16,7 +16,7 @@ from passes import host_for
 from passes.chain import Chain
 from passes.factorization import Decision, Factorization
 from passes.parity import tensors_in
-from passes.running import private_copy
+from passes.running import evaluating_copy
 from passes.site import Site
 from surgery.latency.onnx_cut import Exported, quick_onnx
 from surgery.progress import stage
@@ -76,7 +76,7 @@ def race_against(model: nn.Module, inputs: Any, runtime: str, sites: Sequence[Si
 
     known = RUNTIMES[runtime]
     with ExitStack() as stack:
-        original = private_copy(model, share_parameters=True).eval()
+        original = evaluating_copy(model, share_parameters=True)
         exported = None
         if runtime in ON_FILES:
             exported = Exported.of(original, inputs, Path(stack.enter_context(TemporaryDirectory())))
@@ -138,7 +138,7 @@ def with_noise(model: nn.Module, decisions: Mapping[str, Decision]) -> nn.Module
     from surgery.plan import Plan
 
     plan = Plan()
-    twin, own = private_copy(model, share_parameters=True).eval(), {id(p) for p in model.parameters()}
+    twin, own = evaluating_copy(model, share_parameters=True), {id(p) for p in model.parameters()}
     for site in host_for(twin, effective_weights=True).sites():
         decision = decisions.get(site.tied_to or site.name)
         if isinstance(decision, Factorization):
@@ -155,4 +155,5 @@ def with_noise(model: nn.Module, decisions: Mapping[str, Decision]) -> nn.Module
                     else torch.zeros(parameter.shape)
                 )
                 parameter.data.copy_(noise)
-    return network.eval()
+    network.eval()
+    return network

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,11 +15,15 @@ from passes.factorization import Factorization
 from passes.kinds import kind_of
 from passes.site import Site
 from surgery.cost.calls import check_installed
-from surgery.cost.chains import Setup
+from surgery.cost.chains import Setup, timed_in
 from surgery.cost.profile import Entry, Profile, TimedShape, cache_file, write_shapes
 from surgery.cost.timing import describe, time_shapes
+from surgery.options import Options
 
 __all__ = ["Times", "profile_of", "timed_chain", "timed_layer", "together"]
+
+ON_PROCESSORS = ("onnxruntime", "openvino")
+"""Runtimes that compute there, whatever device the network is on."""
 
 
 @dataclass(slots=True)
@@ -34,6 +38,13 @@ class Times:
 
     @classmethod
     def of(cls, setup: Setup, path: str | os.PathLike[str] | None) -> Times:
+        """Those in the file at ``path``, or in the cache where that is None.
+
+        Raises:
+            SurgeryValueError: the file is no profile, or one of a processor where the network is on an accelerator, or the other way round.
+        """
+        if setup.runtime in ON_PROCESSORS:
+            setup = replace(setup, device="cpu")
         need_here = describe(setup)
         if path is None:
             file = cache_file(need_here)
@@ -46,6 +57,10 @@ class Times:
             return cls(setup, profile, file, cached=True)
         file = Path(path)
         profile = Profile.load(file) if file.exists() else Profile({})  # of a device that has timed nothing yet
+        there, here = profile.device.get("device", need_here["device"]), need_here["device"]
+        if setup.runtime not in ON_PROCESSORS and (there == "cpu") != (here == "cpu"):
+            told = f"its times are of {there!r}, the network is on {here!r}; move the network and example_inputs there, or name another file"
+            raise SurgeryValueError(f"ranks: the profile {file}: {told}")
         return cls(setup, profile, file, profile.device != need_here)
 
     def __getitem__(self, shape: TimedShape) -> Entry:
@@ -78,6 +93,8 @@ class Times:
         try:
             write_shapes(missing, file)
             how = f"--runtime {self.setup.runtime} --threads {self.setup.threads}"
+            kind = torch.device(self.setup.device).type
+            how += "" if kind == "cpu" else f" --device {kind}"
             told = f"they are listed in {file}: run `surgery profile {file} --out {self.file} {how}` on that device"
         except OSError as error:
             told = f"their list could not be written to {file} ({error}); give a profile in a folder that can be written"
@@ -85,17 +102,20 @@ class Times:
         return SurgeryValueError(f"ranks: the profile {self.file}{there} lacks {len(missing)} shapes, the first is {missing[0].key!r}; {told}")
 
 
-def profile_of(shapes: Sequence[TimedShape], path: Path, runtime: str, threads: int | None = None) -> Profile:
+def profile_of(shapes: Sequence[TimedShape], path: Path, runtime: str, threads: int | None = None, device: str = "cpu") -> Profile:
     """Time a list of shapes on this machine and add them to the profile at ``path``, or make it.
 
     Raises:
-        SurgeryValueError: the file is of another device, or none.
+        SurgeryValueError: the file is of another device, or none; there is no such device here, or the runtime is not timed on it.
         MissingExtra: the runtime is not installed.
     """
-    setup = Setup(runtime=runtime, threads=threads or torch.get_num_threads())
+    Options(device=device)
+    if runtime in ON_PROCESSORS and torch.device(device).type != "cpu":
+        raise SurgeryValueError(f"device: {runtime} is timed on the processor, got {device!r}; leave it out, or time in eager mode")
+    setup = Setup(runtime=timed_in(runtime), threads=threads or torch.get_num_threads(), device=device)
     check_installed(runtime)
-    times = Times.of(setup, str(path)) if path.exists() else Times(setup, Profile(describe(setup)), path)
-    if times.foreign:
+    times = Times(setup, Profile.load(path) if path.exists() else Profile(describe(setup)), path)
+    if times.profile.device != describe(setup):
         raise SurgeryValueError(f"{path}: it is a profile of {times.profile.device}, this is {describe(setup)}; give another file")
     times.measure(shapes)
     return times.profile

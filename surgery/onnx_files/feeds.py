@@ -16,7 +16,7 @@ from surgery.onnx_files.shapes import declared_shapes
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["Feed", "example_feed", "noise_like", "open_inputs", "shaken", "shapes_of_feed"]
+__all__ = ["Feed", "example_feed", "noise_like", "open_inputs", "shaken", "shapes_of_feed", "shuffled"]
 
 Feed = Mapping[str, Tensor]
 
@@ -78,6 +78,17 @@ def noise_like(feed: Feed, seed: int) -> Feed:
         return (torch.randn(tensor.shape, generator=generator, device="cpu", dtype=torch.float64) * spread + wide.mean()).to(tensor.dtype)
 
     return {name: noisy(tensor) for name, tensor in feed.items()}
+
+
+def shuffled(feed: Feed, seed: int) -> Feed:
+    """The numbers of floating-point inputs in another order; the other inputs as they are."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def other(tensor: Tensor) -> Tensor:
+        order = torch.randperm(tensor.numel(), generator=generator, device="cpu")
+        return tensor.flatten()[order].reshape(tensor.shape) if tensor.is_floating_point() else tensor
+
+    return {name: other(tensor) for name, tensor in feed.items()}
 
 
 def shaken(feed: Feed, share: float) -> Feed:

@@ -14,7 +14,7 @@ from surgery.files import as_path
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, TensorProto
 
-__all__ = ["check_valid", "copied", "data_files", "has_external_data", "move_out", "open_model", "read_graph", "write_model"]
+__all__ = ["check_valid", "copied", "data_files", "has_external_data", "move_out", "open_model", "read_graph", "without_functions", "write_model"]
 
 LARGEST = 2**31 - 2**20  # bytes that a message of protobuf can hold, with room for its frame
 SMALLEST = 1024  # bytes of a weight that is worth a place in another file
@@ -35,11 +35,16 @@ def open_model(path: str | os.PathLike[str]) -> ModelProto:
         onnx.load_external_data_for_model(model, str(file.parent))
     except (onnx.checker.ValidationError, OSError, ValueError) as error:
         raise SurgeryValueError(f"{file}: the data that it keeps in other files cannot be read ({error}); put them beside it") from error
-    if any(_has_layers(function.node) for function in model.functions):
-        from onnx import inliner
+    return without_functions(model)
 
-        model = inliner.inline_local_functions(model)
-    return model
+
+def without_functions(model: ModelProto) -> ModelProto:
+    """The model with the functions of its own put where they are called, where there are layers in them; else as it is."""
+    if not any(_has_layers(function.node) for function in model.functions):
+        return model
+    from onnx import inliner
+
+    return inliner.inline_local_functions(model)
 
 
 def read_graph(file: Path) -> ModelProto:

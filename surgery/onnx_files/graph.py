@@ -39,7 +39,10 @@ class Constant:
 
 
 class Graph:
-    """The main graph of a model, looked at: a snapshot, to be made anew when the graph has changed."""
+    """The main graph of a model, looked at: a snapshot, to be made anew when the graph has changed.
+
+    ``fixed`` are the values that no input of the graph has a part in: constants, and what is computed from them.
+    """
 
     def __init__(self, model: ModelProto) -> None:
         graph = model.graph
@@ -47,6 +50,7 @@ class Graph:
         self.outputs = [value.name for value in graph.output]
         self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         self.sparse = {tensor.values.name for tensor in graph.sparse_initializer}
+        self.fixed = {*self.initializers, *self.sparse}
         self.makers: dict[str, int] = {}
         self.readers: dict[str, list[Reader]] = {}
         for index, node in enumerate(self.nodes):
@@ -54,9 +58,12 @@ class Graph:
                 self.makers[name] = index
             for place, name in enumerate(node.input):
                 self.readers.setdefault(name, []).append(Reader(index, place))
-            for inner in inner_graphs(node):
+            inner_ones = list(inner_graphs(node))
+            for inner in inner_ones:
                 for name in (*(name for n in inner.node for name in n.input), *(value.name for value in inner.output)):
                     self.readers.setdefault(name, []).append(Reader(index, None, inside=True))
+            if not inner_ones and all(name in self.fixed for name in node.input if name):
+                self.fixed.update(node.output)
         for name in self.outputs:
             self.readers.setdefault(name, []).append(Reader(None, None))
 
@@ -142,6 +149,8 @@ def read_tensor(tensor: TensorProto) -> Tensor:
 
     array = onnx.numpy_helper.to_array(tensor)
     if tensor.data_type == onnx.TensorProto.BFLOAT16:  # numpy has none
+        if array.itemsize == 4:  # from an older onnx, which widens them
+            return torch.from_numpy(array.copy()).bfloat16()
         return torch.from_numpy(array.view(numpy.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())
 

@@ -105,11 +105,12 @@ class OnnxHost(Host):
         if layer is None or layer.factorization is None:
             return None
         index = layer.nodes[-1]
-        node, bias = self._graph.nodes[index], bias_of(self._graph.nodes[index])
+        node, added = self._graph.nodes[index], bias_of(self._graph.nodes[index])
         piece = self._pieces(layer)[-1]
-        numbers = [layer.constants[-1].name, *([] if bias is None else [bias])]
-        own = all(len(self._graph.readers_of_constant(each)) == 1 for each in numbers)
-        if not own or (bias is not None and (piece.bias is None or not isinstance(self._graph.constant(bias), Constant))):
+        bias = None if added is None else self._graph.constant(added)
+        numbers = [layer.constants[-1], *([bias] if isinstance(bias, Constant) else [])]  # what is held, behind whatever Identity nodes
+        own = all(len(self._graph.readers_of_constant(each.name)) == 1 for each in numbers)
+        if not own or (bias is not None and (piece.bias is None or not isinstance(bias, Constant))):
             return None
         return End(node=index, reads=node.input[0], gives=node.output[0], piece=piece, lower=auto_pad(node) == b"SAME_LOWER")
 
@@ -240,9 +241,10 @@ class OnnxHost(Host):
         nodes = []
         for number, (name, piece) in enumerate(pieces, 1):
             last = number == len(pieces)
-            values = [value, self._stored_name(piece, lies=piece.geometry.is_linear and not (last and bias is not None))]
+            lies = piece.geometry.is_linear and (not last or layer.lies[-1])  # as in the layer: those tied to it read the same weight, bias or not
+            values = [value, self._stored_name(piece, lies=lies)]
             made = output if last else self._fresh(f"{name}.output")
-            nodes.append(piece_node(piece.geometry, name, values + ([bias] if last and bias is not None else []), made, same))
+            nodes.append(piece_node(piece.geometry, name, values + ([bias] if last and bias is not None else []), made, same, lies=lies))
             value = made
         weights = tuple(node.input[1] for node in old)
         self._edits.append(Edit(nodes=layer.nodes, instead=tuple(nodes), weights=weights))

@@ -125,8 +125,8 @@ def _layer(graph: Graph, shapes: Shapes, index: int, node: NodeProto, names: set
     constant = graph.constant(node.input[place])
     known = isinstance(constant, Constant)
     shape = tuple(constant.tensor.dims) if isinstance(constant, Constant) else shapes.get(node.input[place])
-    if not known and "MatMul" in node.op_type and "quantized" not in str(constant):
-        return None  # a product of two things that are computed is no layer
+    if not known and "MatMul" in node.op_type and "quantized" not in str(constant) and node.input[place] not in graph.fixed:
+        return None  # a product of two things that depend on the inputs is no layer
     found = None if shape is None else layer_node(node, shape)
     if found is None:
         return None

@@ -112,22 +112,23 @@ def stored(weight: Tensor, lies: bool) -> Tensor:
     return weight.mT.contiguous() if lies else weight
 
 
-def piece_node(geometry: Geometry, name: str, values: Sequence[str], output: str, same: bytes | None) -> NodeProto:
+def piece_node(geometry: Geometry, name: str, values: Sequence[str], output: str, same: bytes | None, *, lies: bool) -> NodeProto:
     """The node of a layer.
 
     Args:
         geometry: of the layer.
         name: of the node.
-        values: names of its input, its weight and, if it has one, its bias; the weight of a linear layer without bias lies, with one it does not.
+        values: names of its input, its weight and, if it has one, its bias.
         output: name of its output.
         same: how padding ``"same"`` shares an odd number of pixels out.
+        lies: whether the weight of a linear layer lies; where it does not, or there is a bias, the input must be a matrix.
     """
     from onnx import helper
 
     if geometry.is_linear:
-        if len(values) == 2:
+        if len(values) == 2 and lies:
             return helper.make_node("MatMul", values, [output], name=name)
-        return helper.make_node("Gemm", values, [output], name=name, transB=1)
+        return helper.make_node("Gemm", values, [output], name=name, transB=0 if lies else 1)
     told: dict[str, Any] = {"kernel_shape": geometry.kernel, "strides": geometry.stride, "dilations": geometry.dilation, "group": geometry.groups}
     if geometry.padding == "same":
         told["auto_pad"] = same or b"SAME_UPPER"

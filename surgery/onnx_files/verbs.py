@@ -55,7 +55,7 @@ class OnnxResult:
         path: the file that was written.
         report: what was done to every layer; MACs are those of the sizes that it was run with.
         rounding: largest max |a - b| / max |b| between the written file and the network with its chains merged, in onnxruntime on noise and on
-            the example inputs; None where nothing was checked.
+            the example inputs (of integer and bool outputs the share of entries that differ); None where nothing was checked.
         difference: the same between the written file and the one that it was made from: what truncation did.
         size_bytes: of the file and of the one beside it that has its weights, if there is one.
     """
@@ -144,6 +144,7 @@ def decompose_onnx(
     record.plan = Plan({name: chain or Keep(reasons.get(name, "kept")) for name, chain in chains.items()})
     record.calibrated = learnt.examples if result.modified else record.calibrated
     record.errors |= {o.site: o.error for o in result.outcomes if o.error is not None}
+    _forget_output_errors(record, result)
     record.output_errors |= corrected
     return _finished(work, record, name_of(Decompose(assignment={})) if result.modified else None, target, cut=True, check=check)
 
@@ -198,7 +199,7 @@ def reconstruct_onnx(path: str | os.PathLike[str], out: str | os.PathLike[str], 
         raise SurgeryValueError(f"{work.source}: it holds no chain that surgery made, so there is nothing to fuse{hint}")
     result = Reconstruct()(work.host)
     record = read_file_record(work.model)
-    restored = {o.site for o in result.outcomes if o.status == "applied"}
+    restored = _forget_output_errors(record, result)
     record.plan = Plan({site.name: site.chain or record.plan.get(site.name) or Keep("not decomposed") for site in work.host.sites()})
     for name in restored:
         record.plan[name] = Keep("reconstructed")
@@ -321,6 +322,14 @@ def _finished(work: _Work, record: FileRecord, ran: str | None, target: Path, *,
             rounding, difference = prove(file, merged, work.source, work.feed, external=external)
         size = sum(p.stat().st_size for p in file.parent.iterdir())
     return OnnxResult(path=str(target), report=report, rounding=rounding, difference=difference, size_bytes=size)
+
+
+def _forget_output_errors(record: FileRecord, result: PassResult) -> list[str]:
+    """What was measured of chains that are others now, or none any more, no longer holds; their names."""
+    changed = [outcome.site for outcome in result.outcomes if outcome.status == "applied"]
+    for name in changed:
+        record.output_errors.pop(name, None)
+    return changed
 
 
 def _data_name(source: Path, target: Path) -> str:

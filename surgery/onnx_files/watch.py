@@ -13,7 +13,7 @@ from torch import Tensor
 from surgery.export.onnx import onnx_session, run_session
 from surgery.onnx_files.feeds import Feed
 from surgery.onnx_files.files import copied, write_model
-from surgery.onnx_files.graph import tensor_dtype
+from surgery.onnx_files.graph import tensor_dtype, true_inputs
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
@@ -61,7 +61,7 @@ def watched(model: ModelProto, values: Sequence[str], *, external: bool, only: b
     copy.ir_version = max(copy.ir_version, DEFAULTS_SINCE if loose else 0)
     _loosen(copy.graph, loose)
     _keep_tensors(copy.graph)
-    given = {value.name for value in (*copy.graph.output, *copy.graph.input)}
+    given = {*(value.name for value in copy.graph.output), *true_inputs(copy.graph)}  # defaults of inputs are not told otherwise
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in given)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "watched.onnx"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.errors import SurgeryError
 from passes.parity import private_inputs
-from passes.running import arguments, kept_random_states, model_errors
+from passes.running import arguments, kept_random_states, model_errors, without_waiting
 from surgery.refinement import distance, outputs_on
 
 __all__ = ["reestimate", "reestimate_where_it_helps", "statistics_of"]
@@ -45,7 +44,6 @@ def reestimate(model: nn.Module, batches: Sequence[Any], argument: str = "batch_
         return len(norms)
     modes = {module: module.training for module in model.modules()}
     before = [(norm, norm.momentum, {name: b.clone() for name, b in norm._buffers.items() if b is not None}) for norm in norms]
-    forwards = {norm: norm.__dict__["forward"] for norm in norms if "forward" in norm.__dict__}  # somebody's own
     done = False
     try:
         model.eval()
@@ -53,9 +51,7 @@ def reestimate(model: nn.Module, batches: Sequence[Any], argument: str = "batch_
             norm.reset_running_stats()
             norm.training = True  # not what it may hold beside
             norm.momentum = None  # the average of all
-            if "forward" not in norm.__dict__ and type(norm).forward is nn.SyncBatchNorm.forward:  # which would wait for other processes
-                norm.__dict__["forward"] = types.MethodType(_BatchNorm.forward, norm)
-        with kept_random_states(), torch.no_grad():
+        with kept_random_states(), torch.no_grad(), without_waiting(model):
             for batch in batches:
                 args, kwargs = arguments(private_inputs(batch))
                 with model_errors(model, batch, argument):
@@ -63,8 +59,6 @@ def reestimate(model: nn.Module, batches: Sequence[Any], argument: str = "batch_
         done = all(bool(t.isfinite().all()) for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None)
     finally:
         for norm, momentum, buffers in before:
-            norm.__dict__.pop("forward", None)
-            norm.__dict__.update({"forward": forwards[norm]} if norm in forwards else {})
             norm.momentum = momentum
             reached = done and (norm.num_batches_tracked is None or int(norm.num_batches_tracked) > 0)
             for name, value in buffers.items():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from passes import host_for
-from passes.errors import SurgeryError
+from passes.errors import SurgeryError, SurgeryValueError
 
 if TYPE_CHECKING:
     from surgery.training.followers import Followers
@@ -53,10 +53,14 @@ def done_together(
         facts: what was done, to be pickled.
         take: brings the model and all that follows it to these facts, in the other processes; numbers and states of optimizers are sent after that.
         followers: the model with its optimizers and copies.
+
+    Raises:
+        SurgeryValueError: they are not as many in all processes.
     """
     if not _several():
         work()
         return
+    _check_alike(followers)
 
     def first() -> Mapping[str, Any]:
         work()
@@ -75,6 +79,22 @@ def done_together(
         _send_state(optimizer)
     if sent:
         followers.hand_over_gradients(before, host_for(followers.model).sites())
+
+
+def _check_alike(followers: Followers) -> None:
+    """All processes are sent to in turn, so all must have as many tensors to be sent.
+
+    Raises:
+        SurgeryValueError: in all of them, where one has other optimizers or copies than the rest.
+    """
+    import torch.distributed as dist
+
+    mine = len(followers.optimizers), len(followers.copies)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if len(set(everyone)) > 1:
+        told = "; ".join(f"process {rank}: {optimizers} and {copies}" for rank, (optimizers, copies) in enumerate(everyone))
+        raise SurgeryValueError(f"optimizer and also: every process must give as many optimizers and copies as the others; got {told}")
 
 
 def _several() -> bool:
@@ -101,7 +121,7 @@ def _send(tensor: Tensor) -> None:
 def _send_state(optimizer: Any) -> None:
     """State of every parameter: its outline first, then its tensors."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    outline = told_by_first(lambda: [_outline(optimizer.state[p]) if p in optimizer.state else None for p in parameters])
+    outline = told_by_first(lambda: [_outline(optimizer.state[p], p) if p in optimizer.state else None for p in parameters])
     with torch.no_grad():
         for parameter, keys in zip(parameters, outline, strict=True):
             if keys is None:
@@ -110,7 +130,7 @@ def _send_state(optimizer: Any) -> None:
             state = optimizer.state.setdefault(parameter, {})
             for key, (value, tensor) in keys.items():
                 if tensor is None:
-                    state[key] = value
+                    state[key] = value.number.to(parameter.device if value.beside else "cpu") if isinstance(value, _Number) else value
                     continue
                 shape, dtype = tensor
                 if not (isinstance(state.get(key), Tensor) and state[key].shape == shape and state[key].dtype == dtype):
@@ -119,7 +139,21 @@ def _send_state(optimizer: Any) -> None:
                 _send(state[key])
 
 
-def _outline(state: Mapping[str, Any]) -> dict[str, tuple[Any, tuple[torch.Size, torch.dtype] | None]]:
+class _Number(NamedTuple):
+    """A tensor of one number, sent from the CPU, and whether it is to lie on the device of its parameter: each process has one of its own."""
+
+    number: Tensor
+    beside: bool
+
+
+def _outline(state: Mapping[str, Any], parameter: Tensor) -> dict[str, tuple[Any, tuple[torch.Size, torch.dtype] | None]]:
     """For each key its value, or shape and number type of a tensor, which is sent on its own."""
-    large = {key for key, value in state.items() if isinstance(value, Tensor) and value.ndim > 0}
-    return {key: (None, (value.shape, value.dtype)) if key in large else (value, None) for key, value in state.items()}
+    found: dict[str, tuple[Any, tuple[torch.Size, torch.dtype] | None]] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            found[key] = value, None
+        elif value.ndim > 0:
+            found[key] = None, (value.shape, value.dtype)
+        else:
+            found[key] = _Number(value.detach().cpu(), value.device == parameter.device), None
+    return found

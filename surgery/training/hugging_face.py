@@ -31,7 +31,8 @@ class DecompositionCallback(TrainerCallback):  # type: ignore[misc]
         Trainer(model, args, callbacks=[DecompositionCallback(DecompositionSchedule(decompose_at=1))])
 
     Beside each of the trainer's checkpoints stands the schedule, in ``surgery_schedule.json``. To go on from one, let ``resume`` give the fresh
-    model its chains before ``trainer.train(resume_from_checkpoint=folder)`` loads them.
+    model its chains before ``trainer.train(resume_from_checkpoint=folder)`` loads them. With ``load_best_model_at_end`` the best is that of the
+    checkpoints since the last surgery.
 
     Args:
         schedule: when and how.
@@ -73,16 +74,18 @@ class DecompositionCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         if self.unit == "epoch":
-            self._step(int(state.epoch + 1e-6), **known)  # a share of an epoch where training goes on from the middle of one
+            self._step(int(state.epoch + 1e-6), state, **known)  # a share of an epoch where training goes on from the middle of one
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         if self.unit == "step":
-            self._step(state.global_step, **known)
+            self._step(state.global_step, state, **known)
 
     def on_save(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             write_atomically(folder / FILE, (json.dumps(self.schedule.state_dict()) + "\n").encode())
 
-    def _step(self, position: int, **known: Any) -> None:
-        self.schedule.step(position, known["model"], known["optimizer"], known.get("lr_scheduler"), also=self.also)
+    def _step(self, position: int, state: Any, **known: Any) -> None:
+        if self.schedule.step(position, known["model"], known["optimizer"], known.get("lr_scheduler"), also=self.also) is not None:
+            # checkpoints from before hold another architecture, of which the best could not be loaded at the end
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None

@@ -14,9 +14,11 @@ from torch import nn
 
 from passes import host_for
 from passes.errors import SurgeryTypeError, SurgeryValueError, true_or_false
+from passes.parity import private_inputs, tensors_in
 from passes.running import callers_code, output_of
 from surgery.checkpoint import record_to_data
 from surgery.decompose import DEFAULT_STATE, Ranks, decompose, plan
+from surgery.draft import check_answerable
 from surgery.fitting import usable_batches
 from surgery.inspection import usable_model
 from surgery.options import Options, runtime_of
@@ -127,6 +129,8 @@ class DecompositionSchedule:
         self.options = Options(
             method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device, effective_weights=effective_weights
         )
+        for request in self._requests:
+            check_answerable(request, method, inputs=example_inputs is not None)
         if decay not in DECAYS:
             raise SurgeryValueError(f"decay: {decay!r} is none of {list(DECAYS)}")
         as_rules(state)
@@ -283,10 +287,11 @@ class DecompositionSchedule:
         cut_before = any(site.chain is not None for site in host_for(model).sites())
         whole = reconstruct(model) if cut_before else model
         batches, statistics = _batches(model, "calibration", self.calibration), _batches(model, "batch_norm", self.batch_norm)
-        if statistics is not None:
-            for batch in statistics:  # what cannot be run is said before anything is cut
-                output_of(model, batch, argument="batch_norm")
-        chosen = self._chosen(model, whole, batches)
+        taken = [(network, [_as_for(network, model, batch) for batch in statistics]) for network in (model, *followers.copies) if statistics]
+        for network, own in taken:
+            for batch in own:  # what cannot be run is said before anything is cut
+                output_of(network, batch, argument="batch_norm")
+        standing, chosen = plan_of(model), self._chosen(model, whole, batches)
         decompose(
             model,
             onto(model, chosen),
@@ -302,10 +307,11 @@ class DecompositionSchedule:
         )
         if chosen.latency is not None:
             write_record(model, replace(read_record(model) or SurgeryRecord(), latency=chosen.latency))
-        self._gains, self._highest, self._plan, self._record = gains_of(model), {}, plan_of(model), whole_record(model)
+        self._gains, self._plan, self._record = gains_of(model), plan_of(model), whole_record(model)
+        self._highest = {name: rate for name, rate in self._highest.items() if self._plan.get(name) == standing.get(name)}
         self.cuts_done += 1
-        for network in (model, *followers.copies) if statistics is not None else ():
-            reestimate(network, statistics or [])
+        for network, own in taken:
+            reestimate(network, own)
 
     def _chosen(self, model: nn.Module, whole: nn.Module, batches: Any) -> Plan:
         """What the cut that is due would make of the network as it was without chains."""
@@ -367,6 +373,15 @@ class DecompositionSchedule:
         # torch calls hooks in this order: what decay does to the factors after a step is shortened with it
         self._decaying = frobenius_decay(model, list(optimizers)) if cut and self.decay == "product" else None
         self._shortened = ShorterSteps(model, list(optimizers), self.rate, self._gains, self._highest) if cut and self.rate != 1 else None
+
+
+def _as_for(network: nn.Module, model: nn.Module, batch: Any) -> Any:
+    """A batch of the model's for a copy of it, which may lie elsewhere or be held in more digits."""
+    mine, own = (next((t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()), None) for net in (model, network))
+    if mine is None or own is None or (mine.device, mine.dtype) == (own.device, own.dtype):
+        return batch
+    moved = {id(t): t.detach().to(own.device, own.dtype if t.dtype == mine.dtype else t.dtype) for t in tensors_in(batch)}
+    return private_inputs(batch, moved)
 
 
 def _batches(model: nn.Module, argument: str, given: Batches) -> Any:

@@ -41,15 +41,20 @@ def gains_of(model: nn.Module) -> Gains:
         if site.chain is None or site.tied_to is not None:
             continue
         chain = ChainMap.of(site.geometry, site.chain, site.pieces, torch.float32)
-        weight = chain.weight()
-        draws = max(DRAWS, NUMBERS // max(weight.numel(), 1))
-        generator = torch.Generator().manual_seed(0)
-        totals = [0.0] * len(chain.factors)
-        for _ in range(draws):
-            pulled = chain.pull_back(torch.randn(weight.shape, generator=generator, device="cpu").to(weight))
-            totals = [total + float(p.square().sum()) for total, p in zip(totals, pulled, strict=True)]
-        found[site.name] = [total / draws / factor.numel() for total, factor in zip(totals, chain.factors, strict=True)]
+        with torch.autocast(site.device.type, enabled=False):  # in whose precision the caller may be training
+            found[site.name] = _gains(chain)
     return found
+
+
+def _gains(chain: ChainMap) -> list[float]:
+    weight = chain.weight()
+    draws = max(DRAWS, NUMBERS // max(weight.numel(), 1))
+    generator = torch.Generator().manual_seed(0)
+    totals = [0.0] * len(chain.factors)
+    for _ in range(draws):
+        pulled = chain.pull_back(torch.randn(weight.shape, generator=generator, device="cpu").to(weight))
+        totals = [total + float(p.square().sum()) for total, p in zip(totals, pulled, strict=True)]
+    return [total / draws / factor.numel() for total, factor in zip(totals, chain.factors, strict=True)]
 
 
 class ShorterSteps:

@@ -121,3 +121,17 @@ def test_a_plan_of_another_network_is_told():
     plan["conv2"] = surgery.Tucker(500, 16)
     with pytest.raises(surgery.SurgeryValueError, match=r"explain: 'conv2' cannot be cut as the plan says: rank 500 .*is it a plan of this model"):
         surgery.explain(model, "conv2", plan)
+
+
+def test_a_layer_of_another_network_is_said_to_be_one(model):
+    plan = surgery.Plan({"conv9": surgery.Tucker(4, 4)})
+    with pytest.raises(surgery.SurgeryValueError, match="'conv9' is no layer of this model, but of the plan's"):
+        surgery.explain(model, "conv9", plan)
+
+
+def test_a_network_that_is_cut_where_its_tradeoff_does_not_look_has_no_place_beside_it():
+    model, x = Small(), torch.randn(1, 3, 12, 12)
+    net = surgery.decompose(model, {"re:.*": 0.5}, method="svd", include="head", guard="none", example_inputs=x)
+    assert surgery.report(net)["head"].status == "decomposed"
+    assert surgery.report(net, before=model, example_inputs=x).place is None
+    assert surgery.report(surgery.decompose(model, {"conv2": 0.5}, example_inputs=x), before=model, example_inputs=x).place is not None

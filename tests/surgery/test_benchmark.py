@@ -7,8 +7,10 @@ import itertools
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import nn
 
 import surgery
@@ -17,12 +19,14 @@ from surgery import cli
 from surgery.benchmarking import layers, memory, sampling
 from surgery.benchmarking.conditions import conditions_of
 from surgery.benchmarking.environment import environment
-from surgery.benchmarking.files import FileInput, made_up
+from surgery.benchmarking.files import FileInput, macs_of_file, made_up
+from surgery.benchmarking.onnx_files import size_of
 from surgery.benchmarking.result import NO_VERDICT, RuntimeResult, verdict
 from surgery.benchmarking.table import benchmark_table
 from surgery.cost.profile import Entry
+from surgery.onnx_files.files import write_model
 from surgery.tables import render
-from tests.networks import Random, Small, random_states
+from tests.networks import Branching, Random, Small, random_states
 
 X = torch.randn(1, 3, 12, 12)
 
@@ -452,3 +456,43 @@ def test_a_training_step_is_whole_in_inference_mode_too():
     with torch.inference_mode():
         surgery.benchmark(model, surgery.decompose(model, 0.5), torch.randn(2, 3, 12, 12), runtimes=["train"], repeats=8, layers=True)
     assert Backwards.times - before >= 2 * 8
+
+
+class Traceable(nn.Module):
+    """Exports only by tracing: what it calls has no meaning to torch.export."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y + float(torch.tensor([len(repr(type(y)))]).numpy()[0] > 1e6)
+
+
+def test_networks_that_only_a_trace_exports_are_timed_by_their_trace():
+    measured = surgery.benchmark(Traceable(), Traceable(), X, runtimes=["onnxruntime"], repeats=8)
+    assert [row.runtime for row in measured.rows] == ["onnxruntime"]
+    with pytest.raises(SurgeryError, match="would keep the one way that the example inputs take"):
+        surgery.benchmark(Branching(), Branching(), X, runtimes=["onnxruntime"], repeats=8)
+
+
+def test_macs_in_the_functions_of_a_file_are_counted(tmp_path):
+    weight = helper.make_tensor("w", TensorProto.FLOAT, (6, 4, 3, 3), np.ones(6 * 4 * 9, np.float32).tobytes(), raw=True)
+    inside = helper.make_function("own", "Block", ["a", "b"], ["o"], [helper.make_node("Conv", ["a", "b"], ["o"])], [helper.make_opsetid("", 17)])
+    ends = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", (1, 4, 8, 8)), ("y", None)))
+    graph = helper.make_graph([helper.make_node("Block", ["x", "w"], ["y"], domain="own")], "net", *([end] for end in ends), [weight])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=opsets, functions=[inside]), tmp_path / "net.onnx")
+    assert macs_of_file(tmp_path / "net.onnx", {"x": torch.zeros(1, 4, 8, 8)}) == 6 * 36 * 4 * 9
+
+
+def test_the_size_of_a_file_counts_weights_of_inner_graphs_beside_it(tmp_path):
+    weight = helper.make_tensor("w", TensorProto.FLOAT, (1024,), np.ones(1024, np.float32).tobytes(), raw=True)
+    out = helper.make_tensor_value_info("o", TensorProto.FLOAT, None)
+    bodies = {name: helper.make_graph([helper.make_node("Add", ["x", "w"], ["o"])], name, [], [out], [weight]) for name in ("then", "else")}
+    node = helper.make_node("If", ["c"], ["y"], then_branch=bodies["then"], else_branch=bodies["else"])
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1024,)), helper.make_tensor_value_info("c", TensorProto.BOOL, ())]
+    graph = helper.make_graph([node], "net", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    write_model(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "net.onnx", external=True)
+    assert size_of(tmp_path / "net.onnx") == sum(file.stat().st_size for file in tmp_path.iterdir()) > 2 * 4096

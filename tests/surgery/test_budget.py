@@ -117,7 +117,9 @@ def test_the_choice_without_loss_does_not_take_the_marks_of_the_others():
     losses = np.append(np.geomspace(1.0, 1e-3, 3999), 0.0)  # the last one keeps the layer
     thinned = pareto(costs, losses, 400)
     steps = losses[thinned][:-2] / losses[thinned][1:-1]
-    assert len(thinned) > 350 and steps.max() < 1.05 and int(thinned[-1]) == 3999
+    assert len(thinned) > 350
+    assert steps.max() < 1.05
+    assert int(thinned[-1]) == 3999
 
 
 def macs_of(model):

@@ -17,7 +17,7 @@ from passes.metric import Metric, unweighted, weighted
 from passes.parity import assert_parity
 from passes.refit import refit
 from passes.spectra import Spectra
-from surgery import Budget, Refine
+from surgery import Budget, Refine, correction
 from surgery.calibration import batches_of, calibrate
 from surgery.correction import correct
 from surgery.training.batch_norm import reestimate, reestimate_where_it_helps
@@ -96,18 +96,111 @@ def test_moments_are_those_of_the_inputs_and_of_the_derivatives():
 
 def test_what_does_not_reach_the_output_counts_for_nothing():
     class Dead(nn.Module):
-        def __init__(self):
+        def __init__(self, scale):
             super().__init__()
-            self.used, self.dead = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+            self.used, self.dead, self.scale = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), scale
 
         def forward(self, x):
             self.dead(x)
-            return self.used(x)
+            return self.scale * self.used(x)
 
-    model = Dead()
-    plan = surgery.plan(model, Budget(macs=0.8), example_inputs=IMAGES[:1], calibration=[IMAGES])
-    assert isinstance(plan["used"], surgery.Keep)
-    assert not isinstance(plan["dead"], surgery.Keep)
+    for scale in (1.0, 1e-3):  # what the output counts in has no part in it
+        model = Dead(scale)
+        plan = surgery.plan(model, Budget(macs=0.8), example_inputs=IMAGES[:1], calibration=[IMAGES])
+        assert isinstance(plan["used"], surgery.Keep)
+        assert not isinstance(plan["dead"], surgery.Keep)
+
+
+class Patches(nn.Module):
+    """One picture becomes many; one layer is called twice, and one runs without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen, self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.frozen(x)
+        parts = self.first(x).unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(-1, 4, 4, 4)
+        return self.second(self.second(parts)).reshape(len(x), -1)
+
+
+def test_weightings_have_one_unit_however_many_rows_a_layer_makes_of_a_picture():
+    model, x = Patches().eval(), torch.randn(8, 3, 16, 16)
+    eye = torch.eye(4).reshape(4, 4, 1, 1)
+    with torch.no_grad():
+        for layer in (model.first, model.second):
+            layer.weight.copy_(eye)
+    found = calibrate(model, x.split(4), host_for(model).sites()).metrics
+    counts = {name: float(metric.outputs.diagonal(dim1=-2, dim2=-1).mean()) for name, metric in found.items()}
+    assert counts["first"] == pytest.approx(256, rel=0.1)  # pixels of a picture, white derivatives
+    assert counts["second"] == pytest.approx(2 * 256, rel=0.1)  # of both calls
+    assert counts["frozen"] == pytest.approx((counts["first"] + counts["second"]) / 2)
+
+
+def test_tied_layers_count_together():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    model[2].weight = model[0].weight
+    together = calibrate(model, [IMAGES], host_for(model).sites()).metrics
+    apart = copy.deepcopy(model)
+    apart[2].weight = nn.Parameter(apart[2].weight.detach().clone())
+    alone = calibrate(apart, [IMAGES], host_for(apart).sites()).metrics
+    torch.testing.assert_close(together["0"].outputs, alone["0"].outputs + alone["2"].outputs)
+    torch.testing.assert_close(together["0"].inputs, (alone["0"].inputs + alone["2"].inputs) / 2)
+
+
+class Unreached(nn.Module):
+    """As networks with heads that only training needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.auxiliary = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)
+
+    def forward(self, x):
+        y = self.body(x)
+        return (self.head(y), self.auxiliary(y)) if self.training else self.head(y)
+
+
+def test_a_budget_keeps_what_calibration_does_not_reach():
+    plan = surgery.plan(Unreached(), Budget(params=0.8), calibration=[IMAGES])
+    assert plan["auxiliary"].reason == "the calibration batches do not reach it"
+    assert not isinstance(plan["head"], surgery.Keep)
+
+
+class Routed(nn.Module):
+    """Only what the first layer makes much of goes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        with torch.no_grad():
+            self.least = self.rating(self.first(IMAGES)).median()
+
+    def rating(self, y):
+        return y.square().flatten(1).mean(1)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.second(y[self.rating(y) > self.least])
+
+
+def test_a_layer_that_gets_other_rows_after_the_cut_is_left_uncorrected():
+    model = Routed().eval()
+    net = surgery.decompose(model, {"re:.*": (1, 1)}, calibration=[IMAGES])
+    assert len(net(IMAGES)) != len(model(IMAGES)) == 32
+    rows = {row.name: row for row in surgery.report(net).layers}
+    assert rows["first"].output_error is not None
+    assert rows["second"].status == "decomposed"
+    assert rows["second"].output_error is None
+
+
+def test_hooks_of_the_layer_run_once_on_its_corrected_chain(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
+    model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    for held in (correction.HELD, 0.0):  # side by side, and one pass after the other
+        monkeypatch.setattr(correction, "HELD", held)
+        net = surgery.decompose(model, {"0": (8, 3)}, calibration=IMAGES.split(16))
+        assert distance(net, model, IMAGES) < 1e-3
 
 
 def test_refit_finds_the_layer_that_made_the_data():

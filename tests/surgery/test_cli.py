@@ -137,6 +137,11 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_1(capsys, arguments, mess
         (["decompose", MODEL, "--time", "tensorrt"], "'tensorrt' is none of"),
         (["decompose", MODEL, "--html", "page.html", "--time", "cuda"], "argument --time: 'cuda' is none of"),
         (["bench", "a.onnx", "b.onnx", "--calibration", "seen.npy"], "--calibration: nothing is cut"),
+        (["bench", "a.onnx", "b.onnx", "--ranks", "0.5", "--round-to", "8"], "--ranks, --round-to: nothing is cut"),
+        (["bench", "a.onnx", "b.onnx", "--include", "conv", "--weights", "w.pt"], "--include, --weights: nothing is cut"),
+        (["summary", "a" * 300], "expected torchvision:NAME"),
+        (["plan", MODEL, "--ranks", "a" * 300], "no rule and no file"),
+        (["profile", "shapes.json", "--out", "times.json", "--device", "nowhere"], "'nowhere' is no device that this torch can compute on"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(capsys, arguments, message, tmp_path, monkeypatch):
@@ -387,6 +392,28 @@ def test_nothing_is_written_by_a_command_that_fails(capsys, tmp_path):
     before = net.read_bytes()
     assert main(["decompose", str(net), str(net), "--ranks", "0.5", "--html", str(tmp_path / "nowhere" / "page.html")]) == 1
     assert net.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decompose", "absent:net", "--out", "nowhere/net"], "--out: the folder"),
+        (["decompose", "absent:net", "--out", "mine"], "--out: mine exists and is not a folder written by surgery.save"),
+        (["reconstruct", "absent:net", "--out", "mine/notes.txt"], "--out: mine/notes.txt exists and is not a folder"),
+        (["plan", "absent:net", "--out", "nowhere/plan.json"], "--out: the folder nowhere does not exist"),
+        (["plan", "absent:net", "--picture", "mine"], "--picture: mine is a folder"),
+        (["plan", "absent.onnx", "--out", "nowhere/plan.json"], "--out: the folder nowhere does not exist"),
+        (["report", "absent.onnx", "--html", "nowhere/page.html"], "--html: the folder nowhere does not exist"),
+        (["profile", "absent.json", "--out", "nowhere/times.json"], "--out: the folder nowhere does not exist"),
+        (["plan", "absent.onnx", "--out", "/dev/null"], "absent.onnx"),
+    ],
+)
+def test_where_nothing_can_be_written_no_work_is_begun(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_without_a_stdout_and_names_that_no_encoding_knows(tmp_path):

@@ -412,3 +412,37 @@ def test_large_weights_of_the_older_exporter_are_one_file_with_the_name_of_the_n
     for name, net in nets.items():
         (y,) = run_session(onnx_session(tmp_path / f"{name}.onnx"), X)
         torch.testing.assert_close(y, net(X).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("flipped", "allowed"), [(3, True), (400, False)])
+def test_few_labels_may_differ_where_scores_are_nearly_equal(flipped, allowed):
+    class Labels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 3, padding=1)
+
+        def forward(self, x):
+            scores = self.conv(x)
+            return {"labels": scores.argmax(1), "scores": scores}
+
+    def rounded(x):
+        found = net(x)
+        found["labels"].view(-1)[:flipped] += 3
+        return found
+
+    net, shapes = Labels().eval(), (((1, 3, 64, 64),),)
+    if allowed:
+        assert common.check_network(net, rounded, torch.randn(1, 3, 64, 64), shapes, "the file and the network") == 3 / 4096
+    else:
+        with pytest.raises(ParityError, match=r"0.09\d+ of the entries of an integer output differ, the tolerance is 0.001; check=False"):
+            common.check_network(net, rounded, torch.randn(1, 3, 64, 64), shapes, "the file and the network")
+
+
+def test_gaps_tell_numbers_from_labels():
+    scores, labels = torch.tensor([1.0, 2.0]), torch.tensor([1, 2, 3, 4])
+    assert common.gaps([scores, labels], [scores, labels]) == (0.0, 0.0)
+    assert common.gaps([scores * 1.5, labels.flip(0)], [scores, labels]) == (0.5, 1.0)
+    assert common.gaps([labels != 2], [labels != 3]) == (0.0, 0.5)
+    assert common.gaps([labels[:3]], [labels]) == (0.0, float("inf"))
+    assert common.gaps([labels], [labels, scores]) == (float("inf"), float("inf"))
+    assert common.gaps([torch.zeros(0).long()], [torch.zeros(0).long()]) == (0.0, 0.0)

@@ -73,3 +73,9 @@ def test_calibration_takes_part(model):
 def test_wrong_gates(model, ranks, evaluate, drop, message):
     with pytest.raises(surgery.SurgeryError, match=message):
         surgery.plan(model, ranks, example_inputs=X[:1], evaluate=evaluate, max_drop=drop)
+
+
+@pytest.mark.parametrize("score", [torch.ones(10), "high", None, [1.0]])
+def test_a_score_is_one_number(model, score):
+    with pytest.raises(surgery.SurgeryTypeError, match="evaluate: must give a number"):
+        surgery.plan(model, Budget(params=0.5), evaluate=lambda net: score)

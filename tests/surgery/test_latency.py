@@ -381,6 +381,39 @@ def test_the_command_that_times_shapes(clock, tmp_path, capsys):
     assert cli.main(command) == 1
 
 
+def test_what_is_timed_for_torch_compile_is_this_machines_own(clock, tmp_path):
+    write_shapes([TimedShape((conv(8),), (1, 8, 4, 4))], tmp_path / "s.json")
+    assert cli.main(["profile", str(tmp_path / "s.json"), "--out", str(tmp_path / "p.json"), "--runtime", "compile", "--threads", "1"]) == 0
+    found = times.Times.of(Setup(runtime=chains.timed_in("compile"), threads=1), tmp_path / "p.json")
+    assert not found.foreign
+    assert len(found.profile.entries) == 1
+
+
+def test_times_of_a_processor_are_none_of_an_accelerator(clock, tmp_path, monkeypatch):
+    shape, file = TimedShape((conv(8),), (1, 8, 4, 4)), tmp_path / "p.json"
+    eager, there = (Setup(runtime="eager", threads=1, device=device) for device in ("cpu", "cuda:0"))
+    assert f"--out {file} --runtime eager --threads 1 --device cuda`" in str(times.Times.of(there, file).lacks([shape]))
+    assert "--device" not in str(times.Times.of(eager, file).lacks([shape]))
+    Profile(describe(eager)).save(file)
+    with pytest.raises(surgery.SurgeryValueError, match="its times are of 'cpu', the network is on"):
+        times.Times.of(there, file)
+    Profile(describe(eager) | {"device": "an accelerator"}).save(file)
+    with pytest.raises(surgery.SurgeryValueError, match="its times are of 'an accelerator', the network is on 'cpu'"):
+        times.Times.of(eager, file)
+    onnx = Setup(runtime="onnxruntime", threads=1, device="cuda:0")
+    assert times.Times.of(onnx, file).foreign
+    assert times.Times.of(onnx, None).setup.device == "cpu"  # where onnxruntime runs, whatever the network is on
+    monkeypatch.setattr(times, "Options", lambda **_: None)
+    seen = []
+    monkeypatch.setattr(times, "time_shapes", lambda shapes, setup: seen.append(setup) or clock.time_shapes(shapes, setup))
+    made = times.profile_of([shape], tmp_path / "cuda.json", "eager", 1, "cuda:0")
+    assert (made.device, seen) == (describe(there), [there])
+    with pytest.raises(surgery.SurgeryValueError, match="it is a profile of"):
+        times.profile_of([shape], tmp_path / "cuda.json", "eager", 1)
+    with pytest.raises(surgery.SurgeryValueError, match="onnxruntime is timed on the processor"):
+        times.profile_of([shape], tmp_path / "q.json", "onnxruntime", 1, "cuda")
+
+
 def test_every_runtime_has_a_clock_and_a_race():
     from surgery.benchmark import RUNTIMES as WHOLE
     from surgery.ranks.budget import RUNTIMES as ASKED

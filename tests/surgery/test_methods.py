@@ -317,3 +317,11 @@ def test_an_output_size_of_wrong_length_is_an_error():
     with pytest.raises(SurgeryValueError, match="takes 2 or 3 numbers, got 1"):
         net[0](torch.randn(6, 4, 4), output_size=[6])
     assert net[0](torch.randn(6, 4, 4), output_size=[5, 6, 6]).shape == (5, 6, 6)
+
+
+def test_a_kind_that_is_slow_leaves_what_the_rule_asked_for(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(16, 16, 3))
+    monkeypatch.setattr("surgery.latency.Stopwatch.pays", lambda s, site, chain, runtime: None if isinstance(chain, Tucker) else surgery.Keep("slow"))
+    monkeypatch.setattr("surgery.ranks.auto.best_kind", lambda site, asked, spectra, round_to: surgery.Depthwise(rank=1))
+    plan = surgery.plan(model, 0.5, method="auto", guard="latency", example_inputs=torch.randn(1, 16, 8, 8))
+    assert plan["0"] == Tucker(8, 8)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import surgery
-from passes.errors import SurgeryError, SurgeryTypeError
+from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from surgery import DecompositionSchedule
 
 pytestmark = pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="needs gloo")
@@ -159,7 +159,26 @@ def accumulated(rank, folder):
     torch.save(seen, folder / f"{rank}.pt")
 
 
-WORKS = (ddp, other_ranks_differ, factored_states, failure, sharded, accumulated)
+def unlike(rank, folder):
+    """Only the first process keeps an averaged copy, as many programs do."""
+    model = network()
+    before = list(map(id, model.parameters()))
+    with pytest.raises(SurgeryValueError, match="process 0: 2 and 1; process 1: 2 and 0"):
+        DecompositionSchedule(0, ranks=0.5, guard="none").step(0, model, optimizers(model), also=network() if rank == 0 else None)
+    assert before == list(map(id, model.parameters()))
+
+
+def alone_in_its_norms(rank, folder):
+    """The first process runs batches by itself, in train mode, through norms that would wait for the other."""
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.SyncBatchNorm(12), nn.ReLU(), nn.Conv2d(12, 16, 3))
+    x = torch.randn(4, 3, 8, 8)
+    schedule = DecompositionSchedule(0, ranks=0.5, guard="step", example_inputs=x, batch_norm=[x, x])
+    schedule.step(0, model, momentum(model))
+    torch.save(model.state_dict(), folder / f"{rank}.pt")
+
+
+WORKS = (ddp, other_ranks_differ, factored_states, failure, sharded, accumulated, unlike, alone_in_its_norms)
 
 
 def start(rank, port, folder):
@@ -232,6 +251,16 @@ def test_states_that_are_not_of_their_parameters_shapes_are_sent_as_they_are(fou
     for mine, theirs in zip(first, second, strict=True):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) if isinstance(mine[key], torch.Tensor) else mine[key] == theirs[key] for key in mine)
+
+
+def test_processes_that_are_not_alike_are_told_so_in_all_of_them(found):
+    assert found(unlike) == []
+
+
+def test_norms_that_wait_for_other_processes_do_not_when_one_looks_alone(found):
+    first, second = found(alone_in_its_norms)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert float(first["1.running_mean"].abs().max()) > 0
 
 
 def test_a_failure_of_the_first_is_told_to_all(found):

@@ -149,6 +149,39 @@ def test_hugging_face_cuts_on_the_way_and_goes_on_from_a_checkpoint(tmp_path):
         callback.resume(checkpoint, Task())
 
 
+def test_the_best_of_hugging_face_is_of_the_architecture_that_there_is(tmp_path):
+    transformers = frameworks("transformers")
+    from surgery.training.hugging_face import DecompositionCallback
+
+    class Task(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x, labels):
+            logits = self.net(x)
+            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+    data = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+    epochs = {"num_train_epochs": 3, "per_device_train_batch_size": 4, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    args = transformers.TrainingArguments(
+        str(tmp_path), **epochs, learning_rate=1.0, load_best_model_at_end=True, metric_for_best_model="worse", report_to=[], disable_tqdm=True
+    )
+    seen = []
+
+    def worse(_):  # the network from before the cut is the best of all
+        seen.append(len(seen))
+        return {"worse": -float(seen[-1])}
+
+    model = Task()
+    trainer = transformers.Trainer(
+        model, args, train_dataset=data, eval_dataset=data, compute_metrics=worse, callbacks=[DecompositionCallback(schedule())]
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{2 * BATCHES}")
+    assert surgery.report(model)["net.2"].status == "decomposed"
+
+
 @pytest.mark.parametrize("name", ["lightning", "transformers"])
 def test_without_the_framework_the_error_names_the_extra(name, monkeypatch):
     import importlib

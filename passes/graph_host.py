@@ -235,7 +235,7 @@ class GraphHost(Host):
             bias=None if bias is None else bias.detach(),
             dtype=like.dtype,
             device=like.device,
-            calls=_calls(runs),
+            calls=_calls(runs) if changed is None else None,
             keep=broken or read,
             tied_to=self._tied.get(name),
             chain=info.factorization,

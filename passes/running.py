@@ -224,7 +224,8 @@ def check_initialized(model: nn.Module) -> None:
 @contextmanager
 def without_waiting(model: nn.Module) -> Iterator[None]:
     """Batch norms that wait for other processes (``SyncBatchNorm``) go by their own batch inside: one process runs the model alone."""
-    waiting = [m for m in model.modules() if type(m).forward is nn.SyncBatchNorm.forward and "forward" not in m.__dict__]
+    norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    waiting = [m for m in norms if type(m).forward is nn.SyncBatchNorm.forward and "forward" not in m.__dict__]
     for module in waiting:
         module.__dict__["forward"] = types.MethodType(_BatchNorm.forward, module)
     try:

@@ -8,8 +8,10 @@ changes what the network says little, wherever the layer is: so errors of differ
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.errors import SurgeryTypeError, SurgeryValueError
+from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.geometry import Geometry
 from passes.metric import Metric
 from passes.parity import private_inputs, tensors_in
 from passes.refit import rows
-from passes.running import arguments, callers_code, evaluating_copy, kept_random_states, model_errors
+from passes.running import arguments, callers_code, evaluating_copy, kept_random_states, model_errors, quiet_run, seed_all
 from passes.site import Site
 from surgery.progress import tracked
 
@@ -71,41 +73,83 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
         if site.tied_to in seen:  # they are cut together
             seen[site.tied_to].add(seen[site.name])
     examples = sum(next((len(t) for t in tensors_in(batch) if t.ndim), 0) for batch in batches)
-    return Calibration(metrics=_metrics(seen, examples), examples=examples)
+    return Calibration(metrics=_metrics(seen, examples, lambda name: _changes_output(twin, batches[0], name)), examples=examples)
 
 
-def _metrics(seen: Mapping[str, Moments], examples: int) -> dict[str, Metric]:
+def _metrics(seen: Mapping[str, Moments], examples: int, matters: Callable[[str], bool]) -> dict[str, Metric]:
     """All in one unit: the squared change of the network's output for an example, however many rows each layer makes of one.
 
-    What no output depends on counts next to nothing; where a layer could not be asked (it runs without gradients), its outputs count like those of
-    the others on average.
+    What no output depends on counts next to nothing. Where one does, but not by a derivative (it was detached, or gives labels), the layer's outputs
+    count like those of the others on average.
     """
     seen = {name: moments for name, moments in seen.items() if moments.positions}
     found = {name: moments.metric(name, examples) for name, moments in seen.items()}
-    counts = [float(metric.outputs.diagonal(dim1=-2, dim2=-1).mean()) for metric in found.values() if metric.outputs is not None]
-    for name, moments in seen.items() if counts else ():
-        if moments.outputs is None:
-            found[name] = replace(found[name], outputs=moments.alike(LEAST * max(counts) if moments.asked else sum(counts) / len(counts)))
+    counts = {name: float(m.outputs.diagonal(dim1=-2, dim2=-1).mean()) for name, m in found.items() if m.outputs is not None}
+    least = LEAST * max(counts.values(), default=0.0)
+    counting = [count for count in counts.values() if count > least]
+    typical = sum(counting) / max(len(counting), 1)
+    for name, moments in seen.items() if least else ():
+        if counts.get(name, 0.0) <= least:
+            found[name] = replace(found[name], outputs=moments.alike(typical if name not in counts and matters(name) else least))
     return found
+
+
+def _changes_output(twin: nn.Module, batch: Any, name: str) -> bool:
+    """Whether other outputs of a layer change anything that the network gives for a batch, labels included. An error is a change."""
+
+    def outputs() -> list[Tensor]:
+        seed_all(SEED)
+        args, kwargs = arguments(private_inputs(batch))
+        return [t.clone() for t in tensors_in(twin(*args, **kwargs))]
+
+    def disturbed(x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED), device="cpu").to(x.device, x.dtype)
+        return x + x.std(correction=0) * noise if x.is_floating_point() else x
+
+    try:
+        with quiet_run():
+            before = outputs()
+            with _forward_of(twin.get_submodule(name), lambda _, __, output: disturbed(output) if isinstance(output, Tensor) else output):
+                after = outputs()
+    except (SurgeryError, RuntimeError, ValueError, IndexError, TypeError):
+        return True
+    return len(before) != len(after) or not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@contextmanager
+def _forward_of(layer: nn.Module, then: Callable[[tuple[Any, ...], dict[str, Any], Any], Any]) -> Iterator[None]:
+    """Inside, a layer of a private copy gives what ``then(args, kwargs, output)`` does, to whoever calls its ``forward``, before hooks of its own."""
+    own = layer.__dict__.get("forward")
+    forward = layer.forward
+
+    @functools.wraps(forward)
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        return then(args, kwargs, forward(*args, **kwargs))
+
+    layer.__dict__["forward"] = changed
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.__dict__["forward"]
+        else:
+            layer.__dict__["forward"] = own
 
 
 def _moments(twin: nn.Module, model: nn.Module, batches: Sequence[Any], sites: Sequence[Site], *, gradients: bool) -> dict[str, Moments]:
     """What the sites of ``twin``, a copy of ``model``, see of the batches and, with gradients, how much of their outputs counts."""
     seen = {site.name: Moments(site.geometry) for site in sites}
-    hooks = [  # before those of the layer, which go on with what its chain gives
-        twin.get_submodule(name).register_forward_hook(partial(_note, moments), with_kwargs=True, prepend=True) for name, moments in seen.items()
-    ]
-    try:
-        with kept_random_states(), torch.set_grad_enabled(gradients):
-            generator = torch.Generator().manual_seed(SEED)
-            for index, batch in enumerate(tracked(batches, "calibrating")):
-                args, kwargs = arguments(private_inputs(batch))
-                with model_errors(model, batch, f"calibration: batch {index}"):
-                    output = twin(*args, **kwargs)
-                _project(output, generator)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:
+        for name, moments in seen.items():
+            stack.enter_context(_forward_of(twin.get_submodule(name), partial(_note, moments)))
+        stack.enter_context(kept_random_states())
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        generator = torch.Generator().manual_seed(SEED)
+        for index, batch in enumerate(tracked(batches, "calibrating")):
+            args, kwargs = arguments(private_inputs(batch))
+            with model_errors(model, batch, f"calibration: batch {index}"):
+                output = twin(*args, **kwargs)
+            _project(output, generator)
     return seen
 
 
@@ -135,7 +179,7 @@ def batches_of(calibration: Any, argument: str = "calibration", *, needed: int =
         return [calibration]
     if not isinstance(calibration, Iterable) or isinstance(calibration, str | bytes):
         raise SurgeryTypeError(f"{argument}: expected batches to iterate over, got {type(calibration).__name__}")
-    with callers_code(f"{argument}: iterating over it failed"):
+    with callers_code(f"{argument}: iterating over it failed"), kept_random_states():  # of which a loader draws a seed
         batches = [_without_labels(batch) if needed < 2 else _as_given(batch) for batch in calibration]
     if not batches:
         used = "; it is an iterator that was used up: give a list or a DataLoader" if isinstance(calibration, Iterator) else ""
@@ -165,13 +209,12 @@ class Moments:
     inputs: Tensor | None = None
     outputs: Tensor | None = None
     positions: int = 0
-    asked: bool = False  # for the derivatives of its output
 
     def add(self, other: Moments) -> None:
         """What another layer with the same weight saw and gave."""
         self.inputs = other.inputs if self.inputs is None else self.inputs if other.inputs is None else self.inputs + other.inputs
         self.outputs = other.outputs if self.outputs is None else self.outputs if other.outputs is None else self.outputs + other.outputs
-        self.positions, self.asked = self.positions + other.positions, self.asked or other.asked
+        self.positions += other.positions
 
     def saw(self, x: Tensor) -> None:
         seen = rows(x.detach(), self.geometry.dims, self.geometry.groups)
@@ -193,7 +236,7 @@ class Moments:
         return Metric(inputs=inputs, outputs=None if self.outputs is None else self.outputs / max(examples, 1))
 
 
-def _note(moments: Moments, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _note(moments: Moments, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     given, got = next(tensors_in((args, kwargs)), None), next(tensors_in(output), None)
     if given is None or got is None or not moments.geometry.fits(tuple(given.shape)):
         return output
@@ -201,7 +244,6 @@ def _note(moments: Moments, _: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     if torch.is_grad_enabled() and not got.requires_grad and got is output and got.is_floating_point():
         output = got = got + torch.zeros((), dtype=got.dtype, device=got.device, requires_grad=True)  # no leaf, which nothing could change in place
     if got.requires_grad:
-        moments.asked = True
         got.register_hook(moments.gave)
     return output
 

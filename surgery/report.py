@@ -118,14 +118,15 @@ class Report:
     def place(self) -> tuple[float, float] | None:
         """Where this network is beside its trade-off: the share that it uses, and the root mean square of the errors of the layers considered there.
 
-        None without a trade-off, or where the share or an error is not known, or something else is cut, which the share would count.
+        None without a trade-off, or where the share or an error is not known, or where only layers are cut that are not considered there.
         """
         found = self.tradeoff
         before, after = (self.params_before, self.params_after) if found and found.unit == "params" else (self.macs_before, self.macs_after)
         if found is None or not found.layers or not before or after is None:
             return None
-        rows = [row for row in self.layers if row.name in found.layers or row.status == "decomposed"]
-        if any(row.status == "decomposed" and (row.error is None or row.name not in found.layers) for row in rows):
+        rows = [row for row in self.layers if row.name in found.layers]
+        cut = [row for row in rows if row.status == "decomposed"]
+        if any(row.error is None for row in cut) or (not cut and any(row.status == "decomposed" for row in self.layers)):
             return None
         return after / before, (sum((row.error or 0.0) ** 2 for row in rows) / len(found.layers)) ** 0.5
 

@@ -58,7 +58,7 @@ class Times:
         file = Path(path)
         profile = Profile.load(file) if file.exists() else Profile({})  # of a device that has timed nothing yet
         there, here = profile.device.get("device", need_here["device"]), need_here["device"]
-        if setup.runtime not in ON_PROCESSORS and (there == "cpu") != (here == "cpu"):
+        if setup.runtime not in ON_PROCESSORS and there == "cpu" and torch.device(setup.device).type != "cpu":
             told = f"its times are of {there!r}, the network is on {here!r}; move the network and example_inputs there, or name another file"
             raise SurgeryValueError(f"ranks: the profile {file}: {told}")
         return cls(setup, profile, file, profile.device != need_here)

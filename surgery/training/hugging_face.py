@@ -85,7 +85,12 @@ class DecompositionCallback(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero and folder.is_dir():
             write_atomically(folder / FILE, (json.dumps(self.schedule.state_dict()) + "\n").encode())
 
+    def _architecture(self) -> dict[str, Any]:
+        return {} if self.schedule.plan is None or self.schedule.whole_again else dict(self.schedule.plan)
+
     def _step(self, position: int, state: Any, **known: Any) -> None:
-        if self.schedule.step(position, known["model"], known["optimizer"], known.get("lr_scheduler"), also=self.also) is not None:
+        before = self._architecture()
+        self.schedule.step(position, known["model"], known["optimizer"], known.get("lr_scheduler"), also=self.also)
+        if self._architecture() != before:
             # checkpoints from before hold another architecture, of which the best could not be loaded at the end
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None

@@ -211,19 +211,21 @@ def prepare(optimizer: Any, swaps: Sequence[Swap], rules: Mapping[str, str] | No
         else:
             states |= dict(zip(swap.new, new, strict=True))
     if any(group.get("fused") and group.get("momentum") for group in optimizer.param_groups):
-        states |= _momenta(optimizer, groups, [p for swap in mine for p in swap.new if p not in states])
+        states |= _momenta(groups, {**optimizer.state, **states}, [p for swap in mine for p in swap.new if p not in states])
     for why, count in lost.items():
         warnings.warn(f"optimizer: the {type(optimizer).__name__} state of {count} layers is begun again: {why}", stacklevel=2)
     return OptimizerChange(optimizer, groups, list(gone.values()), states)
 
 
-def _momenta(optimizer: Any, groups: Sequence[Mapping[str, Any]], bare: Sequence[nn.Parameter]) -> dict[nn.Parameter, dict[str, Any]]:
+def _momenta(
+    groups: Sequence[Mapping[str, Any]], states: Mapping[Any, Mapping[str, Any]], bare: Sequence[nn.Parameter]
+) -> dict[nn.Parameter, dict[str, Any]]:
     """For new parameters without state a momentum of zero, where others of their group have one: torch's fused SGD wants all or none."""
     begun = {id(p) for p in bare}
     found: dict[nn.Parameter, dict[str, Any]] = {}
     for group in groups:
         others = [p for p in group["params"] if id(p) not in begun]
-        if any(optimizer.state.get(p, {}).get("momentum_buffer") is not None for p in others if p in optimizer.state):
+        if any(states.get(p, {}).get("momentum_buffer") is not None for p in others):
             found |= {p: {"momentum_buffer": torch.zeros_like(p, requires_grad=False)} for p in group["params"] if id(p) in begun}
     return found
 

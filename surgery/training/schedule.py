@@ -307,8 +307,10 @@ class DecompositionSchedule:
         )
         if chosen.latency is not None:
             write_record(model, replace(read_record(model) or SurgeryRecord(), latency=chosen.latency))
-        self._gains, self._plan, self._record = gains_of(model), plan_of(model), whole_record(model)
-        self._highest = {name: rate for name, rate in self._highest.items() if self._plan.get(name) == standing.get(name)}
+        self._plan, self._record = plan_of(model), whole_record(model)
+        stayed = {name for name, chain in self._plan.items() if standing.get(name) == chain}  # they go on as if there had been no cut
+        self._gains = gains_of(model) | {name: gains for name, gains in self._gains.items() if name in stayed}
+        self._highest = {name: rate for name, rate in self._highest.items() if name in stayed}
         self.cuts_done += 1
         for network, own in taken:
             reestimate(network, own)

@@ -21,7 +21,7 @@ from surgery import Budget, Refine, correction
 from surgery.calibration import batches_of, calibrate
 from surgery.correction import correct
 from surgery.training.batch_norm import reestimate, reestimate_where_it_helps
-from tests.networks import Kinds, Small, Twice
+from tests.networks import Kinds, Small, Twice, random_states
 
 with_spectra = [k for k in KINDS if k.has_spectra]
 generator = torch.Generator().manual_seed(9)
@@ -147,6 +147,27 @@ def test_tied_layers_count_together():
     alone = calibrate(apart, [IMAGES], host_for(apart).sites()).metrics
     torch.testing.assert_close(together["0"].outputs, alone["0"].outputs + alone["2"].outputs)
     torch.testing.assert_close(together["0"].inputs, (alone["0"].inputs + alone["2"].inputs) / 2)
+
+
+class Detached(nn.Module):
+    """Heads whose numbers have no derivative: one proposes, one labels, one is off, one is for nobody."""
+
+    def __init__(self):
+        super().__init__()
+        self.proposes, self.labels, self.off, self.unread, self.last = (nn.Conv2d(3, 4, 1) for _ in range(5))
+
+    def forward(self, x):
+        self.unread(x)
+        shift = self.proposes.forward(x).detach().mean()
+        return self.last(x) + 0.0 * self.off(x) + shift, self.labels(x).argmax(1)
+
+
+def test_what_an_output_depends_on_without_a_derivative_counts_like_the_others():
+    model = Detached().eval()
+    found = calibrate(model, [IMAGES], host_for(model).sites()).metrics
+    counts = {name: float(metric.outputs.diagonal(dim1=-2, dim2=-1).mean()) for name, metric in found.items()}
+    assert counts["proposes"] == counts["labels"] == pytest.approx(counts["last"])
+    assert counts["unread"] == counts["off"] == pytest.approx(1e-9 * counts["last"])
 
 
 class Unreached(nn.Module):
@@ -480,3 +501,10 @@ def test_what_statistics_cannot_be_taken_of_is_cut_all_the_same(build):
     if build is Chosen:
         with pytest.raises(surgery.SurgeryError, match="refine: Chosen cannot be trained to the original's outputs"):
             surgery.decompose(model, {"conv": (4, 2)}, calibration=batches, refine=Refine(epochs=1))
+
+
+def test_a_loader_leaves_the_random_state_as_it_was():
+    loader, model = torch.utils.data.DataLoader(IMAGES, batch_size=16, shuffle=True), nn.Sequential(nn.Conv2d(3, 8, 3))
+    before = random_states()
+    surgery.decompose(model, 0.5, calibration=loader)
+    assert random_states() == before

@@ -397,9 +397,9 @@ def test_times_of_a_processor_are_none_of_an_accelerator(clock, tmp_path, monkey
     Profile(describe(eager)).save(file)
     with pytest.raises(surgery.SurgeryValueError, match="its times are of 'cpu', the network is on"):
         times.Times.of(there, file)
-    Profile(describe(eager) | {"device": "an accelerator"}).save(file)
-    with pytest.raises(surgery.SurgeryValueError, match="its times are of 'an accelerator', the network is on 'cpu'"):
-        times.Times.of(eager, file)
+    Profile(describe(eager) | {"device": "Cortex-A76"}).save(file)  # as another tool calls it
+    assert times.Times.of(eager, file).foreign
+    Profile(describe(eager)).save(file)
     onnx = Setup(runtime="onnxruntime", threads=1, device="cuda:0")
     assert times.Times.of(onnx, file).foreign
     assert times.Times.of(onnx, None).setup.device == "cpu"  # where onnxruntime runs, whatever the network is on

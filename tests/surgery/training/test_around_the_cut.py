@@ -50,7 +50,10 @@ def test_chains_that_a_second_cut_leaves_keep_their_highest_rate():
     train(model, optimizer)
     optimizer.param_groups[0]["lr"] = 0.01
     before = plan_of(model)
+    gains = schedule.state_dict()["gains"]
     schedule.step(1, model, optimizer)
+    assert schedule.state_dict()["gains"]["conv1"] == gains["conv1"]
+    assert schedule.state_dict()["gains"]["conv2"] != gains["conv2"]
     assert [name for name, chain in plan_of(model).items() if chain != before[name]] == ["conv2"]
     train(model, optimizer)
     assert schedule.state_dict()["highest_rates"] == {"conv1": 0.1, "conv2": 0.01}

@@ -183,7 +183,7 @@ WORKS = (ddp, other_ranks_differ, factored_states, failure, sharded, accumulated
 
 def start(rank, port, folder):
     """One process: all works in turn, since starting it takes longer than any of them."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", SURGERY_CACHE=str(folder))
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     for work in WORKS:

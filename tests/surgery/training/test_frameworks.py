@@ -151,6 +151,7 @@ def test_hugging_face_cuts_on_the_way_and_goes_on_from_a_checkpoint(tmp_path):
 
 def test_the_best_of_hugging_face_is_of_the_architecture_that_there_is(tmp_path):
     transformers = frameworks("transformers")
+    pytest.importorskip("accelerate")
     from surgery.training.hugging_face import DecompositionCallback
 
     class Task(nn.Module):

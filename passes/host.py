@@ -114,7 +114,8 @@ def site_of(found: Found, calls: tuple[Call, ...] | None, module_now: Callable[[
 
 def telling_numbers(module: nn.Module) -> Tensor:
     """What tells the dtype and device of a layer or chain. A weight that is computed is not asked for: that may fail, or change the layer."""
-    tensors = (*[p for p in (module._parameters.get("weight"),) if p is not None], *module.parameters(), *module.buffers())
+    own = module._parameters.get("weight")
+    tensors = [own] if own is not None else [*module.parameters(), *module.buffers()]
     return next((t for t in tensors if t.is_floating_point()), tensors[0] if tensors else torch.empty(0))
 
 

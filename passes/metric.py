@@ -17,7 +17,7 @@ from torch import Tensor
 from passes.blockwise import Blockwise
 from passes.geometry import Geometry, Piece
 
-__all__ = ["Metric", "unweighted", "weighted"]
+__all__ = ["Metric", "alike", "unweighted", "weighted"]
 
 FLOOR = 1e-6  # of the mean eigenvalue, added to all: directions that were never seen still have a root
 
@@ -35,6 +35,12 @@ class Metric:
 
     inputs: Tensor | None = None
     outputs: Tensor | None = None
+
+
+def alike(geometry: Geometry, weighting: float) -> Tensor:
+    """The same weighting of all outputs of a layer, as ``Metric.outputs``."""
+    each = geometry.out_channels // geometry.groups
+    return weighting * torch.eye(each, dtype=torch.float64).expand(geometry.groups, each, each)
 
 
 def weighted(weight: Tensor, geometry: Geometry, metric: Metric, kind: Blockwise) -> Tensor:

@@ -37,7 +37,7 @@ def modules_in_closures(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     for name, holder in model.named_modules():
         if "_orig_mod" in holder._modules:  # compiled: its copy is compiled anew
             continue
-        hooks = [(name, hook) for name in HOOKS if isinstance(table := vars(holder).get(name), dict) for hook in table.values()]
+        hooks = [(kind, hook) for kind in HOOKS if isinstance(table := vars(holder).get(kind), dict) for hook in table.values()]
         for attribute, value in (*vars(holder).items(), *hooks):
             for function in _functions_of(value) if attribute != "_compiled_call_impl" else ():
                 for inner in _enclosed(function, set()):

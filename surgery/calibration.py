@@ -8,12 +8,11 @@ changes what the network says little, wherever the layer is: so errors of differ
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -21,14 +20,14 @@ from torch import Tensor, nn
 
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.geometry import Geometry
-from passes.metric import Metric
+from passes.metric import Metric, alike
 from passes.parity import private_inputs, tensors_in
 from passes.refit import rows
 from passes.running import arguments, callers_code, evaluating_copy, kept_random_states, model_errors, quiet_run, seed_all
 from passes.site import Site
 from surgery.progress import tracked
 
-__all__ = ["Calibration", "Moments", "batches_of", "calibrate", "inputs_needed"]
+__all__ = ["LEAST", "Calibration", "Moments", "batches_of", "calibrate", "inputs_needed"]
 
 SEED = 0
 LEAST = 1e-9  # of what counts most: layers that nothing was seen to depend on are cut first, but not as if they were not there
@@ -90,7 +89,8 @@ def _metrics(seen: Mapping[str, Moments], examples: int, matters: Callable[[str]
     typical = sum(counting) / max(len(counting), 1)
     for name, moments in seen.items() if least else ():
         if counts.get(name, 0.0) <= least:
-            found[name] = replace(found[name], outputs=moments.alike(typical if name not in counts and matters(name) else least))
+            weighting = typical if name not in counts and matters(name) else least
+            found[name] = replace(found[name], outputs=alike(moments.geometry, weighting))
     return found
 
 
@@ -122,7 +122,7 @@ def _forward_of(layer: nn.Module, then: Callable[[tuple[Any, ...], dict[str, Any
     own = layer.__dict__.get("forward")
     forward = layer.forward
 
-    @functools.wraps(forward)
+    @wraps(forward)
     def changed(*args: Any, **kwargs: Any) -> Any:
         return then(args, kwargs, forward(*args, **kwargs))
 
@@ -212,24 +212,19 @@ class Moments:
 
     def add(self, other: Moments) -> None:
         """What another layer with the same weight saw and gave."""
-        self.inputs = other.inputs if self.inputs is None else self.inputs if other.inputs is None else self.inputs + other.inputs
-        self.outputs = other.outputs if self.outputs is None else self.outputs if other.outputs is None else self.outputs + other.outputs
+        self.inputs, self.outputs = _sum(self.inputs, other.inputs), _sum(self.outputs, other.outputs)
         self.positions += other.positions
 
     def saw(self, x: Tensor) -> None:
         seen = rows(x.detach(), self.geometry.dims, self.geometry.groups)
-        self.inputs = _added(self.inputs, seen)
+        self.inputs = _sum(self.inputs, seen.mT @ seen)
         self.positions += seen.shape[1]
 
     def gave(self, gradient: Tensor) -> None:
-        self.outputs = _added(self.outputs, rows(gradient, self.geometry.dims, self.geometry.groups))
+        given = rows(gradient, self.geometry.dims, self.geometry.groups)
+        self.outputs = _sum(self.outputs, given.mT @ given)
 
-    def alike(self, weighting: float) -> Tensor:
-        """The same weighting of all outputs."""
-        groups, each = self.geometry.groups, self.geometry.out_channels // self.geometry.groups
-        return weighting * torch.eye(each, dtype=torch.float64).expand(groups, each, each)
-
-    def metric(self, name: str, examples: int = 1) -> Metric:
+    def metric(self, name: str, examples: int) -> Metric:
         if not all(bool(moment.isfinite().all()) for moment in (self.inputs, self.outputs) if moment is not None):
             raise SurgeryValueError(f"calibration: {name or 'the model'} sees, or its output has, numbers that are not finite on these batches")
         inputs = None if self.inputs is None else self.inputs / max(self.positions, 1)
@@ -248,9 +243,8 @@ def _note(moments: Moments, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     return output
 
 
-def _added(total: Tensor | None, seen: Tensor) -> Tensor:
-    moment = seen.mT @ seen
-    return moment if total is None else total + moment
+def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return more if total is None else total if more is None else total + more
 
 
 def _project(output: Any, generator: torch.Generator) -> None:

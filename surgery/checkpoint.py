@@ -32,7 +32,17 @@ from surgery.record import SiteRecord, SurgeryRecord, passes_of, records_by_name
 from surgery.report import NOT_DECOMPOSED
 from surgery.undoing import Undo, undone_on_error
 
-__all__ = ["PLAN_FILE", "WEIGHTS_FILE", "load", "read_architecture", "record_from_text", "record_to_data", "save", "with_empty_chains"]
+__all__ = [
+    "PLAN_FILE",
+    "WEIGHTS_FILE",
+    "check_replaceable",
+    "load",
+    "read_architecture",
+    "record_from_text",
+    "record_to_data",
+    "save",
+    "with_empty_chains",
+]
 
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -59,7 +69,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     usable_model(model)
     _check_architecture(model)
     given = as_path("path", path)
-    _check_replaceable(given)
+    check_replaceable(given)
     folder = given.resolve()
     records = records_by_name(model)
     plan = Plan()
@@ -145,7 +155,13 @@ def _check_architecture(model: nn.Module) -> None:
         )
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Refuse what ``save`` would have to delete and did not write.
+
+    Raises:
+        SurgeryValueError: a file, or a folder with anything else in it.
+        OSError: nobody may look there.
+    """
     if not folder.exists():
         return
     ours = {PLAN_FILE, WEIGHTS_FILE}

@@ -155,3 +155,15 @@ def low_rank_conv(generator: torch.Generator, rank_out: int, rank_in: int, noise
     with torch.no_grad():
         conv.weight.copy_(weight)
     return conv
+
+
+class Refused(nn.Module):
+    """Exports only by tracing: what it calls has no meaning to torch.export."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y + float(torch.tensor([len(repr(type(y)))]).numpy()[0] > 1e6)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from passes.errors import SurgeryValueError
-from surgery.checkpoint import PLAN_FILE, WEIGHTS_FILE
+from surgery.checkpoint import check_replaceable
 from surgery.files import as_path, usable_target
 
 __all__ = ["check_file", "check_folder"]
@@ -32,7 +31,6 @@ def check_folder(option: str, path: Path | None) -> None:
     if path is None:
         return
     folder = as_path(option, path)
+    check_replaceable(folder)
     if not folder.exists():
         usable_target(option, folder.resolve())
-    elif not folder.is_dir() or {inside.name for inside in folder.iterdir()} - {PLAN_FILE, WEIGHTS_FILE}:
-        raise SurgeryValueError(f"{option}: {folder} exists and is not a folder written by surgery.save; give another path")

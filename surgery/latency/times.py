@@ -41,7 +41,7 @@ class Times:
         """Those in the file at ``path``, or in the cache where that is None.
 
         Raises:
-            SurgeryValueError: the file is no profile, or one of a processor where the network is on an accelerator, or the other way round.
+            SurgeryValueError: the file is no profile, or one of a processor where the network is on an accelerator.
         """
         if setup.runtime in ON_PROCESSORS:
             setup = replace(setup, device="cpu")
@@ -57,9 +57,10 @@ class Times:
             return cls(setup, profile, file, cached=True)
         file = Path(path)
         profile = Profile.load(file) if file.exists() else Profile({})  # of a device that has timed nothing yet
-        there, here = profile.device.get("device", need_here["device"]), need_here["device"]
-        if setup.runtime not in ON_PROCESSORS and there == "cpu" and torch.device(setup.device).type != "cpu":
-            told = f"its times are of {there!r}, the network is on {here!r}; move the network and example_inputs there, or name another file"
+        if profile.device.get("device") == "cpu" and torch.device(setup.device).type != "cpu":
+            told = (
+                f"its times are of 'cpu', the network is on {need_here['device']!r}; move the network and example_inputs there, or name another file"
+            )
             raise SurgeryValueError(f"ranks: the profile {file}: {told}")
         return cls(setup, profile, file, profile.device != need_here)
 

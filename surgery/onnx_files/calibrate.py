@@ -55,4 +55,4 @@ def calibrate_file(model: ModelProto, feeds: Sequence[Feed], sites: Sequence[Sit
                 if moments.geometry.fits(tuple(values[reads[name]].shape)):
                     moments.saw(values[reads[name]])
             examples += next((len(tensor) for tensor in feed.values() if tensor.ndim), 0)
-    return Calibration(metrics={name: moments.metric(name) for name, moments in seen.items() if moments.positions}, examples=examples)
+    return Calibration(metrics={name: moments.metric(name, examples) for name, moments in seen.items() if moments.positions}, examples=examples)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from passes.metric import Metric
+from passes.metric import Metric, alike
 from passes.site import Site
-from surgery.calibration import Calibration
+from surgery.calibration import LEAST, Calibration
 from surgery.onnx_files.feeds import Feed
 from surgery.onnx_files.host import OnnxHost
 from surgery.onnx_files.watch import watched
@@ -24,7 +24,6 @@ __all__ = ["weighed"]
 
 NOISE = 0.05  # of a layer's output, root mean square
 MOST = 32  # batches that each layer is tried on
-LEAST = 1e-9  # of the largest weighting: layers that nothing was seen to depend on are cut first, but not as if they were not there
 
 
 def weighed(learnt: Calibration, model: ModelProto, host: OnnxHost, sites: Sequence[Site], feeds: Sequence[Feed], *, external: bool) -> Calibration:
@@ -57,9 +56,7 @@ def weighed(learnt: Calibration, model: ModelProto, host: OnnxHost, sites: Seque
 
 
 def _with_weighting(metric: Metric, sites: Mapping[str, Site], name: str, weighting: float) -> Metric:
-    g = sites[name].geometry
-    each = g.out_channels // g.groups
-    return replace(metric, outputs=weighting * torch.eye(each, dtype=torch.float64).expand(g.groups, each, each)) if weighting else metric
+    return replace(metric, outputs=alike(sites[name].geometry, weighting)) if weighting else metric
 
 
 def _energy(site: Site, weight: Tensor, metric: Metric) -> float:

@@ -26,7 +26,7 @@ from surgery.benchmarking.table import benchmark_table
 from surgery.cost.profile import Entry
 from surgery.onnx_files.files import write_model
 from surgery.tables import render
-from tests.networks import Branching, Random, Small, random_states
+from tests.networks import Branching, Random, Refused, Small, random_states
 
 X = torch.randn(1, 3, 12, 12)
 
@@ -458,20 +458,8 @@ def test_a_training_step_is_whole_in_inference_mode_too():
     assert Backwards.times - before >= 2 * 8
 
 
-class Traceable(nn.Module):
-    """Exports only by tracing: what it calls has no meaning to torch.export."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x):
-        y = self.conv(x)
-        return y + float(torch.tensor([len(repr(type(y)))]).numpy()[0] > 1e6)
-
-
 def test_networks_that_only_a_trace_exports_are_timed_by_their_trace():
-    measured = surgery.benchmark(Traceable(), Traceable(), X, runtimes=["onnxruntime"], repeats=8)
+    measured = surgery.benchmark(Refused(), Refused(), X, runtimes=["onnxruntime"], repeats=8)
     assert [row.runtime for row in measured.rows] == ["onnxruntime"]
     with pytest.raises(SurgeryError, match="would keep the one way that the example inputs take"):
         surgery.benchmark(Branching(), Branching(), X, runtimes=["onnxruntime"], repeats=8)

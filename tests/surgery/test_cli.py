@@ -398,8 +398,8 @@ def test_nothing_is_written_by_a_command_that_fails(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["decompose", "absent:net", "--out", "nowhere/net"], "--out: the folder"),
-        (["decompose", "absent:net", "--out", "mine"], "--out: mine exists and is not a folder written by surgery.save"),
-        (["reconstruct", "absent:net", "--out", "mine/notes.txt"], "--out: mine/notes.txt exists and is not a folder"),
+        (["decompose", "absent:net", "--out", "mine"], "mine: exists and is not a folder written by surgery.save"),
+        (["reconstruct", "absent:net", "--out", "mine/notes.txt"], "mine/notes.txt: exists and is not a folder"),
         (["plan", "absent:net", "--out", "nowhere/plan.json"], "--out: the folder nowhere does not exist"),
         (["plan", "absent:net", "--picture", "mine"], "--picture: mine is a folder"),
         (["plan", "absent.onnx", "--out", "nowhere/plan.json"], "--out: the folder nowhere does not exist"),

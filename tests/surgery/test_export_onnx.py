@@ -20,7 +20,7 @@ from surgery.export import onnx as exporter_file
 from surgery.export import onnx_convolutions
 from surgery.export.onnx import onnx_session, run_session
 from surgery.export.onnx_layers import check_chains
-from tests.networks import Keyword, Small
+from tests.networks import Keyword, Refused, Small
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(51))
 BOTH = pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
@@ -194,18 +194,6 @@ def test_inputs_and_outputs_have_the_names_of_the_model(tmp_path, exporter):
     graph = onnx.load(tmp_path / "net.onnx").graph
     assert [i.name for i in graph.input] == ["sound", "gain"]
     assert [o.name for o in graph.output] == ["sound_2", "total"]  # an input has the first one's name
-
-
-class Refused(nn.Module):
-    """Exports only by tracing: what it calls has no meaning to torch.export."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x):
-        y = self.conv(x)
-        return y + float(torch.tensor([len(repr(type(y)))]).numpy()[0] > 1e6)
 
 
 def test_auto_takes_the_second_exporter_where_the_first_fails(tmp_path):

@@ -105,19 +105,22 @@ def test_lightning_by_steps_on_the_whole_module_and_wrong_arguments(lightning, t
         trained(lightning, tmp_path, 1, DecompositionCallback(schedule(), part="nets"), module_for(lightning))
 
 
+class Task(nn.Module):
+    """As Hugging Face's Trainer has it: the loss is among the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, pixels, labels=None):
+        logits = self.net(pixels)
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
 def test_hugging_face_cuts_on_the_way_and_goes_on_from_a_checkpoint(tmp_path):
     transformers = frameworks("transformers")
     pytest.importorskip("accelerate")
     from surgery.training.hugging_face import DecompositionCallback
-
-    class Task(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = network()
-
-        def forward(self, pixels, labels=None):
-            logits = self.net(pixels)
-            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
 
     data = [{"pixels": x, "labels": y} for x, y in zip(X, Y, strict=True)]
 
@@ -154,16 +157,7 @@ def test_the_best_of_hugging_face_is_of_the_architecture_that_there_is(tmp_path)
     pytest.importorskip("accelerate")
     from surgery.training.hugging_face import DecompositionCallback
 
-    class Task(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = network()
-
-        def forward(self, x, labels):
-            logits = self.net(x)
-            return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
-
-    data = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+    data = [{"pixels": x, "labels": y} for x, y in zip(X, Y, strict=True)]
     epochs = {"num_train_epochs": 3, "per_device_train_batch_size": 4, "save_strategy": "epoch", "eval_strategy": "epoch"}
     args = transformers.TrainingArguments(
         str(tmp_path), **epochs, learning_rate=1.0, load_best_model_at_end=True, metric_for_best_model="worse", report_to=[], disable_tqdm=True

@@ -10,7 +10,7 @@ float32 and uncompiled: read from the log whether its step became faster.
 
 Each run has a folder in RUNS with a log (a row an epoch: accuracy, seconds with surgery, parameters, MACs), the report of its surgery and its last
 checkpoint; started again it goes on to the bit (on a CPU). Scenarios go on from checkpoints of those that they share their first epochs with, and are
-charged that time. ``benchmarks/training/figures.py`` draws tables and figures.
+charged that time. ``benchmarks/training_tables.py`` makes tables and figures.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ __all__ = [
     "original_layer",
     "pieces_of",
     "plain_layer",
+    "twin_of",
     "weightless",
     "without_hooks",
     "wraps_numbers",
@@ -108,6 +109,8 @@ class Chain(nn.Sequential):
     def __setattr__(self, name: str, value: Any) -> None:
         info = self.__dict__.get("_surgery")
         if info is not None and name in LAYER_ATTRIBUTES and name in vars(info.original):  # what others note on a layer they may note on its chain
+            if _is_same(info.original, name, value):
+                return
             raise AttributeError(f"{name!r} of a chain is derived from the layer it replaced and cannot be set")
         super().__setattr__(name, value)
 
@@ -179,15 +182,41 @@ def merge(pieces: Sequence[Piece], info: ChainInfo) -> Piece:
 
 
 def weightless(layer: nn.Module) -> nn.Module:
-    """A copy of the layer without its parameters: class, attributes and hooks (the same hook tables) stay."""
-    husk = copy.copy(layer)
+    """A copy of the layer without its parameters: class, attributes and hooks (the same hook tables) stay.
+
+    What was noted on it of a computation, its last output perhaps, is kept without the way in which it was computed.
+    """
+    husk = twin_of(layer)
     husk.__dict__["_parameters"] = dict.fromkeys(layer._parameters)
+    for name, value in vars(husk).items():
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            husk.__dict__[name] = value.detach()
     return husk
+
+
+def _is_same(layer: nn.Module, name: str, value: Any) -> bool:
+    """Whether a layer with this attribute set to this value would be the layer that it is."""
+    changed = copy.copy(layer)
+    changed.__dict__[name] = value
+    try:
+        return not name.startswith("_") and Geometry.of(changed) == Geometry.of(layer)
+    except (TypeError, ValueError):  # nothing that a layer could have there
+        return False
+
+
+def twin_of(layer: nn.Module) -> nn.Module:
+    """A shallow copy. Hooks of loading that are given their module, which torch refers to weakly, are given this one."""
+    twin = copy.copy(layer)
+    hooks = vars(layer).get("_load_state_dict_pre_hooks", {})
+    if any(getattr(hook, "with_module", False) for hook in hooks.values()):
+        own = {key: type(hook)(hook.hook, twin) if getattr(hook, "with_module", False) else hook for key, hook in hooks.items()}
+        twin.__dict__["_load_state_dict_pre_hooks"] = OrderedDict(own)
+    return twin
 
 
 def without_hooks(layer: nn.Module) -> nn.Module:
     """A shallow copy of the layer around which nothing else runs."""
-    bare = copy.copy(layer)
+    bare = twin_of(layer)
     plain = nn.Module()
     for name in HOOKS:
         bare.__dict__[name] = getattr(plain, name)
@@ -238,7 +267,7 @@ def cut_chain(
 
 def original_layer(info: ChainInfo, piece: Piece, layers: dict[str, nn.Module], hooks_from: nn.Module | None = None) -> nn.Module:
     """The layer that a chain replaced, with the weight of ``piece``; its class, attributes and hooks as they were."""
-    layer = copy.copy(info.original)
+    layer = twin_of(info.original)
     core = max(layers.values(), key=lambda m: m.weight.numel())  # type: ignore[operator,union-attr]
     trainable = any(m.weight.requires_grad for m in layers.values())  # type: ignore[union-attr]
     weight = piece.weight

@@ -164,7 +164,8 @@ class GraphHost(Host):
 
     def _read(self) -> None:
         """Everything that is derived from the model, anew."""
-        self._chains: Mapping[str, ChainInfo] = self.model.meta.get(CHAINS, {})
+        there = {name for name, module in self.model.named_modules(remove_duplicate=False) if module._modules}  # others were taken out since
+        self._chains: Mapping[str, ChainInfo] = {name: info for name, info in self.model.meta.get(CHAINS, {}).items() if name in there}
         self._graph = copy.deepcopy(self.model.graph)
         self._nodes: dict[str, list[fx.Node]] = {}
         self._readers: dict[str, str] = {}  # by name of a layer, the node that reads its weight or bias by itself

@@ -274,7 +274,7 @@ def _obstacles(groups: Sequence[tuple[nn.Module, tuple[str, ...]]], graph: fx.Gr
                 return reason
             other = next((n for n in owners[id(module._parameters["weight"])] if n != names[0]), None)
             if other is not None:
-                return f"its weight is shared with {other}"
+                return f"its weight is shared with {other or 'the model'}"
         if is_norm(module) and not is_batch_norm(module):
             return f"{type(module).__name__} computes its output in its own way"
         if any(name in read for name in names):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             yield from tensors_in(getattr(value, field.name, None))
-    elif isinstance(value, Iterable) and not isinstance(value, str | bytes) and not hasattr(value, "__array_interface__"):
+    elif isinstance(value, Iterable) and not isinstance(value, str | bytes | Enum) and not hasattr(value, "__array_interface__"):
         for item in value:
             yield from tensors_in(item)
 

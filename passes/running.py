@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from passes.chain import HOOKS, Chain, has_hooks
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import TOLERANCE_EVAL, private_inputs, tensors_in
-from passes.shared_state import modules_in_closures
+from passes.shared_state import modules_not_copied
 from passes.site import is_layer, named_groups
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "check_initialized",
     "evaluating_copy",
     "first_line",
+    "is_out_of_memory",
     "kept_random_states",
     "model_errors",
     "output_of",
@@ -61,15 +62,14 @@ def private_copy(model: nn.Module, *, share_parameters: bool = False) -> nn.Modu
     Tensors that are attributes and results of a computation (old-style ``weight_norm``) are copied detached.
 
     Raises:
-        SurgeryTypeError: the model holds something that cannot be copied, or a function that reaches a module of the model by its closure: a copy
-            would go on calling that one.
+        SurgeryTypeError: the model holds something that cannot be copied, or a function or weak reference that reaches a module of the model by
+            itself: a copy would go on using that one.
     """
-    for name, attribute, held in modules_in_closures(model):
+    for name, attribute, held in modules_not_copied(model):
         what = "one of its hooks" if attribute in HOOKS else f"its attribute {attribute!r}"
-        raise SurgeryTypeError(
-            f"{name or 'the model'}: {what} is a function that reaches {held} by its closure, defaults or globals, and in a "
-            "copy would go on using the caller's own; make it a method of the class, or bind it with types.MethodType or functools.partial"
-        )
+        weak, function = "hold the module itself, in a list", "make it a method of the class, or bind it with types.MethodType or functools.partial"
+        remedy = function if "a function" in held else weak
+        raise SurgeryTypeError(f"{name or 'the model'}: {what} {held}, and in a copy would go on using the caller's own; {remedy}")
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in (*vars(module).values(), *module._buffers.values()):
@@ -202,6 +202,11 @@ def callers_code(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # code of others: it may raise anything
         raise SurgeryError(f"{what}: {first_line(error)}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or the one that it came from, says that there is too little memory, on a GPU or elsewhere."""
+    return any(isinstance(each, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(each) for each in (error, error.__cause__))
 
 
 def first_line(error: BaseException) -> str:

@@ -5,7 +5,6 @@ A linear module is a convolution, a linear layer, or a batch norm in eval mode. 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.chain import in_format_of, plain_layer
+from passes.chain import in_format_of, plain_layer, twin_of
 from passes.fusion import batch_norm_piece, fuse, refuses
 from passes.geometry import Geometry, Piece, PieceShape
 from passes.host import Host
@@ -207,7 +206,7 @@ def _layer(part: Part, home: nn.Module) -> nn.Module:
         piece = Piece("", g, nn.Parameter(in_format_of(weight, like), requires_grad=trainable), None)  # type: ignore[arg-type]
         layer = plain_layer(piece, None if bias is None else nn.Parameter(bias.clone(), requires_grad=trainable))
     if g == Geometry.of(home):
-        parameters, layer = layer._parameters, copy.copy(home)
+        parameters, layer = layer._parameters, twin_of(home)
         layer.__dict__["_parameters"] = parameters
     layer.train(home.training)
     return layer

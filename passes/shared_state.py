@@ -8,42 +8,63 @@ from __future__ import annotations
 import dis
 import functools
 import types
+import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import fx, nn
 
 from passes.chain import HOOKS
+from passes.held import held_by, values_in
 
-__all__ = ["kept_shared_state", "modules_in_closures"]
+__all__ = ["kept_shared_state", "modules_not_copied"]
 
 DEPTH = 4  # of containers in containers
 MAPPINGS = (dict, OrderedDict, defaultdict)  # of exactly these types: others may load or compute what is asked of them
 CONTAINERS = (*MAPPINGS, list, set)
 
 
-def modules_in_closures(model: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """Functions among the attributes and hooks of modules that reach a module of the model by their closure, defaults or globals.
+def modules_not_copied(model: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """What modules hold, in attributes and hooks, that a deep copy takes as it is and that reaches a module of the model.
 
-    A bound method, and the arguments of a ``functools.partial``, are copied with the model; the functions inside them are looked at too. What
-    ``torch.compile`` puts on a module is not copied with it, and does not count.
+    These are functions that reach one by their closure, defaults or globals, and weak references. A bound method, and the arguments of a
+    ``functools.partial``, are copied with the model; the functions inside them are looked at too. What ``torch.compile`` puts on a module is not
+    copied with it, and does not count.
 
     Yields:
-        First name of the module, its attribute, and the name of the module that is held, for a message.
+        First name of the module, its attribute, and what it holds, for a message.
     """
-    known = {id(module): (name, module) for name, module in model.named_modules()}
+    known = {id(module): f"{name or 'the model'} ({type(module).__name__})" for name, module in model.named_modules()}
     for name, holder in model.named_modules():
         if "_orig_mod" in holder._modules:  # compiled: its copy is compiled anew
             continue
-        hooks = [(kind, hook) for kind in HOOKS if isinstance(table := vars(holder).get(kind), dict) for hook in table.values()]
-        for attribute, value in (*vars(holder).items(), *hooks):
-            for function in _functions_of(value) if attribute != "_compiled_call_impl" else ():
-                for inner in _enclosed(function, set()):
-                    if id(inner) in known:
-                        held, module = known[id(inner)]
-                        yield name, attribute, f"{held or 'the model'} ({type(module).__name__})"
+        own = _copied(holder)
+        for attribute, value in held_by(holder):
+            if attribute == "_compiled_call_impl" or not (own is None or attribute in own or attribute in HOOKS):
+                continue
+            for held in (value,) if isinstance(holder, fx.GraphModule) else values_in(value):
+                has = "is" if held is value else "holds"
+                if isinstance(held, weakref.ref) and id(held()) in known:
+                    yield name, attribute, f"{has} a weak reference to {known[id(held())]}"
+                for function in _functions_of(held):
+                    if held is not value and _is_torchs(function.__module__):  # it asks for no more than the device (quantization)
+                        continue
+                    for inner in _enclosed(function, set()):
+                        if id(inner) in known:
+                            yield name, attribute, f"{has} a function that reaches {known[id(inner)]} by its closure, defaults or globals"
+
+
+def _copied(holder: nn.Module) -> Mapping[str, Any] | None:
+    """What a class that says so itself hands to its copies; they make the rest anew (torchmetrics' wrapped methods)."""
+    if type(holder).__getstate__ is object.__getstate__:
+        return None
+    try:
+        state = holder.__getstate__()  # type: ignore[no-untyped-call]
+    except Exception:  # code of others; that it cannot be copied is told when it is
+        return None
+    return state if isinstance(state, dict) and "_modules" in state else None  # else its attributes may be anywhere
 
 
 @contextmanager

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import types
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from passes.chain import BUILT, MODULE_ATTRIBUTES, Chain, wraps_numbers
+from passes.chain import BUILT, HOOKS, Chain, wraps_numbers
 from passes.errors import SurgeryValueError
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
+from passes.held import held_by, values_in
 
 __all__ = [
     "COMPUTING_DTYPES",
@@ -33,8 +31,6 @@ __all__ = [
 
 COMPUTING_METHODS = ("forward", "_conv_forward", "__call__")
 COMPUTING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-DEPTH_OF_CONTAINERS = 4
 
 # Modules of torch that hand parameters of their children to a fused kernel instead of calling the child.
 READERS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -156,7 +152,8 @@ def find_layers(model: nn.Module, plain: Callable[[nn.Module], nn.Module | str] 
             elif computed is not None and plain is not None and keep is None:
                 sources = [p for p in module.parameters() if p is not module._parameters.get("bias")]
                 shared = next((owners[id(p)] for p in sources if any(not _within(owner, names) for owner in everyone[id(p)])), None)
-                amounts_to = f"its weight is computed from one shared by {' and '.join(shared)}" if shared else plain(module)
+                told = " and ".join(name or "the model" for name in shared or ())
+                amounts_to = f"its weight is computed from one shared by {told}" if shared else plain(module)
                 computed, module = (amounts_to, module) if isinstance(amounts_to, str) else (None, amounts_to)
             found.append(Found(module, names, keep or computed or _unusable(module)))
     return _with_ties(found, owners)
@@ -199,9 +196,10 @@ def _with_ties(found: Sequence[Found], owners: Mapping[int, Sequence[str]]) -> t
         where = {name for weight in _weights(item.module).values() for name in owners.get(id(weight), ())}
         mine = {".".join(part for part in (twin.names[0], child) if part) for twin in twins for child in _weights(twin.module)}
         other = next((name for name in sorted(where) if name not in mine), None)
-        other = other or next((twin.names[0] for twin in twins if twin is not item and twin.keep is not None), None)
+        if other is None:
+            other = next((twin.names[0] for twin in twins if twin is not item and twin.keep is not None), None)
         if other is not None:
-            item = replace(item, keep=item.keep or f"its weight is shared with {other}")
+            item = replace(item, keep=item.keep or f"its weight is shared with {other or 'the model'}")
         elif twins[0].names != item.names:
             item = replace(item, tied_to=twins[0].names[0])
         tied.append(item)
@@ -238,40 +236,35 @@ def _tie(module: nn.Module) -> tuple[object, ...]:
 
 
 def held_outside(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> Iterator[tuple[int, str]]:
-    """Modules that are also held in a container, ``partial``, bound method or callable object of some module, and why to keep them.
+    """Modules that are also held in a container, object, hook or module outside the tree, and why to keep them.
 
     A replacement would not reach there.
     """
+    tree = {id(module) for module, _ in groups}
+    nearest: dict[int, list[nn.Module]] = {}  # of the modules that are held
     for holder, names in groups:
-        for attribute, value in vars(holder).items():
-            if attribute in MODULE_ATTRIBUTES or isinstance(holder, fx.GraphModule):
+        for attribute, value in held_by(holder):
+            if isinstance(holder, fx.GraphModule) and attribute not in HOOKS:  # its graph, and what belongs to that
                 continue
-            for module in (held for held in _modules_in(value, 0) if held is not holder):
+            found: list[nn.Module] = []
+            for held in (held for held in values_in(value) if isinstance(held, nn.Module)):
+                if id(held) not in nearest:
+                    nearest[id(held)] = list(_nearest(held, tree, set()))
+                found += [inner for inner in nearest[id(held)] if inner is not holder]
+            for module in found:
                 where = ".".join(part for part in (names[0], attribute) if part)
+                where = f"a hook of {names[0] or 'the model'}" if attribute in HOOKS else where
                 yield id(module), f"it is also held in {where}, outside the tree of modules, where its chain would not be put"
 
 
-def _modules_in(value: object, depth: int) -> Iterator[nn.Module]:
-    if isinstance(value, nn.Module):
-        yield value
-    elif isinstance(value, list | tuple | set | frozenset | deque | dict) and depth < DEPTH_OF_CONTAINERS:
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _modules_in(item, depth + 1)
-    elif isinstance(value, functools.partial) and depth < DEPTH_OF_CONTAINERS:
-        yield from _modules_in((value.func, value.args, value.keywords), depth + 1)
-    elif isinstance(value, types.MethodType):
-        yield from _modules_in(value.__self__, depth + 1)
-    elif is_dataclass(value) and not isinstance(value, type):
-        held = vars(value) if hasattr(value, "__dict__") else {field.name: getattr(value, field.name, None) for field in fields(value)}
-        yield from _modules_in(held, depth + 1)
-    elif isinstance(value, types.SimpleNamespace) or _is_called(value):
-        yield from _modules_in(vars(value), depth + 1)
-
-
-def _is_called(value: object) -> bool:
-    """Whether a value is an instance of a plain class with attributes that is there to be called, as a layer would be."""
-    plain = not isinstance(value, type | types.FunctionType | types.BuiltinFunctionType)
-    return plain and callable(value) and isinstance(getattr(value, "__dict__", None), dict)
+def _nearest(module: nn.Module, tree: Set[int], seen: set[int]) -> Iterator[nn.Module]:
+    """The module if it is in the tree, else the first ones inside it that are."""
+    if id(module) in tree:
+        yield module
+    elif id(module) not in seen:
+        seen.add(id(module))
+        for child in module.children():
+            yield from _nearest(child, tree, seen)
 
 
 def computes_weight(layer: nn.Module, name: str) -> str | None:

@@ -88,11 +88,13 @@ class Observation:
     Attributes:
         calls: of every convolution, linear layer and chain, by the layer's first name; none where the pass does not reach it. A call that a layer
             of this geometry cannot have (a subclass of its own kind may take anything) is not counted.
-        readers: for each layer whose weight or bias is read while the layer is not running, the reason to keep it, with who reads it.
+        readers: the reason to keep a layer whose weight or bias is read while it is not running, with who reads it, or whose geometry is changed
+            meanwhile.
         functions: convolutions and linear maps called as functions.
         shapes: for a graph module ``tensor_meta`` of every node that gives a tensor, by the node's name.
         norms: calls of every batch norm, as ``calls``.
         gradients: whether the model runs only with gradients: it differentiates by its inputs.
+        outputs: how many tensors the output holds.
     """
 
     calls: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)
@@ -101,6 +103,7 @@ class Observation:
     shapes: Mapping[str, Any] = field(default_factory=dict)
     norms: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)
     gradients: bool = False
+    outputs: int = 0
 
 
 def observe_module(model: nn.Module, example_inputs: Any) -> Observation:
@@ -116,8 +119,8 @@ def observe_module(model: nn.Module, example_inputs: Any) -> Observation:
         twin = evaluating_copy(model)
         seen = _Watch(twin)
         with _Operators(seen), _Functions(seen):
-            run(twin, example_inputs)
-        return seen.observation()
+            output = run(twin, example_inputs)
+        return replace(seen.observation(), outputs=len(list(tensors_in(output))))
 
     return quietly(attempt)
 
@@ -160,8 +163,8 @@ def _observed_graph(traced: fx.GraphModule, example_inputs: Any) -> Observation:
         for name, value in bound.arguments.items():
             flat.extend(value if bound.signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL else [value])
         with _Operators(seen), _Functions(seen):
-            Watching(twin).run(*flat)
-    return replace(seen.observation(), calls={}, readers={}, norms={}, shapes=shapes)
+            output = Watching(twin).run(*flat)
+    return replace(seen.observation(), calls={}, readers={}, norms={}, shapes=shapes, outputs=len(list(tensors_in(output))))
 
 
 def _plain(value: Any) -> Any:
@@ -186,11 +189,14 @@ class _Watch:
         self._functions: dict[tuple[str, str, str, tuple[int, ...]], FunctionUse] = {}
         self._given: list[tuple[int, ...] | None] = []
         self._parameters = _Parameters(model)
+        self._geometries: dict[int, Geometry] = {}  # of layers, as they were before the run
         for module, names in named_groups(model):
             layer = is_layer(module) or isinstance(module, Chain)
             if layer:
                 seen = self._calls.setdefault(names[0], [])
                 geometry = Geometry.of(module.__dict__["_surgery"].original if isinstance(module, Chain) else module)
+                if not isinstance(module, Chain):
+                    self._geometries[id(module)] = geometry
                 watch(module, self._enter_layer, partial(self._leave_layer, seen, geometry.fits))
             elif is_norm(module):
                 watch(module, self._enter_layer, partial(self._leave_layer, self._norms.setdefault(names[0], []), lambda shape: True))
@@ -250,6 +256,9 @@ class _Watch:
 
     def _enter_layer(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._enter(module, args, kwargs)
+        before = self._geometries.get(id(module))
+        if before is not None and Geometry.of(module) != before:
+            self._reads.setdefault((self._names[id(module)], "weight"), "its stride, padding or dilation is changed while the model runs")
         given = next(tensors_in((args, kwargs)), None)
         self._given.append(None if given is None else tuple(given.shape))
 

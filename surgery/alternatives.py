@@ -179,7 +179,8 @@ def explain(
     if site not in known:
         raise SurgeryValueError(f"explain: {site!r} is no layer of this model, but of the plan's: {nearest(site, known)}")
     if not any(site in each.site.aliases for each in draft.candidates):
-        raise SurgeryValueError(f"explain: nothing can be done with {site!r}: {getattr(draft[site], 'reason', draft[site])}")
+        decision = draft[next(each.name for each in draft.all_sites if site in each.aliases)]
+        raise SurgeryValueError(f"explain: nothing can be done with {site!r}: {getattr(decision, 'reason', decision)}")
     mine = next(each for each in _family(draft, unit).candidates if site in each.site.aliases)
     chosen = plan[site]
     if isinstance(chosen, Factorization) and (refusal := refusal_of(mine.site, chosen)) is not None:

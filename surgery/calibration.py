@@ -23,7 +23,17 @@ from passes.geometry import Geometry
 from passes.metric import Metric, alike
 from passes.parity import private_inputs, tensors_in
 from passes.refit import rows
-from passes.running import arguments, callers_code, evaluating_copy, kept_random_states, model_errors, quiet_run, seed_all
+from passes.running import (
+    arguments,
+    callers_code,
+    evaluating_copy,
+    is_out_of_memory,
+    kept_random_states,
+    model_errors,
+    private_copy,
+    quiet_run,
+    seed_all,
+)
 from passes.site import Site
 from surgery.progress import tracked
 
@@ -66,7 +76,9 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
     looked_at = [site for site in sites if site.chain is None and site.keep is None]
     try:
         seen = _moments(twin, model, batches, looked_at, gradients=True)
-    except (SurgeryValueError, RuntimeError):
+    except (SurgeryValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise  # without gradients there might be room, but what is learnt would be less, and nothing would say so
         seen = _moments(twin, model, batches, looked_at, gradients=False)
     for site in looked_at:
         if site.tied_to in seen:  # they are cut together
@@ -97,20 +109,22 @@ def _metrics(seen: Mapping[str, Moments], examples: int, matters: Callable[[str]
 def _changes_output(twin: nn.Module, batch: Any, name: str) -> bool:
     """Whether other outputs of a layer change anything that the network gives for a batch, labels included. An error is a change."""
 
-    def outputs() -> list[Tensor]:
+    def outputs(then: Callable[[Any], Any]) -> list[Tensor]:
+        net = private_copy(twin)  # each begins in the same state
         seed_all(SEED)
         args, kwargs = arguments(private_inputs(batch))
-        return [t.clone() for t in tensors_in(twin(*args, **kwargs))]
+        with _forward_of(net.get_submodule(name), lambda _, __, output: then(output)):
+            return [t.clone() for t in tensors_in(net(*args, **kwargs))]
 
-    def disturbed(x: Tensor) -> Tensor:
+    def disturbed(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED), device="cpu").to(x.device, x.dtype)
-        return x + x.std(correction=0) * noise if x.is_floating_point() else x
+        return x + x.std(correction=0) * noise
 
     try:
         with quiet_run():
-            before = outputs()
-            with _forward_of(twin.get_submodule(name), lambda _, __, output: disturbed(output) if isinstance(output, Tensor) else output):
-                after = outputs()
+            before, after = outputs(lambda x: x), outputs(disturbed)
     except (SurgeryError, RuntimeError, ValueError, IndexError, TypeError):
         return True
     return len(before) != len(after) or not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -148,8 +162,7 @@ def _moments(twin: nn.Module, model: nn.Module, batches: Sequence[Any], sites: S
         for index, batch in enumerate(tracked(batches, "calibrating")):
             args, kwargs = arguments(private_inputs(batch))
             with model_errors(model, batch, f"calibration: batch {index}"):
-                output = twin(*args, **kwargs)
-            _project(output, generator)
+                _project(twin(*args, **kwargs), generator)
     return seen
 
 

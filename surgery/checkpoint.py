@@ -191,6 +191,8 @@ def _tensors_to_write(model: nn.Module) -> dict[str, Tensor]:
             raise SurgeryValueError(f"{name}: it is on the meta device and has no numbers to save; load weights first")
         if wraps_numbers(value):
             raise SurgeryTypeError(f"{name}: a {type(value).__name__} (quantized or the like) has no plain numbers; save it before it is quantized")
+        if (kind := _unwritable(value)) is not None:
+            raise SurgeryTypeError(f"{name}: a {kind} tensor cannot be kept in a safetensors file; make it a plain one, or a non-persistent buffer")
         tensor = value.detach().cpu().contiguous()
         storage = tensor.untyped_storage()
         if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
@@ -198,6 +200,21 @@ def _tensors_to_write(model: nn.Module) -> dict[str, Tensor]:
         storages.add(tensor.untyped_storage().data_ptr())
         found[name] = tensor
     return found
+
+
+def _unwritable(tensor: Tensor) -> str | None:
+    """What keeps a tensor out of a safetensors file, None where nothing does."""
+    from safetensors.torch import save as written
+
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return "sparse or nested"
+    if tensor.is_quantized:
+        return "quantized"
+    try:
+        written({"tensor": torch.empty(0, dtype=tensor.dtype)})
+    except KeyError:
+        return str(tensor.dtype).removeprefix("torch.")
+    return None
 
 
 def with_empty_chains(model: nn.Module, plan: Plan, file: Path, undo: Undo | None = None) -> nn.Module:

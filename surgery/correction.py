@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from passes.chain import pieces_of, plain_layer
+from passes.errors import SurgeryValueError
 from passes.geometry import Geometry, Piece
 from passes.parity import private_inputs, tensors_in
 from passes.refit import refit, rows
-from passes.running import arguments, evaluating_copy, quiet_run
+from passes.running import arguments, evaluating_copy, is_out_of_memory, model_errors, quiet_run
+from surgery.inspection import no_longer_runs
 from surgery.lockstep import Enough, OutOfStep, Pass
 from surgery.progress import tracked
 from surgery.storages import Storages
@@ -47,10 +49,22 @@ def correct(original: nn.Module, model: nn.Module, chains: Mapping[str, str], ba
 
     Returns:
         For each layer that could be corrected |Y - Y'|_F / |Y|_F of its outputs over the batches, with the errors made before it.
+
+    Raises:
+        SurgeryValueError: the decomposed network does not run.
     """
     original, model = (evaluating_copy(network, share_parameters=True) for network in (original, model))  # buffers may count what goes through
     with quiet_run():
-        calls, needed = _first_pass(model, list(chains.values()), batches)
+        look = partial(_first_pass, list(chains.values()), batches)
+        try:
+            calls, needed = look(model)
+        except SurgeryValueError as error:
+            if is_out_of_memory(error):
+                raise
+            with torch.enable_grad(), suppress(SurgeryValueError):
+                look(model)
+                return {}  # it differentiates by its inputs, and what is done here is done without gradients
+            raise no_longer_runs(error) from error
         refitted = [name for name, last in chains.items() if last in calls and can_be_refitted(Geometry.of(model.get_submodule(last)))]
         refitted.sort(key=lambda name: list(calls).index(chains[name]))
         ordered = {name: chains[name] for name in refitted}
@@ -100,11 +114,15 @@ def _memory(model: nn.Module) -> float:
         return 16 * 2.0**30
 
 
-def _first_pass(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> tuple[dict[str, int], float]:
+def _first_pass(names: Sequence[str], batches: Sequence[Any], model: nn.Module) -> tuple[dict[str, int], float]:
     """How often each module is called, in the order of the first calls, and the bytes that passes of all batches hold at most, stopped there.
 
-    Learnt from the first batch.
+    Learnt from the first batch, on a copy: what it leaves behind in the model would be seen by the passes that are compared.
+
+    Raises:
+        SurgeryValueError: the model fails on it.
     """
+    twin = evaluating_copy(model, share_parameters=True)
     calls: dict[str, int] = {}
     most = 0
 
@@ -113,8 +131,8 @@ def _first_pass(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) 
         calls[name] = calls.get(name, 0) + 1
         most = max(most, alive.held())
 
-    with Storages() as alive:
-        _watched(model, names, note, batches[0])
+    with Storages() as alive, model_errors(model, batches[0], "calibration"):
+        _watched(twin, names, note, batches[0])
     sizes = [sum(t.numel() for t in tensors_in(batch)) for batch in batches]
     return calls, most * sum(sizes) / max(sizes[0], 1)
 

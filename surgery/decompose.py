@@ -19,7 +19,7 @@ from passes.running import private_copy
 from passes.site import is_layer
 from surgery.draft import Draft
 from surgery.fitting import learn, mend, usable_batches
-from surgery.inspection import check_not_quantized, look, saved_macs, totals_of, usable_model
+from surgery.inspection import check_not_quantized, check_still_runs, look, saved_macs, totals_of, usable_model
 from surgery.options import Options
 from surgery.plan import Plan
 from surgery.progress import show_progress, stage
@@ -81,7 +81,8 @@ def decompose(
             ``"evbmf:noise=tucker-1"`` (cuts also where EVBMF sees only noise), ``"energy:P"``, ``"stable"``, a fraction in (0, 1] of the full rank,
             a dict from layer names or ``"re:..."`` patterns to ranks, a ``Plan`` or the path of one, a ``Budget`` for the whole network, or a
             callable ``(site, spectra) -> ranks``. Pairs are (rank_out, rank_in).
-        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; with them MACs are known and guarded.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; with them MACs are known and guarded, and the result is run
+            once (eval mode, on a copy): where it gives another number of tensors a warning says so.
         method: kind for convolutions with a kernel: ``"tucker"``, ``"spatial"``, ``"channel"``, ``"depthwise"``, ``"cp"`` (ranks by name only), or
             ``"auto"``, which takes for each layer the kind with the smallest error at the MACs of the Tucker ranks that a rule asks for. 1x1
             convolutions and linear layers take SVD; with ``"svd"`` they alone are cut.
@@ -115,7 +116,8 @@ def decompose(
         inplace: work on ``model`` itself; otherwise it is left untouched and a copy is returned.
         progress: show progress on stderr where that is a terminal.
 
-    Needs, beside the model, the memory of one copy of it (for ``inplace``: of the new chains) and of a few copies of its largest layer in float64.
+    Needs, beside the model, the memory of one copy of it (for ``inplace``: of the new chains), where it is run of one more of what is run, and of a
+    few copies of its largest layer in float64.
 
     Returns:
         The decomposed model; where nothing is worth cutting, an unchanged one.
@@ -176,6 +178,8 @@ def decompose(
                 latency=draft.latency if result.modified else draft.latency or old.latency,
             )
             write_record(result.model, record)
+            if result.modified:
+                check_still_runs(result.model, seen, example_inputs)
             if followers is not None:
                 followers.follow(held or {}, host.sites(), undo)
     return result.model

@@ -64,10 +64,11 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the file cannot be written; it names ``path``.
     """
     _check_folder(path)
-    target = path.resolve()
+    special = path.exists() and not path.is_file() and not path.is_dir()  # what /dev/stdout leads to may have no name of its own
+    target = path if special else path.resolve()
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder; give the name of a file in it", str(path))
-    if target.exists() and not target.is_file():
+    if special:
         with tempfile.TemporaryDirectory() as elsewhere, naming(path):
             yield Path(elsewhere) / target.name
             target.write_bytes((Path(elsewhere) / target.name).read_bytes())

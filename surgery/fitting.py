@@ -14,6 +14,7 @@ from passes import host_for
 from passes.errors import SurgeryTypeError
 from passes.metric import Metric
 from passes.result import PassResult
+from passes.running import evaluating_copy
 from passes.site import Site
 from surgery.progress import stage
 from surgery.undoing import Undo
@@ -72,10 +73,14 @@ def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Re
     errors = correct(teacher, model, lasts, batches) if lasts else {}
     if sites:
         with stage("taking the statistics of batch norms anew"):
-            reestimate_where_it_helps(teacher, model, batches)
+            # on copies: what else their code changes while it runs is not for the model, nor for what comes next
+            quiet = evaluating_copy(model, share_parameters=True)
+            reestimate_where_it_helps(evaluating_copy(teacher, share_parameters=True), quiet, batches)
+            _put_back(statistics_of(model), statistics_of(quiet))
     if how is not None and factors:
         with stage("refining", how.epochs) as step:
-            refine(teacher, model, factors, batches, how, progress=lambda _, distance: step(f"to {distance:.3g}"))
+            quiet = evaluating_copy(model, share_parameters=True)
+            refine(teacher, quiet, factors, batches, how, progress=lambda _, distance: step(f"to {distance:.3g}"))
     return errors
 
 

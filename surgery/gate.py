@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
@@ -79,10 +79,10 @@ def _checked(budget: Any, evaluate: Any, max_drop: Any) -> tuple[str, float]:
     if not isinstance(max_drop, Real) or isinstance(max_drop, bool) or not float(max_drop) >= 0:
         raise SurgeryValueError(f"max_drop: how much lower the metric may be, a number of at least 0; got {max_drop!r}")
     shares = {unit: getattr(budget, unit) for unit in ("macs", "params") if isinstance(budget, Budget)}
-    unit = next((unit for unit, share in shares.items() if isinstance(share, float)), None)
+    unit = next((unit for unit, share in shares.items() if isinstance(share, Real) and not isinstance(share, Integral)), None)
     if unit is None:
         raise SurgeryValueError(f"ranks: with evaluate give the least share that is wanted, for example Budget(macs=0.4); got {budget}")
-    return unit, shares[unit]
+    return unit, float(shares[unit])
 
 
 def _score(evaluate: Callable[[nn.Module], Any], net: nn.Module) -> float:

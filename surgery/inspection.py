@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +14,14 @@ from passes import Observation, observe
 from passes.errors import SurgeryTypeError, SurgeryValueError
 from passes.kinds import kind_of
 from passes.parity import tensors_in
-from passes.running import check_initialized, evaluating_copy, output_of
+from passes.running import check_initialized, evaluating_copy, output_of, quietly, run
 from passes.site import Site
 from surgery.cost import chain_macs, count_macs, site_macs
 from surgery.progress import stage
 from surgery.ranks.budget import Totals
 from surgery.record import unwrap
 
-__all__ = ["Seen", "check_not_quantized", "look", "saved_macs", "totals_of", "usable_model"]
+__all__ = ["Seen", "check_not_quantized", "check_still_runs", "look", "no_longer_runs", "saved_macs", "totals_of", "usable_model"]
 
 
 def usable_model(model: Any) -> None:
@@ -85,6 +86,31 @@ def look(model: nn.Module, example_inputs: Any) -> Seen:
         with count_macs() as counter:
             output_of(evaluating_copy(model), example_inputs, gradients=True)
     return Seen(observed, counter.macs, tuple(tuple(t.shape) for t in tensors_in(example_inputs)))
+
+
+def no_longer_runs(error: SurgeryValueError) -> SurgeryValueError:
+    """The error for a network that ran, and with its chains does not."""
+    told = "its code does with a layer what a chain does not take; keep that layer by exclude="
+    return SurgeryValueError(f"with its chains the network no longer runs ({error}): {told}")
+
+
+def check_still_runs(model: nn.Module, seen: Seen, example_inputs: Any) -> None:
+    """Run a copy of the network once more with its chains, where example inputs were given.
+
+    Warns where the output holds another number of tensors: code may ask for the class of a layer, which a chain does not have.
+
+    Raises:
+        SurgeryValueError: it fails.
+    """
+    if seen.observed is None:
+        return
+    try:
+        found = quietly(lambda: len(list(tensors_in(run(evaluating_copy(model), example_inputs)))))
+    except SurgeryValueError as error:
+        raise no_longer_runs(error) from error
+    if found != seen.observed.outputs:
+        told = "its code may ask for the class of a layer (isinstance), which a chain does not have; keep that layer by exclude="
+        warnings.warn(f"with its chains {type(model).__name__} gives {found} tensors instead of {seen.observed.outputs}: {told}", stacklevel=3)
 
 
 def totals_of(model: nn.Module, seen: Seen) -> Totals:

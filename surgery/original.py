@@ -44,7 +44,10 @@ def is_original(before: nn.Module, after: nn.Module, report: Report) -> bool:
         return False
     originals = {site.name: site for site in host_for(before).sites()}
     for site in host_for(after).sites():
-        was, now, error = originals[site.name].weight.double(), site.weight.double(), report[site.name].error
+        try:
+            was, now, error = originals[site.name].weight.double(), site.weight.double(), report[site.name].error
+        except AttributeError:  # a kept layer that has no weight
+            continue
         gap, norm = float((was - now).norm()), float(was.norm())
         if not abs(gap / norm - (error or 0.0) if norm else gap) <= SAME * (error or SAME):
             return False

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import private_inputs, tensors_in
-from passes.running import arguments, first_line, kept_random_states
+from passes.running import arguments, evaluating_copy, first_line, kept_random_states
 
 __all__ = ["Refine", "distance", "outputs_on", "refine"]
 
@@ -133,13 +133,14 @@ def _put_back(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> N
 
 def outputs_on(model: nn.Module, batches: Sequence[Any]) -> list[list[Tensor]]:
     """All floating-point tensors that the model, which is in eval mode, gives for each batch."""
+    model = evaluating_copy(model, share_parameters=True)  # which begins in the state that the model is in, and leaves it there
     with torch.no_grad():
         return [[t.detach() for t in _outputs(model, batch)] for batch in batches]
 
 
 def distance(model: nn.Module, batches: Sequence[Any], targets: Sequence[Sequence[Tensor]]) -> float:
     """The squared distance of the outputs of the model, in eval mode, from targets as ``outputs_on`` gives them, relative to their squares."""
-    scales = _scales(targets)
+    scales, model = _scales(targets), evaluating_copy(model, share_parameters=True)
     with torch.no_grad():
         return sum(float(_loss(_outputs(model, batch), target, scales)) for batch, target in zip(batches, targets, strict=True))
 

@@ -17,26 +17,35 @@ if TYPE_CHECKING:
 
 __all__ = ["benchmark_table"]
 
+EXAMPLE = " on the example inputs"
+
 
 def benchmark_table(benchmark: Benchmark) -> RenderableType:
     """A row a runtime and batch size: median times, the ratio of times with its spread beside that of FLOPs, and what they come to."""
     from rich.console import Group
 
-    parts: list[RenderableType] = [_times(benchmark.rows), "", *_facts(benchmark)]
+    resized = _resized(benchmark)
+    parts: list[RenderableType] = [_times(benchmark.rows, resized), "", *_facts(benchmark)]
     if any(row.memory_bytes_before or row.file_bytes_before for row in benchmark.rows):
-        parts += ["", _sizes(benchmark.rows)]
+        parts += ["", _sizes(benchmark.rows, resized)]
     for runtime in dict.fromkeys(layer.runtime for layer in benchmark.layers):
-        parts += ["", f"layers in {runtime}, each by itself:", _layers([layer for layer in benchmark.layers if layer.runtime == runtime])]
+        timed = [layer for layer in benchmark.layers if layer.runtime == runtime]
+        parts += ["", f"layers in {runtime}, each by itself{EXAMPLE if resized else ''}:", _layers(timed)]
     return Group(*parts)
 
 
-def _times(rows: Sequence[RuntimeResult]) -> Table:
-    several = len({row.batch for row in rows}) > 1
-    table = _table("runtime", *(["batch"] if several else []), "before ms", "after ms", "time ratio", "FLOPs", "time/FLOPs", "verdict")
+def _resized(benchmark: Benchmark) -> bool:
+    """Whether a batch was timed that is not that of the example inputs, which all else is told of."""
+    given = next((shape[0] for shape in benchmark.input_shapes if shape), None)
+    return any(row.batch != given for row in benchmark.rows)
+
+
+def _times(rows: Sequence[RuntimeResult], resized: bool) -> Table:
+    table = _table("runtime", *(["batch"] if resized else []), "before ms", "after ms", "time ratio", "FLOPs", "time/FLOPs", "verdict")
     for row in rows:
         table.add_row(
             row.runtime,
-            *([str(row.batch)] if several else []),
+            *([str(row.batch)] if resized else []),
             milliseconds(row.before_ms),
             milliseconds(row.after_ms),
             f"{row.time_ratio:.2f}x ±{row.spread:.2f}",
@@ -62,16 +71,16 @@ def _facts(benchmark: Benchmark) -> list[str]:
 
 
 def _macs(benchmark: Benchmark) -> str:
-    return f"MACs {count(benchmark.macs_before)} / {count(benchmark.macs_after)}: FLOPs ratio {ratio(benchmark.flops_ratio)}"
+    where = EXAMPLE if _resized(benchmark) else ""
+    return f"MACs{where} {count(benchmark.macs_before)} / {count(benchmark.macs_after)}: FLOPs ratio {ratio(benchmark.flops_ratio)}"
 
 
-def _sizes(rows: Sequence[RuntimeResult]) -> Table:
-    several = len({row.batch for row in rows}) > 1
-    table = _table("runtime", *(["batch"] if several else []), "memory before", "after", "file before", "after")
+def _sizes(rows: Sequence[RuntimeResult], resized: bool) -> Table:
+    table = _table("runtime", *(["batch"] if resized else []), "memory before", "after", "file before", "after")
     for row in rows:
         sizes = (row.memory_bytes_before, row.memory_bytes_after, row.file_bytes_before, row.file_bytes_after)
         if any(size is not None for size in sizes):
-            table.add_row(row.runtime, *([str(row.batch)] if several else []), *map(megabytes, sizes))
+            table.add_row(row.runtime, *([str(row.batch)] if resized else []), *map(megabytes, sizes))
     return table
 
 

@@ -50,13 +50,14 @@ def _before(options: argparse.Namespace, model: nn.Module) -> nn.Module | None:
     """The network that MODEL was made from: the one that is named, or the one that its folder names if the numbers say so too."""
     from surgery.original import is_original
     from surgery.record import read_record
-    from surgery.zoo import make
+    from surgery.zoo import is_registered, make
 
     if options.before is not None:
         return make(options.before, options.architecture if Path(options.before).is_dir() else None)[0]
     found, record = surgery.report(model), read_record(model)
     if all(row.status == "kept" for row in found.layers):
         return surgery.reconstruct(model)
-    name = options.architecture or (record.architecture if record is not None else None)
+    recorded = record.architecture if record is not None else None
+    name = options.architecture or (recorded if is_registered(recorded) else None)
     before = None if name is None else make(name)[0]
     return before if before is not None and is_original(before, model, found) else None

@@ -207,7 +207,7 @@ def _observed(network: nn.Module, inputs: Any) -> tuple[Any, dict[str, tuple[int
         return lambda layer, _: called.update({name: tuple(layer.weight.shape)})
 
     for name, module in network.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if isinstance(module, nn.modules.conv._ConvNd) and getattr(module, "weight", None) is not None:
             nn.Module.register_forward_pre_hook(module, note(name))
     return run(network, inputs), called
 

@@ -30,7 +30,7 @@ class Proposal:
     Attributes:
         decisions: by layer.
         share: nominal, of the whole network's time or of the layers' MACs.
-        loss: what the solver makes small: the sum of the layers' losses, or the largest.
+        loss: what the solver makes small: the sum of the layers' losses, or the largest as a share of what its layer has to lose.
     """
 
     decisions: Mapping[str, Decision]
@@ -88,7 +88,7 @@ class Solved:
 
     def at_loss(self, loss: float) -> Proposal | None:
         solver = cheapest_within if self.criterion == "mean" else within
-        least = [float(c.losses.min()) for c in self.candidates]
+        least = [float(losses.min()) for losses in self._losses]
         if (sum(least) if self.criterion == "mean" else max(least)) > loss:
             return None
         return self._proposal(solver(self._costs, self._losses, loss))
@@ -99,7 +99,7 @@ class Solved:
 
     @property
     def _losses(self) -> list[Any]:
-        return [c.losses for c in self.candidates]
+        return [c.losses if self.criterion == "mean" else c.shares for c in self.candidates]
 
     def _share(self, chosen: Sequence[int]) -> float:
         saved = sum(float(c.before - c.costs[index]) for c, index in zip(self.candidates, chosen, strict=True))
@@ -107,17 +107,18 @@ class Solved:
 
     def _proposal(self, chosen: Sequence[int]) -> Proposal:
         decisions = {c.site.name: c.decisions[index] for c, index in zip(self.candidates, chosen, strict=True)}
-        losses = [float(c.losses[index]) for c, index in zip(self.candidates, chosen, strict=True)]
+        losses = [float(each[index]) for each, index in zip(self._losses, chosen, strict=True)]
         return Proposal(decisions, self._share(chosen), sum(losses) if self.criterion == "mean" else max(losses))
 
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """What one fraction makes of one layer."""
+    """What one fraction makes of one layer; ``share`` is the loss as a share of what the layer has to lose."""
 
     decision: Decision
     cost: float
     loss: float
+    share: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,8 +147,7 @@ class Uniform:
     def _plans(self) -> list[Proposal]:
         found = []
         for rungs in zip(*self.rungs.values(), strict=True):
-            losses = [rung.loss for rung in rungs]
-            loss = sum(losses) if self.criterion == "mean" else max(losses)
+            loss = sum(rung.loss for rung in rungs) if self.criterion == "mean" else max(rung.share for rung in rungs)
             decisions = dict(zip(self.rungs, (rung.decision for rung in rungs), strict=True))
             found.append(Proposal(decisions, sum(rung.cost for rung in rungs) / self.total, loss))
         return found
@@ -165,7 +165,7 @@ def rungs_of(site: Site, kinds: Sequence[Blockwise], spectra: Spectra, macs: Cos
         round_to: ranks are multiples of this, or full.
     """
     kind = usual_kind(site.geometry, kinds[0].name if len(kinds) == 1 else "tucker")
-    kept = Rung(Keep("at this fraction a chain saves nothing"), macs(None), 0.0)
+    kept = Rung(Keep("at this fraction a chain saves nothing"), macs(None), 0.0, 0.0)
     if kind not in kinds or not kind.has_spectra or kind.refuses(site.geometry) is not None:
         return [kept] * len(FRACTIONS)
     surface = spectra.error_surface(site, kind).cpu().numpy()
@@ -184,5 +184,6 @@ def rungs_of(site: Site, kinds: Sequence[Blockwise], spectra: Spectra, macs: Cos
             found.append(kept)
             continue
         place = tuple((most if rank is None else rank) // unit for rank, most in zip(factorization.ranks, full, strict=True))
-        found.append(Rung(factorization, macs(factorization), energy * float(surface[place]) ** 2))
+        share = float(surface[place]) ** 2
+        found.append(Rung(factorization, macs(factorization), energy * share, share))
     return found

@@ -90,7 +90,7 @@ class Stopwatch:
         check_installed(runtime)
         inputs, calls = self._batched(budget.batch)
         free = [site if calls is None else replace(site, calls=calls.get(site.name)) for site in free]
-        setup = Setup(runtime=timed_in(runtime), threads=budget.threads or torch.get_num_threads(), device=_device_of(inputs))
+        setup = Setup(runtime=timed_in(runtime), threads=int(budget.threads or torch.get_num_threads()), device=_device_of(inputs))
         return Task(
             model=self.model,
             inputs=inputs,

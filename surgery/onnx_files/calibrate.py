@@ -55,4 +55,7 @@ def calibrate_file(model: ModelProto, feeds: Sequence[Feed], sites: Sequence[Sit
                 if moments.geometry.fits(tuple(values[reads[name]].shape)):
                     moments.saw(values[reads[name]])
             examples += next((len(tensor) for tensor in feed.values() if tensor.ndim), 0)
+    for site in sites:
+        if site.tied_to in seen and site.name in seen:  # they are cut together
+            seen[site.tied_to].add(seen[site.name])
     return Calibration(metrics={name: moments.metric(name, examples) for name, moments in seen.items() if moments.positions}, examples=examples)

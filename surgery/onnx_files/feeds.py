@@ -136,11 +136,17 @@ def _by_name(names: Sequence[str], given: Any, argument: str) -> dict[str, Any]:
     return {name: found[name] for name in names}
 
 
+def _array(value: Any) -> numpy.ndarray[Any, Any]:
+    """An array of its own, in this machine's order of bytes."""
+    array = numpy.array(value)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
 def _fitting(name: str, value: Any, shape: Sequence[int | None] | None, dtype: torch.dtype | None) -> Tensor:
     """A private tensor, in the type that the input has; ``name`` says which in errors."""
     try:
-        tensor = value.detach().cpu().clone() if isinstance(value, Tensor) else torch.from_numpy(numpy.array(value))
-    except TypeError as error:
+        tensor = value.detach().cpu().clone() if isinstance(value, Tensor) else torch.from_numpy(_array(value))
+    except (TypeError, ValueError) as error:
         raise SurgeryTypeError(f"{name}: expected an array or a tensor of numbers, got {type(value).__name__}") from error
     if shape is not None and (len(shape) != tensor.ndim or any(n is not None and n != m for n, m in zip(shape, tensor.shape, strict=True))):
         declared = " x ".join("?" if size is None else str(size) for size in shape)

@@ -30,12 +30,12 @@ def open_model(path: str | os.PathLike[str]) -> ModelProto:
     import onnx
 
     file = as_path("path", path)
-    model = read_graph(file)
+    model = without_functions(read_graph(file))  # before the data come, with which it may be more than protobuf writes
     try:
         onnx.load_external_data_for_model(model, str(file.parent))
     except (onnx.checker.ValidationError, OSError, ValueError) as error:
         raise SurgeryValueError(f"{file}: the data that it keeps in other files cannot be read ({error}); put them beside it") from error
-    return without_functions(model)
+    return model
 
 
 def without_functions(model: ModelProto) -> ModelProto:
@@ -90,9 +90,9 @@ def data_files(path: str | os.PathLike[str]) -> set[Path]:
     """The files beside it in which a file keeps weights, links followed."""
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-    file = Path(path).resolve()
-    kept = [tensor for tensor in _initializers(read_graph(file).graph) if uses_external_data(tensor)]
-    return {(file.parent / ExternalDataInfo(tensor).location).resolve() for tensor in kept}
+    file = Path(path).absolute()
+    names = {ExternalDataInfo(tensor).location for tensor in _initializers(read_graph(file).graph) if uses_external_data(tensor)}
+    return {(file.parent / name).resolve() for name in names}
 
 
 def write_model(model: ModelProto, file: Path, *, external: bool, data: str | None = None) -> None:

@@ -66,6 +66,8 @@ def _linear(node: NodeProto, told: Mapping[str, Any], shape: tuple[int, ...]) ->
         keep = "it transposes its input (transA)"
     elif told.get("alpha", 1.0) != 1.0 or told.get("beta", 1.0) != 1.0:
         keep = "it scales its product or its bias (alpha, beta)"
+    elif "broadcast" in told:
+        keep = "it is a Gemm of an operator set below 7, which spreads its bias in another way"
     return LayerNode(Geometry(in_channels=into, out_channels=out), keep, lies)
 
 

@@ -49,6 +49,11 @@ class Candidates:
     before: float
     energy: float = 1.0
 
+    @property
+    def shares(self) -> Numbers:
+        """The losses as shares of what the layer has to lose."""
+        return self.losses / self.energy if self.energy else self.losses
+
 
 def candidates_of(
     site: Site,

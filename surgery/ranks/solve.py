@@ -23,11 +23,7 @@ def solve(budget: Budget, candidates: Sequence[Candidates], totals: Totals) -> d
     Raises:
         SurgeryValueError: the budget is below what any choice of ranks can reach; the message names the least.
     """
-    costs, losses = [c.costs for c in candidates], [c.losses for c in candidates]
-    if budget.max_error is not None:
-        chosen = _within_error(budget, candidates, budget.max_error**2)
-    else:
-        chosen = _within_cost(budget, costs, losses, totals, [c.before for c in candidates])
+    chosen = _within_cost(budget, candidates, totals) if budget.max_error is None else _within_error(budget, candidates, budget.max_error**2)
     return {c.site.name: c.decisions[index] for c, index in zip(candidates, chosen, strict=True)}
 
 
@@ -36,14 +32,15 @@ def _within_error(budget: Budget, candidates: Sequence[Candidates], bound: float
     costs, losses = [c.costs for c in candidates], [c.losses for c in candidates]
     if budget.criterion == "mean":
         return cheapest_within(costs, losses, bound * sum(c.energy for c in candidates)) if costs else []
-    return within(costs, [loss / c.energy if c.energy else loss for loss, c in zip(losses, candidates, strict=True)], bound)
+    return within(costs, [c.shares for c in candidates], bound)
 
 
-def _within_cost(budget: Budget, costs: Sequence[Any], losses: Sequence[Any], totals: Totals, before: Sequence[float]) -> list[int]:
+def _within_cost(budget: Budget, candidates: Sequence[Candidates], totals: Totals) -> list[int]:
+    costs, losses = [c.costs for c in candidates], [c.losses for c in candidates]
     unit: Any = budget.unit
     total, asked = getattr(totals, unit), getattr(budget, unit)
     allowed = int(asked) if isinstance(asked, Integral) else float(asked) * total
-    rest = total - sum(before)  # what no layer here has a say in
+    rest = total - sum(c.before for c in candidates)  # what no layer here has a say in
     least = rest + sum(float(cost.min()) for cost in costs)
     if least > allowed:
         raise SurgeryValueError(
@@ -52,5 +49,6 @@ def _within_cost(budget: Budget, costs: Sequence[Any], losses: Sequence[Any], to
         )
     if not costs:
         return []
-    solver = least_loss if budget.criterion == "mean" else least_worst
-    return solver(costs, losses, allowed - rest)
+    if budget.criterion == "mean":
+        return least_loss(costs, losses, allowed - rest)
+    return least_worst(costs, [c.shares for c in candidates], allowed - rest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import importlib.util
 import os
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from passes.errors import MissingExtra, SurgeryTypeError, SurgeryValueError, nearest
-from passes.running import first_line, shorten
+from passes.running import first_line, private_copy, shorten
 from surgery.checkpoint import PLAN_FILE, load, read_architecture
 from surgery.files import as_path
 from surgery.naming import callable_named
@@ -25,7 +24,7 @@ from surgery.zoo.resnet_cifar import resnet20, resnet56
 from surgery.zoo.torchvision_ops import import_torchvision
 from surgery.zoo.vgg_cifar import vgg19, vgg19_quarter
 
-__all__ = ["BUNDLED", "load_network", "load_weights", "make"]
+__all__ = ["BUNDLED", "is_registered", "load_network", "load_weights", "make"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 BUNDLED: dict[str, tuple[Callable[[], nn.Module], str | None, tuple[int, ...]]] = {
@@ -37,6 +36,11 @@ BUNDLED: dict[str, tuple[Callable[[], nn.Module], str | None, tuple[int, ...]]] 
 }
 PICTURE = (1, 3, 224, 224)
 REGISTRIES = ("torchvision", "timm", "surgery")
+
+
+def is_registered(name: str | None) -> bool:
+    """Whether a name is one of a registry. What a file says is made only then: any other name would import what it likes."""
+    return name is not None and name.partition(":")[0] in REGISTRIES
 
 
 def make(name: str, architecture: str | None = None) -> tuple[nn.Module, tuple[int, ...]]:
@@ -81,7 +85,7 @@ def load_network(path: str, architecture: str | None = None) -> tuple[nn.Module,
     """
     if architecture is None:
         recorded = read_architecture(path)
-        architecture = recorded if recorded is not None and recorded.partition(":")[0] in REGISTRIES else None
+        architecture = recorded if is_registered(recorded) else None
     if architecture is None:
         raise SurgeryValueError(
             f"{path}: does not say which registered network it is; name it (--architecture package.module:factory on the command line), "
@@ -107,8 +111,9 @@ def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
             state = state[key]
     if state and all(isinstance(k, str) and k.startswith("module.") for k in state):
         state = {k.removeprefix("module."): v for k, v in state.items()}
+    blank = private_copy(model).to("meta")
     try:
-        copy.deepcopy(model).to("meta").load_state_dict(state, strict=True, assign=True)  # so that a model which it does not fit stays as it was
+        blank.load_state_dict(state, strict=True, assign=True)  # so that a model which it does not fit stays as it was
         model.load_state_dict(state, strict=True)
     except (RuntimeError, AttributeError, TypeError) as error:
         told = " ".join(str(error).partition(":\n")[2].split()) or first_line(error)
@@ -159,7 +164,10 @@ def _torchvision(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     if name not in known:
         raise SurgeryValueError(f"torchvision:{name}: torchvision has no such network; {nearest(name, known)}")
     extra = {"weights_backbone": None} if name in models.list_models(module=models.detection) + models.list_models(module=models.segmentation) else {}
-    shape = (1, 3, 16, 112, 112) if name in models.list_models(module=models.video) else PICTURE
+    shape: tuple[int, ...] = PICTURE
+    if name in models.list_models(module=models.video):
+        size = 224 if name.startswith(("mvit", "s3d", "swin3d")) else 112  # as each is trained; the first two take nothing smaller
+        shape = (1, 3, 16, size, size)
     return models.get_model(name, weights=None, **extra), shape
 
 

@@ -606,3 +606,41 @@ def test_a_function_that_is_left_whole_may_write_to_its_lists():
     assert_parity(traced(X), model(X))
     assert traced.graph.find_nodes(op="call_module", target="conv")[0].meta["tensor_meta"].shape == (2, 4, 10, 10)
     assert model.sizes == [20, 2]
+
+
+class Lazy(nn.Module):
+    """Makes its kernel when it is first called."""
+
+    def forward(self, x):
+        if not hasattr(self, "kernel"):
+            self.register_buffer("kernel", torch.ones(3, 1, 3, 3) / 9)
+        return nn.functional.conv2d(x, self.kernel, groups=3)
+
+
+def test_tensors_that_a_submodule_makes_when_it_is_called_are_recorded():
+    model = nn.Sequential(Lazy(), nn.Conv2d(3, 4, 3)).eval()
+    x = torch.randn(1, 3, 9, 9)
+    with pytest.raises(SurgeryError, match=r"its code makes 0.kernel only when it runs\); run it once before"):
+        surgery.trace(model, x)
+    assert isinstance(surgery.capture(model, x), RecordedGraph)
+    surgery.deploy(model, x)
+    assert not hasattr(model[0], "kernel")
+    expected = model(x)
+    assert_parity(surgery.trace(model, x)(x), expected)
+
+
+@pytest.mark.parametrize("instead", [None, nn.Conv2d(8, 8, 3)], ids=["gone", "a layer"])
+def test_chains_that_were_taken_out_of_a_graph_are_forgotten(instead):
+    x = torch.randn(1, 3, 9, 9)
+    graph = surgery.trace(surgery.decompose(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), 0.5, guard="none"), x)
+    (output,) = graph.graph.find_nodes(op="output")
+    last = next(node for node in graph.graph.nodes if node.target == "0.expand")
+    output.args = (last,)
+    graph.graph.eliminate_dead_code()
+    graph.delete_all_unused_submodules()
+    if instead is not None:
+        graph.add_submodule("1", instead)
+        with graph.graph.inserting_before(output):
+            output.args = (graph.graph.call_module("1", (last,)),)
+    graph.recompile()
+    assert {row.name: row.status for row in surgery.report(graph).layers} == {"0": "decomposed"} | ({} if instead is None else {"1": "kept"})

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import re
+import warnings
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -17,6 +21,8 @@ from passes.errors import SurgeryTypeError
 from passes.parity import assert_parity, tensors_in
 from passes.running import private_copy, without_waiting
 from passes.site import find_layers
+from surgery.original import is_original
+from surgery.zoo import load_weights
 
 X = torch.randn(2, 8, 10, 10, generator=torch.Generator().manual_seed(3))
 
@@ -247,3 +253,275 @@ def test_norms_that_wait_are_looked_for_past_scripted_modules():
     with without_waiting(model):
         assert "forward" in vars(model[1])
     assert "forward" not in vars(model[1])
+
+
+class Held:
+    """A plain object with a method that runs what it was given; it cannot be called itself."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def run(self, x):
+        return self.inner(x)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.ops = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), None
+
+    def forward(self, x):
+        op = self.ops
+        while not callable(op):
+            op = op.inner if isinstance(op, Held) else next(iter(op.values() if isinstance(op, dict) else op))
+        return (op() if isinstance(op, weakref.ref) else op)(x)
+
+
+@pytest.mark.parametrize("holder", [lambda f: [f], lambda f: {"first": (f,)}, Held], ids=["list", "dict", "object"])
+def test_functions_in_containers_that_no_copy_would_follow_are_refused(holder):
+    model = Branches()
+    model.ops = holder(lambda x: model.bn(model.conv(x)))
+    with pytest.raises(SurgeryTypeError, match=r"the model: its attribute 'ops' holds a function that reaches the model \(Branches\)"):
+        surgery.decompose(model, {"conv": 0.5}, example_inputs=X)
+    assert model.bn.num_batches_tracked == 0
+    model.ops = holder(torch.relu)
+    assert private_copy(model)(X).equal(X.relu())
+
+
+def test_weak_references_into_the_model_are_refused():
+    model = Branches()
+    model.ops = [weakref.ref(model.conv)]
+    with pytest.raises(SurgeryTypeError, match=r"'ops' holds a weak reference to conv \(Conv2d\).*hold the module itself, in a list"):
+        surgery.decompose(model, {"conv": 0.5})
+    other = nn.Conv2d(8, 8, 3)
+    model.ops = weakref.ref(other)
+    assert private_copy(model)(X).equal(other(X))
+
+
+class Sliced(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.stages = [self.features[:2], self.features[2:]]
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+def adapted(adapter, module, args, output):
+    return output + adapter(args[0])
+
+
+def with_an_adapter():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 3)), nn.Conv2d(8, 8, 3))
+    model[0].register_forward_hook(functools.partial(adapted, model[1]))
+    return model
+
+
+def with_an_object():
+    model = Sliced()
+    model.stages = [Held(model.features[0]).run, Held({"last": [model.features[2]]}).inner["last"][0]]
+    model.runner = Held(model.features[2])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "where"),
+    [
+        (Sliced, ["features.0", "features.2"], "stages"),
+        (with_an_adapter, ["1"], "a hook of 0"),
+        (with_an_object, ["features.0", "features.2"], "stages|runner"),
+    ],
+    ids=["module", "hook", "object"],
+)
+def test_layers_that_modules_outside_the_tree_hooks_and_objects_hold_are_kept(make, names, where):
+    model = make()
+    net = surgery.decompose(model, 0.5)
+    report = surgery.report(net)
+    kept, cut = ([row.name for row in report.layers if row.status == status] for status in ("kept", "decomposed"))
+    assert kept == names
+    assert all(re.search(f"it is also held in ({where}), outside the tree", report[name].reason) for name in names)
+    assert_parity(surgery.decompose(model, dict.fromkeys(cut, 1.0))(X), model(X), tolerance=1e-4)
+
+
+class Metric(nn.Module):
+    """As torchmetrics': its methods are wrapped anew in each copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+        self.wrap()
+
+    def wrap(self):
+        self.update = functools.wraps(self.update)(lambda x, whole=self: setattr(whole, "seen", whole.seen + 1))
+
+    def update(self, x):
+        raise NotImplementedError
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "update"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.wrap()
+
+
+def test_what_copies_make_anew_is_not_refused():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    model.metric = Metric()
+    twin = private_copy(model)
+    twin.metric.update(X)
+    assert (model.metric.seen, twin.metric.seen) == (0, 1)
+
+
+def test_proxies_are_let_be():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 3)), nn.Conv2d(8, 8, 3))
+    model[0].parent = [weakref.proxy(model)]
+    assert {found.keep for found in find_layers(model)} == {None}
+    relu = nn.ReLU()
+    model[0].parent = [weakref.proxy(relu)]
+    assert private_copy(model)[0].parent[0].__class__ is nn.ReLU
+
+
+def test_a_module_outside_the_tree_that_holds_the_model_keeps_nothing():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    model.__dict__["wrapper"] = [nn.Sequential(model)]
+    assert surgery.report(surgery.decompose(model, 0.5))["0"].status == "decomposed"
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enc, self.other = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.dec_weight = self.enc.weight
+
+    def forward(self, x):
+        return nn.functional.conv_transpose2d(self.other(self.enc(x)), self.dec_weight)
+
+
+@pytest.mark.parametrize("inputs", [None, X], ids=["alone", "run"])
+@pytest.mark.parametrize("traced", [False, True], ids=["module", "graph"])
+def test_a_weight_that_the_model_itself_holds_too_is_kept(inputs, traced):
+    model = surgery.trace(Tied(), X) if traced else Tied()
+    report = surgery.report(surgery.decompose(model, 0.5, example_inputs=inputs))
+    assert report["enc"].status == "kept"
+    assert report["other"].status == "decomposed"
+    assert "shared with the model" in report["enc"].reason
+
+
+class Asking(nn.Module):
+    """Collects the outputs of convolutions by their class."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+
+    def forward(self, x):
+        found = []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.Conv2d):
+                found.append(x)
+        return [x, *found]
+
+
+def test_code_that_asks_for_the_class_of_layers_is_told_of():
+    with pytest.warns(UserWarning, match=r"Asking gives 1 tensors instead of 3: .*isinstance.*exclude="):
+        surgery.decompose(Asking(), 0.5, example_inputs=X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        surgery.decompose(Asking(), 0.5, example_inputs=X, exclude="re:.*")
+
+
+class Dilating(nn.Module):
+    """One layer in several dilations; one whose padding is set to what it is; one that is asked for what a chain does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.many, self.same, self.asked = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        total = x
+        for dilation in (1, 2):
+            self.many.dilation = self.many.padding = (dilation, dilation)
+            total = total + self.many(x)
+        self.same.padding = 1
+        return self.asked(self.same(total)) if self.asked._get_name() == "Conv2d" else self.asked._conv_forward(total, None, None)
+
+
+def test_layers_that_the_forward_sets_anew():
+    model = Dilating()
+    net = surgery.decompose(model, {"same": 1.0}, example_inputs=X)
+    kept = {site.name: site.keep for site in host_for(model, X).sites()}
+    assert kept == {"many": "its stride, padding or dilation is changed while the model runs", "same": None, "asked": None}
+    assert surgery.report(net)["same"].status == "decomposed"
+    assert_parity(net(X), model(X), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_network_that_no_longer_runs_is_an_error_and_stays_as_it_was(inplace):
+    model = Dilating()
+    before = model(X)
+    with pytest.raises(surgery.SurgeryValueError, match=r"the network no longer runs \(example_inputs: Dilating fails.*keep that layer"):
+        surgery.decompose(model, {"asked": 0.5}, example_inputs=X, inplace=inplace)
+    assert type(model.asked) is nn.Conv2d
+    assert model(X).equal(before)
+
+
+class Factored(nn.Conv2d):
+    """Has no weight, but two factors of one."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 1)
+        self.u, self.v = nn.Parameter(torch.randn(channels, 2)), nn.Parameter(torch.randn(2, channels))
+        del self.weight
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, (self.u @ self.v)[..., None, None], self.bias)
+
+
+def test_a_convolution_without_a_weight_is_exported_and_compared(tmp_path):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), Factored(8)).eval()
+    net = surgery.decompose(model, 0.5, example_inputs=X)
+    surgery.export_torchscript(net, tmp_path / "net.pt", X)
+    assert_parity(torch.jit.load(tmp_path / "net.pt")(X), net(X))
+    assert is_original(model, net, surgery.report(net))
+
+
+def test_weights_are_read_into_old_weight_norm(tmp_path):
+    with pytest.warns(FutureWarning):
+        model, other = (nn.utils.weight_norm(nn.Conv2d(8, 8, 3)) for _ in range(2))
+    model(X)
+    other(X)
+    torch.save(other.state_dict(), tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+    assert model(X).equal(other(X))
+
+
+def test_hooks_of_loading_that_are_given_their_layer_go_with_it():
+    seen = []
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    model[0].register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    net = surgery.decompose(model, {"0": 1.0})
+    copy.deepcopy(net)
+    back = surgery.reconstruct(net)
+    back.load_state_dict(model.state_dict())
+    assert seen == [back[0]]
+    surgery.reconstruct(surgery.reconstruct(surgery.trace(net, X)))
+    surgery.decompose(model, {"0": 1.0}, inplace=True)
+    surgery.reconstruct(model, inplace=True)
+    model.load_state_dict(back.state_dict())
+    assert seen == [back[0], model[0]]
+
+
+def test_an_output_that_was_noted_on_a_layer_does_not_stay_with_its_chain():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    handle = model[0].register_forward_hook(lambda module, args, output: setattr(module, "feature", output))
+    output = model(X)
+    handle.remove()
+    surgery.decompose(model, {"0": 1.0}, inplace=True)
+    assert model[0].feature.equal(output)
+    assert model[0].feature.grad_fn is None
+    assert type(surgery.reconstruct(model)[0]) is nn.Conv2d

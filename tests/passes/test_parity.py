@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+
 import numpy
 import pytest
 import torch
@@ -93,3 +95,13 @@ def test_arrays_hold_no_tensors():
 def test_inputs_that_cannot_be_copied_are_named():
     with pytest.raises(SurgeryTypeError, match="example_inputs: they cannot be copied"):
         private_inputs((X, __import__("threading").Lock()))
+
+
+class Modes(enum.Flag):
+    FAST = enum.auto()
+    EXACT = enum.auto()
+
+
+def test_flags_hold_no_tensors():
+    x = torch.ones(2)
+    assert list(tensors_in({"x": x, "mode": Modes.FAST | Modes.EXACT, "one": Modes.FAST})) == [x]

@@ -87,6 +87,10 @@ def test_layers_that_cannot_be_explained(model):
         surgery.explain(model, "layer2.1.conv9", plan)
     with pytest.raises(surgery.SurgeryValueError, match="nothing can be done with 'linear': linear layers are cut only"):
         surgery.explain(model, "linear", plan)
+    twice = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    twice.append(twice[0])
+    with pytest.raises(surgery.SurgeryValueError, match="nothing can be done with '1': linear layers are cut only"):
+        surgery.explain(twice, "1", surgery.Plan({"1": surgery.Keep("mine")}))
 
 
 def test_on_the_command_line(capsys, tmp_path):

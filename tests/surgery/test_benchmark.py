@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
+from dataclasses import fields, replace
 
 import numpy as np
 import onnx
@@ -21,7 +23,7 @@ from surgery.benchmarking.conditions import conditions_of
 from surgery.benchmarking.environment import environment
 from surgery.benchmarking.files import FileInput, macs_of_file, made_up
 from surgery.benchmarking.onnx_files import size_of
-from surgery.benchmarking.result import NO_VERDICT, RuntimeResult, verdict
+from surgery.benchmarking.result import NO_VERDICT, LayerResult, RuntimeResult, verdict
 from surgery.benchmarking.table import benchmark_table
 from surgery.cost.profile import Entry
 from surgery.onnx_files.files import write_model
@@ -197,6 +199,23 @@ def test_a_verdict_needs_the_whole_interval():
     assert verdict(1.01, 1.2) == "faster"
     assert verdict(0.8, 0.99) == "slower"
     assert verdict(0.99, 1.3) == verdict(0.7, 1.0) == NO_VERDICT
+
+
+def test_a_batch_that_is_not_the_examples_is_told():
+    times = {"before_ms": 2.0, "after_ms": 1.0, "time_ratio": 2.0, "time_ratio_low": 1.9, "time_ratio_high": 2.1}
+    row = RuntimeResult(runtime="eager", batch=8, pairs=100, settled=True, macs_before=200, macs_after=100, **times)
+    layer = LayerResult(**{**{field.name: 1.0 for field in fields(LayerResult)}, "name": "conv", "runtime": "eager", "chain": "conv"})
+    measured = surgery.Benchmark(
+        rows=(row,), layers=(layer,), macs_before=200, macs_after=100, threads=1, input_shapes=((1, 3, 32, 32),), environment={}
+    )
+    text = render(benchmark_table(measured), width=80)
+    assert re.search(r"runtime +batch", text)
+    assert re.search(r"eager +8 ", text)
+    assert "MACs on the example inputs 200 / 100" in text
+    assert "each by itself on the example inputs:" in text
+    text = render(benchmark_table(replace(measured, input_shapes=((8, 3, 32, 32),))), width=80)
+    assert "batch" not in text
+    assert "on the example" not in text
 
 
 def test_the_table_fits_80_columns_and_names_what_it_refuses_to_say():

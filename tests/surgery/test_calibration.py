@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,6 +22,9 @@ from passes.spectra import Spectra
 from surgery import Budget, Refine, correction
 from surgery.calibration import batches_of, calibrate
 from surgery.correction import correct
+from surgery.ranks.budget import Totals
+from surgery.ranks.candidates import Candidates
+from surgery.ranks.solve import solve
 from surgery.training.batch_norm import reestimate, reestimate_where_it_helps
 from tests.networks import Kinds, Small, Twice, random_states
 
@@ -508,3 +513,116 @@ def test_a_loader_leaves_the_random_state_as_it_was():
     before = random_states()
     surgery.decompose(model, 0.5, calibration=loader)
     assert random_states() == before
+
+
+class Streaming(nn.Module):
+    """Goes on where the last call ended."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(8, 8, 3)
+        self.register_buffer("past", torch.zeros(1, 8, 2))
+
+    def forward(self, x):
+        x = torch.cat([self.past, x], -1)
+        self.past = x[..., -2:].detach()
+        return self.conv(x)
+
+
+def test_both_networks_go_on_from_the_same_state():
+    model = Streaming()
+    chunks = [torch.randn(1, 8, 10) for _ in range(3)]
+    net = surgery.decompose(model, {"conv": (8, 8)}, calibration=chunks)
+    assert surgery.report(net)["conv"].output_error < 1e-5
+    assert not model.past.any()
+    assert not net.past.any()
+    assert_parity(net(chunks[0]), model(chunks[0]), tolerance=1e-4)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.noted = []
+
+    def forward(self, x):
+        self.calls += 1
+        self.noted.append(len(x))
+        return self.head(self.norm(self.conv(x)))
+
+
+def test_what_code_counts_is_not_counted_in_the_callers_model(monkeypatch):
+    def taken(original, model, batches):
+        assert model(batches[0]).shape == original(batches[0]).shape
+        model.norm.running_mean.fill_(1.0)
+
+    monkeypatch.setattr("surgery.training.batch_norm.reestimate_where_it_helps", taken)
+    model = Counting()
+    surgery.decompose(model, {"conv": (3, 2), "head": (2, 4)}, calibration=IMAGES.split(16), refine=Refine(epochs=1), inplace=True)
+    assert int(model.calls) == 0
+    assert model.noted == []
+    assert surgery.report(model)["head"].status == "decomposed"
+    assert bool((model.norm.running_mean == 1.0).all())
+
+
+class Forces(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return -torch.autograd.grad(self.conv(x).square().sum(), x)[0]
+
+
+def test_a_model_that_differentiates_by_its_inputs_is_cut_and_not_corrected():
+    row = surgery.report(surgery.decompose(Forces(), {"conv": (3, 2)}, calibration=IMAGES.split(16)))["conv"]
+    assert (row.status, row.output_error) == ("decomposed", None)
+
+
+class Insisting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        assert isinstance(self.conv, nn.Conv2d)
+        return self.conv(x)
+
+
+def test_code_that_a_chain_breaks_is_told_of():
+    model = Insisting()
+    with pytest.raises(surgery.SurgeryValueError, match=r"no longer runs \(calibration: Insisting fails on them .*AssertionError.*exclude="):
+        surgery.decompose(model, {"conv": (3, 2)}, calibration=[IMAGES], inplace=True)
+    assert type(model.conv) is nn.Conv2d
+
+
+class Large(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.conv(x)
+
+
+def test_too_little_memory_is_told_and_does_not_change_what_is_learnt():
+    with pytest.raises(surgery.SurgeryValueError, match=r"calibration.*out of memory"):
+        surgery.decompose(Large(), {"conv": (3, 2)}, calibration=[IMAGES])
+
+
+def test_the_largest_error_is_that_of_a_share_of_each_layer():
+    """By the outputs, where one layer has little to lose, a budget for the largest error does not take all of it."""
+
+    def layer(name, energy):
+        losses = energy * np.array([0.01 if name == "much" else 1.0, 0.0])
+        place = SimpleNamespace(name=name)
+        return Candidates(place, (f"{name} cut", f"{name} whole"), np.array([1.0, 4.0]), np.sqrt(losses / energy), losses, 4.0, energy)
+
+    layers = [layer("much", 100.0), layer("little", 0.001)]
+    found = {criterion: solve(Budget(params=0.625, criterion=criterion), layers, Totals(params=8, macs=None)) for criterion in ("max", "mean")}
+    assert found["max"] == {"much": "much cut", "little": "little whole"}
+    assert found["mean"] == {"much": "much whole", "little": "little cut"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from torch import nn
 import surgery
 from passes.parity import difference
 from surgery.checkpoint import PLAN_FILE, WEIGHTS_FILE, read_architecture
+from surgery.cli.summary import _before
+from surgery.record import read_record, write_record
 from surgery.zoo import make
 from tests.networks import Small, Twice
 
@@ -188,6 +192,28 @@ def test_state_that_is_no_tensor_is_refused(tmp_path):
     with pytest.raises(surgery.SurgeryTypeError, match="_extra_state: the state dict holds a dict"):
         surgery.save(nn.Sequential(Odd(2, 2)), tmp_path / "net")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.eye(3).to_sparse(), "sparse or nested"),
+        (torch.eye(3, dtype=torch.complex128), "complex128"),
+        (torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8), "quantized"),
+    ],
+    ids=["sparse", "complex", "quantized"],
+)
+def test_tensors_that_the_file_cannot_hold_are_named(tmp_path, tensor, kind):
+    model = nn.Sequential(nn.Conv2d(3, 3, 3))
+    model.register_buffer("graph", tensor)
+    with pytest.raises(surgery.SurgeryTypeError, match=f"graph: a {kind} tensor cannot be kept in a safetensors file"):
+        surgery.save(model, tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_names_nothing_that_is_run(net):
+    write_record(net, replace(read_record(net), architecture="builtins:exit"))
+    assert _before(argparse.Namespace(before=None, architecture=None), net) is None
 
 
 def test_the_architecture_is_recorded_for_registry_names_only(net, tmp_path):

@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +125,15 @@ def test_a_pipe_is_written_to(tmp_path):
     reader.join()
     assert read == [b"through"]
     assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="this system has no /dev/fd")
+def test_a_pipe_without_a_name_is_written_to():
+    ours, theirs = os.pipe()
+    write_atomically(Path(f"/dev/fd/{theirs}"), b"through")
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as pipe:
+        assert pipe.read() == b"through"
 
 
 def test_errors_name_what_was_asked_for(tmp_path):

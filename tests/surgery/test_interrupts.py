@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -215,3 +217,19 @@ def test_ctrl_c_waits_while_things_are_put_back():
     with undone_on_error() as undo:
         undo.later(slow)  # nothing went wrong, so nothing is taken back
     assert len(steps) == 1000
+
+
+def test_where_the_system_ends_the_process_at_ctrl_c_it_still_does():
+    code = "\n".join(
+        (
+            "import signal",
+            "from surgery.undoing import uninterrupted",
+            "signal.signal(signal.SIGINT, signal.SIG_DFL)",
+            "with uninterrupted():",
+            "    signal.raise_signal(signal.SIGINT)",
+            "    print('whole', flush=True)",
+            "print('too far')",
+        )
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "whole\n")

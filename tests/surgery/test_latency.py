@@ -160,7 +160,8 @@ def test_what_was_timed_once_is_not_timed_again(clock, tmp_path):
     count = len(clock.timed)
     assert surgery.plan(model, Budget(latency=0.7), example_inputs=X) == first
     assert len(clock.timed) == count
-    surgery.plan(model, Budget(latency=0.7, threads=torch.get_num_threads() + 1), example_inputs=X)
+    other = surgery.plan(model, Budget(latency=0.7, threads=np.int64(torch.get_num_threads() + 1)), example_inputs=X)
+    assert type(other.latency.threads) is int
     assert len(clock.timed) == 2 * count  # other conditions, other times
     assert len(list(tmp_path.glob("latency/*.json"))) == 2
 

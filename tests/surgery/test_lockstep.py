@@ -112,7 +112,7 @@ def test_each_layer_is_run_once_a_batch(monkeypatch):
 
 def test_memory_is_bounded(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 3)).double()
-    _, needed = correction._first_pass(model, ["0", "2"], IMAGES.split(6))
+    _, needed = correction._first_pass(["0", "2"], IMAGES.split(6), model)
     whole = IMAGES.numel() * 8
     assert 16 / 3 * whole <= needed <= 40 / 3 * whole  # what the first layer gives, and no more than twice that with all inputs
     monkeypatch.setattr(correction, "_memory", lambda _: needed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy
 import onnx
+import onnx.inliner
 import onnxruntime
 import pytest
 import torch
@@ -15,6 +16,7 @@ from passes.errors import ParityError, SurgeryError, SurgeryValueError
 from passes.kinds import KINDS, usual_kind
 from passes.parity import assert_parity
 from surgery.onnx_files import OnnxHost, check, correct
+from surgery.onnx_files.files import data_files
 from surgery.onnx_files.graph import read_tensor
 
 DRAW = numpy.random.default_rng(0)
@@ -810,3 +812,56 @@ def test_few_labels_may_differ_by_rounding(tmp_path, monkeypatch, flipped, passe
     else:
         with pytest.raises(ParityError, match=r"in 0.09\d+ of the entries of an integer output.*check=False"):
             surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", EVERYTHING)
+
+
+def test_nodes_that_share_a_weight_are_calibrated_together(tmp_path):
+    """One of them sees what lies along one direction of its channels, the other what lies along another."""
+    nodes = [conv("x", "w", "a", name="one"), conv("z", "w", "b", name="two"), helper.make_node("Add", ["a", "b"], ["y"])]
+    more = [helper.make_tensor_value_info("z", TensorProto.FLOAT, (2, 4, 9, 10))]
+    onnx.save(model_of(nodes, {"w": draw(16, 4, 3, 3)}, more=more), tmp_path / "in.onnx")
+    signs = numpy.array([1, -1, 1, -1], dtype=numpy.float32)[:, None, None]
+
+    def pair():
+        return {"x": numpy.repeat(draw(2, 1, 9, 10), 4, axis=1), "z": numpy.repeat(draw(2, 1, 9, 10), 4, axis=1) * signs}
+
+    surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", {"one": (None, 2)}, calibration=[pair(), pair()])
+    seen = pair()
+    assert_parity(run(tmp_path / "out.onnx", **seen), run(tmp_path / "in.onnx", **seen), tolerance=1e-3)
+
+
+def test_functions_are_opened_before_the_weights_beside_a_file_are_read(tmp_path, monkeypatch):
+    layer = helper.make_function("own", "Layer", ["i", "v"], ["o"], [conv("i", "v", "o")], [helper.make_opsetid("", 17)])
+    model = model_of([helper.make_node("Layer", ["x", "w"], ["y"], domain="own")], {"w": draw(16, 4, 9, 9)})
+    model.functions.append(layer)
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    onnx.save(model, tmp_path / "in.onnx", save_as_external_data=True, location="in.data")
+    honest, sizes = onnx.inliner.inline_local_functions, []
+    monkeypatch.setattr(onnx.inliner, "inline_local_functions", lambda graph: sizes.append(graph.ByteSize()) or honest(graph))
+    done = surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", EVERYTHING)
+    assert [row.status for row in done.report.layers] == ["decomposed"]
+    assert max(sizes) < 16 * 4 * 9 * 9 * 4
+
+
+def test_weights_beside_a_link_are_found(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    onnx.save(model_of([conv("x", "w", "y")], {"w": draw(16, 4, 9, 9)}), tmp_path / "in.onnx", save_as_external_data=True, location="in.data")
+    for name, blob in (("in.onnx", "a"), ("in.data", "b")):
+        (tmp_path / name).rename(tmp_path / "blobs" / blob)
+        (tmp_path / name).symlink_to(tmp_path / "blobs" / blob)
+    assert data_files(tmp_path / "in.onnx") == {tmp_path / "blobs" / "b"}
+
+
+def test_a_matrix_of_an_old_operator_set_is_kept():
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], name="fc", broadcast=1)
+    assert reasons(model_of([node], {"w": draw(8, 4), "b": draw(4)}, (2, 8), opset=6)) == {
+        "fc": "it is a Gemm of an operator set below 7, which spreads its bias in another way"
+    }
+
+
+def test_arrays_in_another_order_of_bytes_and_none(tmp_path):
+    onnx.save(model_of([conv("x", "w", "y")], {"w": draw(16, 4, 3, 3)}), tmp_path / "in.onnx")
+    swapped = draw(2, 4, 9, 10).astype(">f4")
+    done = surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", 0.5, example_inputs=swapped, calibration=[swapped])
+    assert done.report.calibrated == 2
+    with pytest.raises(surgery.SurgeryTypeError, match="expected an array or a tensor of numbers, got list"):
+        surgery.plan_onnx(tmp_path / "in.onnx", 0.5, example_inputs={"x": [[1, 2], [3]]})

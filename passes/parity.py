@@ -31,7 +31,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         for field in fields(value):
             yield from tensors_in(getattr(value, field.name, None))
     elif isinstance(value, Iterable) and not isinstance(value, str | bytes | Enum) and not hasattr(value, "__array_interface__"):
-        for item in value:
+        try:
+            items = iter(value)
+        except (TypeError, NotImplementedError):  # some collections say so when they are asked
+            return
+        for item in items:
             yield from tensors_in(item)
 
 

@@ -22,6 +22,7 @@ from passes.held import held_by, values_in
 __all__ = ["kept_shared_state", "modules_not_copied"]
 
 DEPTH = 4  # of containers in containers
+TRAINING = ("torch.optim", "torch.utils.data")  # what feeds and steps a network takes no part in what it computes
 MAPPINGS = (dict, OrderedDict, defaultdict)  # of exactly these types: others may load or compute what is asked of them
 CONTAINERS = (*MAPPINGS, list, set)
 
@@ -43,6 +44,8 @@ def modules_not_copied(model: nn.Module) -> Iterator[tuple[str, str, str]]:
         own = _copied(holder)
         for attribute, value in held_by(holder):
             if attribute == "_compiled_call_impl" or not (own is None or attribute in own or attribute in HOOKS):
+                continue
+            if type(value).__module__.startswith(TRAINING):
                 continue
             for held in (value,) if isinstance(holder, fx.GraphModule) else values_in(value):
                 has = "is" if held is value else "holds"

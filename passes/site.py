@@ -246,8 +246,13 @@ def held_outside(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> Iterato
         for attribute, value in held_by(holder):
             if isinstance(holder, fx.GraphModule) and attribute not in HOOKS:  # its graph, and what belongs to that
                 continue
+            held_here = [held for held in values_in(value) if isinstance(held, nn.Module)]
+            if attribute in HOOKS and any(
+                held is groups[0][0] for held in held_here
+            ):  # a register of the whole network, as those who look at it keep
+                continue
             found: list[nn.Module] = []
-            for held in (held for held in values_in(value) if isinstance(held, nn.Module)):
+            for held in held_here:
                 if id(held) not in nearest:
                     nearest[id(held)] = list(_nearest(held, tree, set()))
                 found += [inner for inner in nearest[id(held)] if inner is not holder]

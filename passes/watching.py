@@ -27,7 +27,7 @@ from passes.parity import private_inputs, tensors_in
 from passes.running import arguments, check_initialized, evaluating_copy, model_errors, quietly, run, tensor_metadata, watch
 from passes.site import Call, is_layer, named_groups
 
-__all__ = ["COMPUTED", "FunctionUse", "Observation", "observe_graph", "observe_module"]
+__all__ = ["COMPUTED", "FunctionUse", "Observation", "count_of_tensors", "observe_graph", "observe_module"]
 
 COMPUTED = "computed"
 
@@ -119,10 +119,15 @@ def observe_module(model: nn.Module, example_inputs: Any) -> Observation:
         twin = evaluating_copy(model)
         seen = _Watch(twin)
         with _Operators(seen), _Functions(seen):
-            output = run(twin, example_inputs)
-        return replace(seen.observation(), outputs=len(list(tensors_in(output))))
+            outputs = count_of_tensors(run(twin, example_inputs))
+        return replace(seen.observation(), outputs=outputs)
 
     return quietly(attempt)
+
+
+def count_of_tensors(output: Any) -> int:
+    """How many tensors an output holds. What a generator would give is not asked for."""
+    return 0 if isinstance(output, Iterator) else len(list(tensors_in(output)))
 
 
 def observe_graph(traced: fx.GraphModule, example_inputs: Any) -> Observation:
@@ -163,8 +168,8 @@ def _observed_graph(traced: fx.GraphModule, example_inputs: Any) -> Observation:
         for name, value in bound.arguments.items():
             flat.extend(value if bound.signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL else [value])
         with _Operators(seen), _Functions(seen):
-            output = Watching(twin).run(*flat)
-    return replace(seen.observation(), calls={}, readers={}, norms={}, shapes=shapes, outputs=len(list(tensors_in(output))))
+            outputs = count_of_tensors(Watching(twin).run(*flat))
+    return replace(seen.observation(), calls={}, readers={}, norms={}, shapes=shapes, outputs=outputs)
 
 
 def _plain(value: Any) -> Any:

@@ -30,7 +30,6 @@ from passes.running import (
     is_out_of_memory,
     kept_random_states,
     model_errors,
-    private_copy,
     quiet_run,
     seed_all,
 )
@@ -84,7 +83,7 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
         if site.tied_to in seen:  # they are cut together
             seen[site.tied_to].add(seen[site.name])
     examples = sum(next((len(t) for t in tensors_in(batch) if t.ndim), 0) for batch in batches)
-    return Calibration(metrics=_metrics(seen, examples, lambda name: _changes_output(twin, batches[0], name)), examples=examples)
+    return Calibration(metrics=_metrics(seen, examples, lambda name: _changes_output(model, batches[0], name)), examples=examples)
 
 
 def _metrics(seen: Mapping[str, Moments], examples: int, matters: Callable[[str], bool]) -> dict[str, Metric]:
@@ -106,11 +105,11 @@ def _metrics(seen: Mapping[str, Moments], examples: int, matters: Callable[[str]
     return found
 
 
-def _changes_output(twin: nn.Module, batch: Any, name: str) -> bool:
+def _changes_output(model: nn.Module, batch: Any, name: str) -> bool:
     """Whether other outputs of a layer change anything that the network gives for a batch, labels included. An error is a change."""
 
     def outputs(then: Callable[[Any], Any]) -> list[Tensor]:
-        net = private_copy(twin)  # each begins in the same state
+        net = evaluating_copy(model, share_parameters=True)  # each begins in the same state
         seed_all(SEED)
         args, kwargs = arguments(private_inputs(batch))
         with _forward_of(net.get_submodule(name), lambda _, __, output: then(output)):

@@ -82,7 +82,7 @@ def decompose(
             a dict from layer names or ``"re:..."`` patterns to ranks, a ``Plan`` or the path of one, a ``Budget`` for the whole network, or a
             callable ``(site, spectra) -> ranks``. Pairs are (rank_out, rank_in).
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; with them MACs are known and guarded, and the result is run
-            once (eval mode, on a copy): where it gives another number of tensors a warning says so.
+            once (eval mode, on a copy): where code fails on a chain that is an error, where another number of tensors comes out a warning.
         method: kind for convolutions with a kernel: ``"tucker"``, ``"spatial"``, ``"channel"``, ``"depthwise"``, ``"cp"`` (ranks by name only), or
             ``"auto"``, which takes for each layer the kind with the smallest error at the MACs of the Tucker ranks that a rule asks for. 1x1
             convolutions and linear layers take SVD; with ``"svd"`` they alone are cut.
@@ -116,8 +116,7 @@ def decompose(
         inplace: work on ``model`` itself; otherwise it is left untouched and a copy is returned.
         progress: show progress on stderr where that is a terminal.
 
-    Needs, beside the model, the memory of one copy of it (for ``inplace``: of the new chains), where it is run of one more of what is run, and of a
-    few copies of its largest layer in float64.
+    Needs, beside the model, the memory of one copy of it (for ``inplace``: of the new chains) and of a few copies of its largest layer in float64.
 
     Returns:
         The decomposed model; where nothing is worth cutting, an unchanged one.

@@ -16,12 +16,16 @@ from passes.kinds import kind_of
 from passes.parity import tensors_in
 from passes.running import check_initialized, evaluating_copy, output_of, quietly, run
 from passes.site import Site
+from passes.watching import count_of_tensors
 from surgery.cost import chain_macs, count_macs, site_macs
 from surgery.progress import stage
 from surgery.ranks.budget import Totals
 from surgery.record import unwrap
 
 __all__ = ["Seen", "check_not_quantized", "check_still_runs", "look", "no_longer_runs", "saved_macs", "totals_of", "usable_model"]
+
+
+BROKEN = (AttributeError, TypeError, AssertionError)  # what code raises for a layer that is not what it takes it for; anything else may be numbers
 
 
 def usable_model(model: Any) -> None:
@@ -90,26 +94,35 @@ def look(model: nn.Module, example_inputs: Any) -> Seen:
 
 def no_longer_runs(error: SurgeryValueError) -> SurgeryValueError:
     """The error for a network that ran, and with its chains does not."""
-    told = "its code does with a layer what a chain does not take; keep that layer by exclude="
+    told = "perhaps by its numbers alone: cut less"
+    if isinstance(error.__cause__, BROKEN):
+        told = "its code does with a layer what a chain does not take; keep that layer by exclude="
     return SurgeryValueError(f"with its chains the network no longer runs ({error}): {told}")
 
 
 def check_still_runs(model: nn.Module, seen: Seen, example_inputs: Any) -> None:
     """Run a copy of the network once more with its chains, where example inputs were given.
 
-    Warns where the output holds another number of tensors: code may ask for the class of a layer, which a chain does not have.
+    Warns where it fails by what may be its numbers, and where the output holds another number of tensors: code may ask for the class of a layer,
+    which a chain does not have.
 
     Raises:
-        SurgeryValueError: it fails.
+        SurgeryValueError: its code fails on a chain.
     """
     if seen.observed is None:
         return
+    shared = not seen.observed.gradients  # where there are gradients they would be left on the model's own parameters
     try:
-        found = quietly(lambda: len(list(tensors_in(run(evaluating_copy(model), example_inputs)))))
+        found = quietly(lambda: count_of_tensors(run(evaluating_copy(model, share_parameters=shared), example_inputs)))
     except SurgeryValueError as error:
-        raise no_longer_runs(error) from error
+        if isinstance(error.__cause__, BROKEN):
+            raise no_longer_runs(error) from error
+        warnings.warn(f"with its chains {type(model).__name__} does not run here, perhaps by its numbers alone: {error}", stacklevel=3)
+        return
     if found != seen.observed.outputs:
-        told = "its code may ask for the class of a layer (isinstance), which a chain does not have; keep that layer by exclude="
+        told = (
+            "it depends on the numbers, or its code asks for the class of a layer (isinstance), which a chain does not have: then keep it by exclude="
+        )
         warnings.warn(f"with its chains {type(model).__name__} gives {found} tensors instead of {seen.observed.outputs}: {told}", stacklevel=3)
 
 

@@ -102,7 +102,8 @@ def _descend(
 ) -> None:
     scales = _scales(targets)
     sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
-    best, kept = distance(model, batches, targets), [p.detach().clone() for p in parameters]
+    resting = evaluating_copy(model, share_parameters=True)  # in the state that the targets were made from, and free of what training leaves behind
+    best, kept = distance(resting, batches, targets), [p.detach().clone() for p in parameters]
     optimizer, rate = torch.optim.Adam([{"params": [p]} for p in parameters]), how.rate
     for epoch in range(how.epochs):
         falling = (1 + cos(pi * epoch / how.epochs)) / 2
@@ -113,7 +114,7 @@ def _descend(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        reached = distance(model, batches, targets)
+        reached = distance(resting, batches, targets)
         if reached < best:
             best, kept = reached, [p.detach().clone() for p in parameters]
         else:  # the steps were too long: once more from the best so far, with shorter ones

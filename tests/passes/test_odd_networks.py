@@ -385,6 +385,32 @@ def test_proxies_are_let_be():
     assert private_copy(model)[0].parent[0].__class__ is nn.ReLU
 
 
+class Looking:
+    """As those do it who explain what a network sees: it knows all its modules and calls none."""
+
+    def __init__(self, model):
+        self.modules, self.seen = dict(model.named_modules()), []
+        model[0].register_forward_hook(functools.partial(self.note, place=0))
+
+    def note(self, module, args, output, place):
+        self.seen.append(place)
+
+    def __call__(self, label):
+        return self.seen
+
+
+def test_who_only_looks_at_a_network_keeps_none_of_its_layers():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    Looking(model)
+    assert {row.status for row in surgery.report(surgery.decompose(model, 0.5)).layers} == {"decomposed"}
+
+
+def test_what_steps_a_network_is_no_part_of_it():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    model.schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(model.parameters(), 0.1), lambda epoch: 1.0 if model.training else 0.5)
+    assert surgery.report(surgery.decompose(model, 0.5))["0"].status == "decomposed"
+
+
 def test_a_module_outside_the_tree_that_holds_the_model_keeps_nothing():
     model = nn.Sequential(nn.Conv2d(8, 8, 3))
     model.__dict__["wrapper"] = [nn.Sequential(model)]
@@ -433,6 +459,33 @@ def test_code_that_asks_for_the_class_of_layers_is_told_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         surgery.decompose(Asking(), 0.5, example_inputs=X, exclude="re:.*")
+
+
+class Finding(nn.Module):
+    """As detectors do it: what comes out, and whether anything does, depends on the numbers; in a collection that cannot be gone through."""
+
+    class Instances:
+        def __iter__(self):
+            raise NotImplementedError("not iterable")
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, bias=False)
+        self.norm = 1.0
+
+    def forward(self, x):
+        if float(self.conv(x).norm()) < self.norm:
+            raise RuntimeError("stack expects a non-empty TensorList")
+        return [self.Instances()]
+
+
+def test_what_fails_by_its_numbers_alone_is_cut_with_a_warning():
+    model = Finding()
+    assert surgery.report(surgery.decompose(model, 0.5, example_inputs=X))["conv"].status == "decomposed"
+    model.norm = float(model.conv(X).norm()) * 0.999
+    with pytest.warns(UserWarning, match=r"Finding does not run here, perhaps by its numbers alone: example_inputs: Finding fails"):
+        net = surgery.decompose(model, 0.25, example_inputs=X)
+    assert surgery.report(net)["conv"].status == "decomposed"
 
 
 class Dilating(nn.Module):

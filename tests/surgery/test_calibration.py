@@ -566,6 +566,24 @@ def test_what_code_counts_is_not_counted_in_the_callers_model(monkeypatch):
     assert bool((model.norm.running_mean == 1.0).all())
 
 
+class Collecting(nn.Module):
+    """Keeps what its layers gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head, self.maps = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), []
+
+    def forward(self, x):
+        self.maps.append(self.conv(x))
+        return self.head(self.maps[-1])
+
+
+def test_networks_that_keep_their_activations_are_refined():
+    model = Collecting()
+    net = surgery.decompose(model, {"conv": (3, 2), "head": (2, 4)}, calibration=IMAGES.split(16), refine=Refine(epochs=2))
+    assert net.maps == model.maps == []
+
+
 class Forces(nn.Module):
     def __init__(self):
         super().__init__()

@@ -116,7 +116,8 @@ def decompose(
         inplace: work on ``model`` itself; otherwise it is left untouched and a copy is returned.
         progress: show progress on stderr where that is a terminal.
 
-    Needs, beside the model, the memory of one copy of it (for ``inplace``: of the new chains) and of a few copies of its largest layer in float64.
+    Needs, beside the model, the memory of one copy of it (for ``inplace``: of the new chains) and of a few copies of its largest layer in float64;
+    with example inputs of one more copy of the result, for the run.
 
     Returns:
         The decomposed model; where nothing is worth cutting, an unchanged one.

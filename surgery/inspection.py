@@ -111,9 +111,8 @@ def check_still_runs(model: nn.Module, seen: Seen, example_inputs: Any) -> None:
     """
     if seen.observed is None:
         return
-    shared = not seen.observed.gradients  # where there are gradients they would be left on the model's own parameters
-    try:
-        found = quietly(lambda: count_of_tensors(run(evaluating_copy(model, share_parameters=shared), example_inputs)))
+    try:  # on a copy of all of it: some write to parameters, or leave gradients there
+        found = quietly(lambda: count_of_tensors(run(evaluating_copy(model), example_inputs)))
     except SurgeryValueError as error:
         if isinstance(error.__cause__, BROKEN):
             raise no_longer_runs(error) from error

@@ -6,6 +6,7 @@ Nothing here changes the caller's model or inputs, nor any random state: every r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import fx, nn
@@ -107,9 +108,12 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         if "." not in node.target and not hasattr(fresh, node.target):  # a tensor that the model made while it was traced
             setattr(fresh, node.target, getattr(twin, node.target))
             constants.append(node.target)
-        elif not _has(fresh, node.target):
+            continue
+        try:
+            attrgetter(node.target)(fresh)
+        except AttributeError as error:
             why = f"its code makes {node.target} only when it runs"
-            raise SurgeryError(f"{type(model).__name__} cannot be traced symbolically ({why}); run it once before")
+            raise SurgeryError(f"{type(model).__name__} cannot be traced symbolically ({why}); run it once before") from error
     traced = fx.GraphModule(fresh, graph, type(model).__name__)
     modes = {name: module.training for module, names in named_groups(fresh) for name in names}
     for module, names in named_groups(traced):
@@ -131,15 +135,6 @@ class _LayerTracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return is_layer(module) or super().is_leaf_module(module, name)
-
-
-def _has(model: nn.Module, target: str) -> bool:
-    owner: Any = model
-    for part in target.split("."):
-        if not hasattr(owner, part):
-            return False
-        owner = getattr(owner, part)
-    return True
 
 
 def _check_numbers(model: nn.Module, example_inputs: Any) -> None:

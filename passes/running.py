@@ -65,10 +65,8 @@ def private_copy(model: nn.Module, *, share_parameters: bool = False) -> nn.Modu
         SurgeryTypeError: the model holds something that cannot be copied, or a function or weak reference that reaches a module of the model by
             itself: a copy would go on using that one.
     """
-    for name, attribute, held in modules_not_copied(model):
+    for name, attribute, held, remedy in modules_not_copied(model):
         what = "one of its hooks" if attribute in HOOKS else f"its attribute {attribute!r}"
-        weak, function = "hold the module itself, in a list", "make it a method of the class, or bind it with types.MethodType or functools.partial"
-        remedy = function if "a function" in held else weak
         raise SurgeryTypeError(f"{name or 'the model'}: {what} {held}, and in a copy would go on using the caller's own; {remedy}")
     memo: dict[int, Any] = {}
     for module in model.modules():

@@ -22,12 +22,13 @@ from passes.held import held_by, values_in
 __all__ = ["kept_shared_state", "modules_not_copied"]
 
 DEPTH = 4  # of containers in containers
+BIND = "make it a method of the class, or bind it with types.MethodType or functools.partial"
 TRAINING = ("torch.optim", "torch.utils.data")  # what feeds and steps a network takes no part in what it computes
 MAPPINGS = (dict, OrderedDict, defaultdict)  # of exactly these types: others may load or compute what is asked of them
 CONTAINERS = (*MAPPINGS, list, set)
 
 
-def modules_not_copied(model: nn.Module) -> Iterator[tuple[str, str, str]]:
+def modules_not_copied(model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
     """What modules hold, in attributes and hooks, that a deep copy takes as it is and that reaches a module of the model.
 
     These are functions that reach one by their closure, defaults or globals, and weak references. A bound method, and the arguments of a
@@ -35,7 +36,7 @@ def modules_not_copied(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     copied with it, and does not count.
 
     Yields:
-        First name of the module, its attribute, and what it holds, for a message.
+        First name of the module, its attribute, what it holds and what to do about that, for a message.
     """
     known = {id(module): f"{name or 'the model'} ({type(module).__name__})" for name, module in model.named_modules()}
     for name, holder in model.named_modules():
@@ -50,13 +51,13 @@ def modules_not_copied(model: nn.Module) -> Iterator[tuple[str, str, str]]:
             for held in (value,) if isinstance(holder, fx.GraphModule) else values_in(value):
                 has = "is" if held is value else "holds"
                 if isinstance(held, weakref.ref) and id(held()) in known:
-                    yield name, attribute, f"{has} a weak reference to {known[id(held())]}"
+                    yield name, attribute, f"{has} a weak reference to {known[id(held())]}", "hold the module itself, in a list"
                 for function in _functions_of(held):
                     if held is not value and _is_torchs(function.__module__):  # it asks for no more than the device (quantization)
                         continue
                     for inner in _enclosed(function, set()):
                         if id(inner) in known:
-                            yield name, attribute, f"{has} a function that reaches {known[id(inner)]} by its closure, defaults or globals"
+                            yield name, attribute, f"{has} a function that reaches {known[id(inner)]} by its closure, defaults or globals", BIND
 
 
 def _copied(holder: nn.Module) -> Mapping[str, Any] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -240,26 +242,28 @@ def held_outside(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> Iterato
 
     A replacement would not reach there.
     """
-    tree = {id(module) for module, _ in groups}
+    tree, whole = {id(module) for module, _ in groups}, groups[0][0]
     nearest: dict[int, list[nn.Module]] = {}  # of the modules that are held
     for holder, names in groups:
         for attribute, value in held_by(holder):
             if isinstance(holder, fx.GraphModule) and attribute not in HOOKS:  # its graph, and what belongs to that
                 continue
+            where = f"a hook of {names[0] or 'the model'}" if attribute in HOOKS else ".".join(part for part in (names[0], attribute) if part)
             held_here = [held for held in values_in(value) if isinstance(held, nn.Module)]
-            if attribute in HOOKS and any(
-                held is groups[0][0] for held in held_here
-            ):  # a register of the whole network, as those who look at it keep
-                continue
-            found: list[nn.Module] = []
+            if attribute in HOOKS and any(held is whole for held in held_here):  # a register of the network, as those who look at it keep
+                held_here = _bound_to(value)
             for held in held_here:
                 if id(held) not in nearest:
                     nearest[id(held)] = list(_nearest(held, tree, set()))
-                found += [inner for inner in nearest[id(held)] if inner is not holder]
-            for module in found:
-                where = ".".join(part for part in (names[0], attribute) if part)
-                where = f"a hook of {names[0] or 'the model'}" if attribute in HOOKS else where
-                yield id(module), f"it is also held in {where}, outside the tree of modules, where its chain would not be put"
+                for module in nearest[id(held)]:
+                    if module is not holder:
+                        yield id(module), f"it is also held in {where}, outside the tree of modules, where its chain would not be put"
+
+
+def _bound_to(hook: Any) -> list[nn.Module]:
+    """The modules that are themselves arguments of a ``partial``."""
+    given = (*hook.args, *hook.keywords.values()) if isinstance(hook, partial) else ()
+    return [value for value in given if isinstance(value, nn.Module)]
 
 
 def _nearest(module: nn.Module, tree: Set[int], seen: set[int]) -> Iterator[nn.Module]:

@@ -73,9 +73,8 @@ def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Re
     errors = correct(teacher, model, lasts, batches) if lasts else {}
     if sites:
         with stage("taking the statistics of batch norms anew"):
-            # on copies: what else their code changes while it runs is not for the model, nor for what comes next
-            quiet = evaluating_copy(model, share_parameters=True)
-            reestimate_where_it_helps(evaluating_copy(teacher, share_parameters=True), quiet, batches)
+            quiet = evaluating_copy(model, share_parameters=True)  # what else its code changes while it runs is not for the model
+            reestimate_where_it_helps(teacher, quiet, batches)
             _put_back(statistics_of(model), statistics_of(quiet))
     if how is not None and factors:
         with stage("refining", how.epochs) as step:

@@ -119,9 +119,7 @@ def check_still_runs(model: nn.Module, seen: Seen, example_inputs: Any) -> None:
         warnings.warn(f"with its chains {type(model).__name__} does not run here, perhaps by its numbers alone: {error}", stacklevel=3)
         return
     if found != seen.observed.outputs:
-        told = (
-            "it depends on the numbers, or its code asks for the class of a layer (isinstance), which a chain does not have: then keep it by exclude="
-        )
+        told = "by its numbers, or its code asks for the class of a layer (isinstance), which a chain does not have: then keep it by exclude="
         warnings.warn(f"with its chains {type(model).__name__} gives {found} tensors instead of {seen.observed.outputs}: {told}", stacklevel=3)
 
 

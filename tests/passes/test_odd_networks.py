@@ -320,6 +320,16 @@ def with_an_adapter():
     return model
 
 
+def adapted_in(whole, adapter, module, args, output):
+    return adapted(adapter, module, args, output)
+
+
+def with_an_adapter_and_the_whole():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 3)), nn.Conv2d(8, 8, 3))
+    model[0].register_forward_hook(functools.partial(adapted_in, model, model[1]))
+    return model
+
+
 def with_an_object():
     model = Sliced()
     model.stages = [Held(model.features[0]).run, Held({"last": [model.features[2]]}).inner["last"][0]]
@@ -332,9 +342,10 @@ def with_an_object():
     [
         (Sliced, ["features.0", "features.2"], "stages"),
         (with_an_adapter, ["1"], "a hook of 0"),
+        (with_an_adapter_and_the_whole, ["1"], "a hook of 0"),
         (with_an_object, ["features.0", "features.2"], "stages|runner"),
     ],
-    ids=["module", "hook", "object"],
+    ids=["module", "hook", "hook with all", "object"],
 )
 def test_layers_that_modules_outside_the_tree_hooks_and_objects_hold_are_kept(make, names, where):
     model = make()

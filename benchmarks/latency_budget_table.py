@@ -41,9 +41,9 @@ def table(rows: Rows) -> str:
         "Shares of the original's time, with the spread of the ratios; the error is the root mean square of the layers' relative errors; cold",
     ]
     lines += [
-        "and warm are seconds to plan. A figure in bold misses what is accepted: 10 % around what was asked for, an error no worse than the best"
+        "and warm are seconds to plan. A figure in bold misses what is accepted: 10 % around what was asked for, an error no worse than that of the"
     ]
-    lines += [f"uniform plan's of the same measured time, {COLD:.0f} and {WARM:.0f} seconds."]
+    lines += [f"best uniform plan that is slower by 2 % at most, {COLD:.0f} and {WARM:.0f} seconds."]
     return "\n".join(lines) + "\n"
 
 

@@ -15,6 +15,7 @@ from passes.errors import SurgeryValueError
 from passes.factorization import Factorization
 from passes.geometry import Geometry, Piece
 from passes.kinds import kind_of
+from passes.whole_weight import WholeWeight, can_wait
 
 __all__ = [
     "BUILT",
@@ -30,6 +31,7 @@ __all__ = [
     "cut_layer",
     "has_hooks",
     "in_format_of",
+    "is_channels_last",
     "merge",
     "merged_piece",
     "original_layer",
@@ -86,7 +88,10 @@ class Chain(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         """The weight of the one layer that computes what this chain computes; gradients flow to the factors."""
-        return merged_piece(self).weight
+        factors: list[Tensor] = [layer.weight for layer in self._modules.values()]  # type: ignore[union-attr,misc]
+        if not can_wait(factors):
+            return merged_piece(self).weight
+        return WholeWeight.of(Geometry.of(self.__dict__["_surgery"].original).weight_shape, factors[0], lambda: merged_piece(self).weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -175,10 +180,12 @@ def merged_piece(chain: Chain) -> Piece:
 
 def merge(pieces: Sequence[Piece], info: ChainInfo) -> Piece:
     """As ``merged_piece``, from the pieces."""
-    wide = [Piece(p.name, p.geometry, p.weight.double(), None) for p in pieces]
+    like = pieces[0].weight
+    apart = isinstance(like, Tensor) and like.device.type == "mps"  # which has no float64; what stands for a tensor in a trace has no device yet
+    wide = [Piece(p.name, p.geometry, (p.weight.cpu() if apart else p.weight).double(), None) for p in pieces]
     geometry = Geometry.of(info.original)
-    weight = kind_of(info.factorization).merge(wide, geometry).to(pieces[0].weight.dtype)
-    return Piece("", geometry, weight, pieces[-1].bias)
+    weight = kind_of(info.factorization).merge(wide, geometry).to(like.dtype)
+    return Piece("", geometry, weight.to(like.device) if apart else weight, pieces[-1].bias)
 
 
 def weightless(layer: nn.Module) -> nn.Module:
@@ -317,13 +324,14 @@ def _build_layer(piece: Piece, layer: nn.Module, weight: Tensor) -> nn.Module:
 def _telling_weight(layers: dict[str, nn.Module]) -> Tensor:
     """The weight that tells the memory format of a chain's layers: one that is channels last if any is, since depthwise layers look alike in both."""
     weights: list[Tensor] = [layer._parameters["weight"] for layer in layers.values()]  # type: ignore[misc]
-    return next((weight for weight in weights if _is_channels_last(weight)), weights[0])
+    return next((weight for weight in weights if is_channels_last(weight)), weights[0])
 
 
 def in_format_of(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor`` in storage of its own, in the memory format of ``like`` (contiguous, or channels last in two or three dimensions)."""
-    return tensor.clone(memory_format=FORMATS[tensor.ndim] if _is_channels_last(like) else torch.contiguous_format)
+    return tensor.clone(memory_format=FORMATS[tensor.ndim] if is_channels_last(like) else torch.contiguous_format)
 
 
-def _is_channels_last(weight: Tensor) -> bool:
+def is_channels_last(weight: Tensor) -> bool:
+    """By its strides: those of 1x1 kernels tell it too, though torch takes such a weight for contiguous in both formats."""
     return weight.ndim in FORMATS and weight.shape[1] > 1 and weight.stride(-1) == weight.shape[1]

@@ -41,17 +41,19 @@ class Geometry:
             return cls(in_channels=layer.in_features, out_channels=layer.out_features)
         if not isinstance(layer, nn.modules.conv._ConvNd):
             raise SurgeryValueError(f"{type(layer).__name__} is neither a convolution nor a linear layer")
+        lengths = [len(v) for v in (layer.kernel_size, layer.stride, layer.dilation, layer.output_padding) if not isinstance(v, int)]
+        dims = max(lengths) if lengths else len(layer._reversed_padding_repeated_twice) // 2
         return cls(
             in_channels=layer.in_channels,
             out_channels=layer.out_channels,
-            kernel=tuple(layer.kernel_size),
-            stride=_each(layer.stride, layer),
-            padding=layer.padding if isinstance(layer.padding, str) else _each(layer.padding, layer),
-            dilation=_each(layer.dilation, layer),
+            kernel=_each(layer.kernel_size, dims),
+            stride=_each(layer.stride, dims),
+            padding=layer.padding if isinstance(layer.padding, str) else _each(layer.padding, dims),
+            dilation=_each(layer.dilation, dims),
             groups=layer.groups,
             padding_mode=layer.padding_mode,
             transposed=layer.transposed,
-            output_padding=_each(layer.output_padding, layer),
+            output_padding=_each(layer.output_padding, dims),
         )
 
     @property
@@ -230,6 +232,7 @@ class Piece:
     bias: Tensor | None
 
 
-def _each(value: int | Sequence[int], layer: nn.Module) -> tuple[int, ...]:
-    """A number for each direction, as torch's functions take one number for all of them; layers may have been given one later."""
-    return (value,) * len(layer.kernel_size) if isinstance(value, int) else tuple(value)  # type: ignore[arg-type]
+def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """A number for each direction, as torch's functions take one number for all of them, also in a tuple; layers may have been given one later."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values

@@ -17,7 +17,7 @@ from passes.graph_meta import CHAINS
 from passes.host import Host, Undo, site_of, telling_numbers
 from passes.kinds import kind_of
 from passes.neighbours import Neighbour, read_neighbours
-from passes.placing import Fusion, layers_of_chains
+from passes.placing import Fusion, assign, layers_of_chains
 from passes.site import Call, Found, Site, find_layers, kept_together
 from passes.watching import Observation, observe_graph
 
@@ -148,9 +148,7 @@ class GraphHost(Host):
             self._place(name, module, Undo())
 
     def _place(self, name: str, module: nn.Module, undo: Undo) -> None:
-        for alias in self._aliases.get(name, (name,)):
-            path, _, child = alias.rpartition(".")
-            undo.assign(self.model.get_submodule(path)._modules, child, module)
+        assign(self.model, self._aliases.get(name, (name,)), module, undo)
 
     def _unplace(self, alias: str, undo: Undo) -> None:
         """Take out a module that no node calls any more, and the containers that it leaves empty."""
@@ -214,7 +212,11 @@ class GraphHost(Host):
             keep = keep or "a node calls it with more than its input"
         elif isinstance(module, Chain):
             keep = "the graph calls this chain as a whole; trace the model anew to see its layers"
-        return site_of(Found(module, names, keep, self._tied.get(name)), _calls([[n] for n in nodes]), lambda: self._layer(name))
+        calls = _calls([[n] for n in nodes])
+        if calls is not None and not isinstance(module, Chain):  # a subclass may take what a layer of its attributes cannot
+            fits = Geometry.of(module).fits
+            calls = tuple(call for call in calls if fits(call.input_shape))
+        return site_of(Found(module, names, keep, self._tied.get(name)), calls, lambda: self._layer(name))
 
     def _layer(self, name: str) -> nn.Module:
         """The layer of this name, or the plain one that it amounts to."""

@@ -25,6 +25,7 @@ __all__ = [
     "mode_product",
     "pooled",
     "relative_tails",
+    "running_sum",
     "spectra",
     "spectrum",
     "tail_energy",
@@ -250,13 +251,18 @@ def tail_energy(energy: Tensor) -> Tensor:
         return _tails(energy, 0)
     below = _tails(energy.sum(1), 0)  # rows from r on, all columns
     beside = torch.zeros(energy.shape[0] + 1, energy.shape[1] + 1, dtype=energy.dtype, device=energy.device)
-    beside[1:] = _tails(energy, 1).cumsum(0)  # the first r rows, columns from s on
+    beside[1:] = running_sum(_tails(energy, 1), 0)  # the first r rows, columns from s on
     return below[:, None] + beside
+
+
+def running_sum(x: Tensor, dim: int) -> Tensor:
+    """``cumsum`` on the CPU: on a GPU torch has none for those who want deterministic algorithms only."""
+    return x.cpu().cumsum(dim).to(x.device)
 
 
 def _tails(energy: Tensor, dim: int) -> Tensor:
     """Sums of the last entries along ``dim``: entry r is the sum from r on, one entry more than ``energy`` has."""
-    sums = energy.flip(dim).cumsum(dim).flip(dim)
+    sums = running_sum(energy.flip(dim), dim).flip(dim)
     return torch.cat([sums, torch.zeros_like(sums.narrow(dim, 0, 1))], dim)
 
 

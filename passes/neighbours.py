@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from passes.chain import Chain, TransposedChain, has_hooks
-from passes.site import Call, held_outside, is_layer, named_groups, reason_to_keep
+from passes.site import Call, held_outside, is_layer, named_groups, owners_of, reason_to_keep
 
 __all__ = ["BATCH_NORMS", "Neighbour", "is_batch_norm", "is_norm", "outer_names", "read_neighbours", "sequence_graph", "unproved"]
 
@@ -257,11 +257,7 @@ def _obstacles(groups: Sequence[tuple[nn.Module, tuple[str, ...]]], graph: fx.Gr
     aliases = {names[0]: names for _, names in groups}
     opaque = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    owners: dict[int, list[str]] = {}
-    for module, names in groups:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(names[0])
+    owners = owners_of(groups)
     held = dict(held_outside(groups))
     reasons: dict[str, str] = {}
 

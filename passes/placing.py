@@ -13,7 +13,7 @@ from passes.host import Undo
 from passes.neighbours import Neighbour
 from passes.site import Call, is_layer, named_groups
 
-__all__ = ["Fusion", "known_calls", "layers_of_chains", "place_in_modules"]
+__all__ = ["Fusion", "assign", "known_calls", "layers_of_chains", "place_in_modules"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -82,20 +82,21 @@ def place_in_modules(model: nn.Module, fusions: Sequence[Fusion], undo: Undo) ->
             if member.chain is not None:
                 edits.setdefault(member.chain, {})[member.name.rpartition(".")[2]] = new
             else:
-                _assign(model, member.aliases, new or nn.Identity().train(member.module.training), undo)
+                assign(model, member.aliases, new or nn.Identity().train(member.module.training), undo)
     for chain, changes in edits.items():
         module, aliases = names_of[chain]
         if chain in opened:
             layers = {child: changes.get(child, layer) for child, layer in module.named_children()}
             kept = OrderedDict((child, layer) for child, layer in layers.items() if layer is not None)
-            _assign(model, aliases, nn.Sequential(kept).train(module.training), undo)
+            assign(model, aliases, nn.Sequential(kept).train(module.training), undo)
         else:
             for child, layer in changes.items():
                 if layer is not None:
                     undo.assign(module._modules, child, layer)
 
 
-def _assign(model: nn.Module, aliases: Sequence[str], module: nn.Module, undo: Undo) -> None:
+def assign(model: nn.Module, aliases: Sequence[str], module: nn.Module, undo: Undo) -> None:
+    """Put a module wherever one of these names says."""
     for alias in aliases:
         path, _, child = alias.rpartition(".")
         undo.assign(model.get_submodule(path)._modules, child, module)

@@ -240,11 +240,14 @@ def without_waiting(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_random_states() -> Iterator[None]:
-    """The random states afterwards as they were: torch's, Python's, and numpy's where it is loaded."""
+    """The random states afterwards as they were: torch's, Python's, and numpy's where it is loaded. CUDA is not begun for it."""
     numpy, state = sys.modules.get("numpy"), random.getstate()
+    devices = None  # those of whatever accelerator there is
+    if torch.cuda.is_available():  # named, or torch warns where there are several
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     numpy_state = None if numpy is None else numpy.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(state)
@@ -261,7 +264,10 @@ def quiet_run() -> Iterator[None]:
 
 def seed_all(seed: int) -> None:
     """Seed torch, Python, and numpy where it is loaded; to be used inside of ``kept_random_states``."""
-    torch.manual_seed(seed)
+    if torch.cuda.is_available() and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.default_generator.manual_seed(seed)  # a seed for CUDA would wait until it is begun, long after
+    else:
+        torch.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)

@@ -17,11 +17,10 @@ from typing import Any
 from torch import fx, nn
 
 from passes.chain import HOOKS
-from passes.held import held_by, values_in
+from passes.held import DEPTH, held_by, values_in
 
 __all__ = ["kept_shared_state", "modules_not_copied"]
 
-DEPTH = 4  # of containers in containers
 BIND = "make it a method of the class, or bind it with types.MethodType or functools.partial"
 TRAINING = ("torch.optim", "torch.utils.data")  # what feeds and steps a network takes no part in what it computes
 MAPPINGS = (dict, OrderedDict, defaultdict)  # of exactly these types: others may load or compute what is asked of them

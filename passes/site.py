@@ -24,10 +24,12 @@ __all__ = [
     "Site",
     "computes_weight",
     "find_layers",
+    "for_all_tied",
     "held_outside",
     "is_layer",
     "kept_together",
     "named_groups",
+    "owners_of",
     "reason_to_keep",
 ]
 
@@ -67,6 +69,7 @@ class Site:
         chain: the factorization of the chain that stands here; None for a layer.
         read_weight: gives the effective weight, detached; for a chain the weight of the layer it stands for.
         read_pieces: gives a chain's layers as plain data; nothing for a layer.
+        others: sites with the very same weight and another geometry (strides, say), where this one stands for all in a decision.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Site:
     chain: Factorization | None
     read_weight: Callable[[], Tensor]
     read_pieces: Callable[[], tuple[Piece, ...]]
+    others: tuple[Site, ...] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -93,6 +97,15 @@ class Site:
 
     def __str__(self) -> str:
         return self.name or "(the model itself)"
+
+
+def for_all_tied(first: Site, sites: Sequence[Site]) -> Site:
+    """The first of tied sites, to stand for all of them: with their names, the calls of those of its geometry, and the others."""
+    tied = [site for site in sites if site is first or site.tied_to == first.name]
+    alike = [site for site in tied if site.geometry == first.geometry]
+    calls = None if first.calls is None else tuple(call for site in alike for call in site.calls or ())
+    others = tuple(site for site in tied if site.geometry != first.geometry)
+    return replace(first, aliases=tuple(alias for site in tied for alias in site.aliases), calls=calls, others=others)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,8 +151,8 @@ def find_layers(model: nn.Module, plain: Callable[[nn.Module], nn.Module | str] 
     """
     groups = list(named_groups(model))
     inside_chains = {id(child) for module, _ in groups if isinstance(module, Chain) for child in module.children()}
-    holders, owners, readers = dict(held_outside(groups)), _owners(groups), _readers(groups)
-    everyone = _owners([(module, (name,)) for module, names in groups for name in names])  # under all their names
+    holders, owners, readers = dict(held_outside(groups)), owners_of(groups), _readers(groups)
+    everyone = owners_of([(module, (name,)) for module, names in groups for name in names])  # under all their names
     found = []
     for module, names in groups:
         keep = holders.get(id(module))
@@ -161,7 +174,7 @@ def find_layers(model: nn.Module, plain: Callable[[nn.Module], nn.Module | str] 
     return _with_ties(found, owners)
 
 
-def _owners(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> dict[int, list[str]]:
+def owners_of(groups: Sequence[tuple[nn.Module, tuple[str, ...]]]) -> dict[int, list[str]]:
     """First names of the modules that hold a parameter, by its identity."""
     owners: dict[int, list[str]] = {}
     for module, names in groups:

@@ -19,7 +19,7 @@ from passes.kinds import kind_of
 from passes.site import Site
 from surgery.cost import macs_under, params_under
 from surgery.draft import Draft
-from surgery.files import as_path, replacing
+from surgery.files import replacing
 from surgery.inspection import usable_model
 from surgery.latency.families import Solved
 from surgery.options import Options
@@ -28,7 +28,7 @@ from surgery.progress import tracked
 from surgery.ranks.auto import error_at
 from surgery.ranks.budget import RUNTIMES, Budget
 
-__all__ = ["Alternative", "Tradeoff", "TradeoffRow", "explain", "tradeoff"]
+__all__ = ["Alternative", "Tradeoff", "TradeoffRow", "explain", "tradeoff", "unit_of"]
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 BESIDE = 3  # alternatives on either side
@@ -81,12 +81,9 @@ class Tradeoff:
             SurgeryValueError: it knows no such format.
             OSError: the file cannot be written.
         """
-        from surgery.plots import tradeoff_figure
+        from surgery.plots import picture_file, tradeoff_figure
 
-        file, figure = as_path("path", path), tradeoff_figure(self)
-        known = figure.canvas.get_supported_filetypes()
-        if file.suffix.lower().removeprefix(".") not in known:
-            raise SurgeryValueError(f"path: {file}: the ending names the format, one of {', '.join(f'.{ending}' for ending in sorted(known))}")
+        file, figure = picture_file(path), tradeoff_figure(self)
         with replacing(file) as work:
             figure.savefig(work, dpi=130)
 
@@ -133,7 +130,7 @@ def tradeoff(
     """
     if isinstance(shares, str) or not isinstance(shares, Sequence) or not shares:
         raise SurgeryTypeError(f"shares: expected a list of numbers in (0, 1], got {shares!r}")
-    unit = _unit(by, example_inputs)
+    unit = unit_of(by, example_inputs)
     draft = _draft(model, unit, example_inputs, calibration, options)
     family = _family(draft, unit)
     asked = sorted((_checked(share) for share in shares), reverse=True)
@@ -173,7 +170,7 @@ def explain(
         raise SurgeryTypeError(f"explain: expected the name of a layer and a plan, got {type(site).__name__} and {type(plan).__name__}")
     if site not in plan:
         raise SurgeryValueError(f"explain: {site!r} is no layer of this model: {nearest(site, plan)}")
-    unit = _unit(by, example_inputs)
+    unit = unit_of(by, example_inputs)
     draft = _draft(model, unit, example_inputs, calibration, options)
     known = [alias for each in draft.all_sites for alias in each.aliases]
     if site not in known:
@@ -197,7 +194,7 @@ def explain(
     return tuple(near)
 
 
-def _unit(by: str | None, example_inputs: Any) -> str:
+def unit_of(by: str | None, example_inputs: Any) -> str:
     """What is counted."""
     if by is None:
         return "params" if example_inputs is None else "macs"

@@ -193,7 +193,7 @@ def _tensors_to_write(model: nn.Module) -> dict[str, Tensor]:
             raise SurgeryTypeError(f"{name}: a {type(value).__name__} (quantized or the like) has no plain numbers; save it before it is quantized")
         if (kind := _unwritable(value)) is not None:
             raise SurgeryTypeError(f"{name}: a {kind} tensor cannot be kept in a safetensors file; make it a plain one, or a non-persistent buffer")
-        tensor = value.detach().cpu().contiguous()
+        tensor = value.detach().cpu().resolve_conj().resolve_neg().contiguous()  # which are kept as marks, not in the numbers
         storage = tensor.untyped_storage()
         if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
             tensor = tensor.clone()

@@ -19,7 +19,16 @@ from passes.running import private_copy
 from passes.site import is_layer
 from surgery.draft import Draft
 from surgery.fitting import learn, mend, usable_batches
-from surgery.inspection import check_not_quantized, check_still_runs, look, saved_macs, totals_of, usable_model
+from surgery.inspection import (
+    check_hooks_kept,
+    check_not_quantized,
+    check_still_runs,
+    hooked_parameters,
+    look,
+    saved_macs,
+    totals_of,
+    usable_model,
+)
 from surgery.options import Options
 from surgery.plan import Plan
 from surgery.progress import show_progress, stage
@@ -148,20 +157,23 @@ def decompose(
         host = host_for(target, observed=seen.observed, private=not inplace, effective_weights=effective_weights)
         sites = host.sites()
         check_not_quantized(model, sites)
-        metrics, examples = ({}, 0) if batches is None else learn(model, batches, sites)
         teacher = None if batches is None else private_copy(model)
         stopwatch = Stopwatch(model, example_inputs)
-        draft = Draft(sites, ranks, options, totals_of(target, seen), metrics=metrics, stopwatch=stopwatch)
+        learning = None if batches is None else partial(learn, model, batches)
+        draft = Draft(sites, ranks, options, totals_of(target, seen), learn=learning, stopwatch=stopwatch)
         before, known = records_by_name(target), read_record(target)
         old = known or SurgeryRecord()
         params = params_of_modules(target, sites) if effective_weights else {}
         held = None if followers is None else followers.hold(sites)
+        hooked = hooked_parameters(target)
         with undone_on_error() as undo, stage("decomposing", len(sites)) as step:
             cut = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)
             if inplace:
                 undo.later(partial(put_back_record, model, known))
                 undo.later(host.rollback)
             result = cut(host)
+            if inplace:
+                check_hooks_kept(target, hooked)
             output_errors = {} if teacher is None else mend(teacher, result, batches or [], refine, undo)
             if balanced:
                 _balance(result, oblique=teacher is not None)
@@ -171,7 +183,7 @@ def decompose(
                 macs=old.macs if seen.macs is None else seen.macs + sum(saved_macs(site) or 0 for site in sites) + (fused_in(target)[1] or 0),
                 input_shapes=seen.input_shapes or old.input_shapes,
                 architecture=old.architecture,
-                calibrated=examples if result.modified else old.calibrated,
+                calibrated=draft.examples if result.modified else old.calibrated,
                 fused_params=old.fused_params,
                 fused_macs=old.fused_macs,
                 functions=functions_of(target) if seen.observed is None else seen.observed.functions,

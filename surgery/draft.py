@@ -15,11 +15,10 @@ from passes.decompose import ALREADY
 from passes.errors import SurgeryValueError
 from passes.factorization import Decision, Factorization, Keep
 from passes.kinds import all_kinds, kind_named, kind_of, usual_kind
-from passes.metric import Metric
 from passes.running import callers_code
-from passes.site import Site
+from passes.site import Site, for_all_tied
 from passes.spectra import Spectra
-from surgery.cost import macs_under, params_under
+from surgery.cost import macs_under, params_under, site_macs
 from surgery.fitting import learn, usable_batches
 from surgery.inspection import check_not_quantized, look, totals_of
 from surgery.options import AUTO, Options, runtime_of
@@ -31,6 +30,7 @@ from surgery.ranks.request import Named, Names, as_names, parse_ranks
 from surgery.ranks.rules import Rule
 
 if TYPE_CHECKING:
+    from surgery.calibration import Calibration
     from surgery.cost.outcome import LatencyOutcome
     from surgery.latency import Stopwatch, Terms
     from surgery.latency.families import Solved
@@ -53,7 +53,8 @@ class Draft(Mapping[str, Decision]):
         ranks: the request, as ``surgery.decompose`` takes it.
         options: everything else that decides.
         totals: what the network takes, for budgets.
-        metrics: what matters in each layer's weight, by name.
+        learn: tells what matters in the weights of layers, called once, with those that may be cut (second moments of others' inputs could take
+            gigabytes for nothing); None where their numbers alone decide.
         stopwatch: what times the model, for latency budgets and ``guard="latency"``.
 
     Raises:
@@ -68,7 +69,7 @@ class Draft(Mapping[str, Decision]):
         options: Options,
         totals: Totals = NOTHING,
         *,
-        metrics: Mapping[str, Metric] | None = None,
+        learn: Callable[[Sequence[Site]], Calibration] | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
         request = parse_ranks(ranks)
@@ -81,7 +82,7 @@ class Draft(Mapping[str, Decision]):
         self.candidates: list[Candidates] = []  # what a budget chose from
         self._tied = {site.name: site for site in sites if site.tied_to is not None}
         self.all_sites = tuple(sites)
-        sites = [_with_ties(site, sites) for site in sites if site.tied_to is None]
+        sites = [for_all_tied(site, sites) for site in sites if site.tied_to is None]
         self._sites = {site.name: site for site in sites}
         self._replay = isinstance(request, Plan)
         self._table: Names | None = None
@@ -103,7 +104,11 @@ class Draft(Mapping[str, Decision]):
         self._decided = {site.name: decision for site in sites if (decision := self._at_once(site)) is not None}
         decisions = [(site, self._decided.get(site.name)) for site in sites]
         wanted = [(s, self._kind(s) if d is None else kind_of(d)) for s, d in decisions if d is None or isinstance(d, Factorization)]
-        self.spectra = Spectra(wanted, options.device, metrics=metrics)
+        names = {site.name for site, _ in wanted}
+        learnt = None if learn is None else learn([site for site in self.all_sites if site.name in names or site.tied_to in names])
+        self._calibrated = learnt is not None
+        self.examples = 0 if learnt is None else learnt.examples  # of calibration
+        self.spectra = Spectra(wanted, options.device, metrics=None if learnt is None else learnt.metrics)
         if isinstance(request, Budget):
             self._decided |= self._by_budget(request)
 
@@ -115,8 +120,8 @@ class Draft(Mapping[str, Decision]):
         seen = look(model, example_inputs)
         sites = host_for(model, observed=seen.observed, effective_weights=options.effective_weights).sites()
         check_not_quantized(model, sites)
-        metrics = {} if calibration is None else learn(model, usable_batches(model, calibration), sites)[0]
-        return cls(sites, ranks, options, totals_of(model, seen), metrics=metrics, stopwatch=Stopwatch(model, example_inputs))
+        learning = None if calibration is None else partial(learn, model, usable_batches(model, calibration))
+        return cls(sites, ranks, options, totals_of(model, seen), learn=learning, stopwatch=Stopwatch(model, example_inputs))
 
     @property
     def latency(self) -> LatencyOutcome | None:
@@ -172,14 +177,14 @@ class Draft(Mapping[str, Decision]):
         reason = self._kind(site).refuses(site.geometry)
         if reason is not None and included is not None and included.exact:
             raise SurgeryValueError(f"include: {included.key!r} cannot be cut: {reason}")
-        if reason is None and site.calls == ():
+        if reason is None and all(each.calls == () for each in (site, *site.others)):
             reason = "the example inputs do not reach it"
         return None if reason is None else Keep(reason)
 
     def _by_budget(self, budget: Budget) -> dict[str, Decision]:
         """All layers that are not decided yet, at once."""
         free = [site for site in self._sites.values() if site.name not in self._decided]
-        unseen = [site for site in free if self.spectra.metrics and site.name not in self.spectra.metrics]
+        unseen = [site for site in free if self._calibrated and site.name not in self.spectra.metrics]
         if unseen:  # its errors would have another unit than the others'
             kept = {site.name: Keep("the calibration batches do not reach it") for site in unseen}
             return {**kept, **self._by_budget_of(budget, [site for site in free if site.name not in kept])}
@@ -211,7 +216,7 @@ class Draft(Mapping[str, Decision]):
         from surgery.ranks.candidates import candidates_of
 
         costs = {"macs": partial(macs_under, site), "params": partial(params_under, site)}
-        lower = [] if self._options.guard != "macs" else [c for name, c in costs.items() if name != unit and (name == "params" or site.calls)]
+        lower = [] if self._options.guard != "macs" else [c for name, c in costs.items() if name != unit and (name == "params" or site_macs(site))]
         shared: dict[str, Any] = {"cost": costs[unit], "guards": lower, "keep": Keep("the budget is better spent on other layers")}
         if table is None:
             return candidates_of(site, self._kinds_for(site), self.spectra, round_to=self._options.round_to, **shared)
@@ -303,10 +308,3 @@ def check_answerable(request: Any, method: str, *, inputs: bool) -> None:
 def _macs_and_params(site: Site, guard: str) -> list[Callable[[Factorization | None], int]]:
     """Costs that a chain chosen by time must lower as well."""
     return [] if guard != "macs" else [partial(macs_under, site), partial(params_under, site)]
-
-
-def _with_ties(first: Site, sites: Sequence[Site]) -> Site:
-    """The first of tied sites with the names and calls of all: they are decided together."""
-    alike = [site for site in sites if site is first or site.tied_to == first.name]
-    calls = None if first.calls is None else tuple(call for site in alike for call in site.calls or ())
-    return replace(first, aliases=tuple(alias for site in alike for alias in site.aliases), calls=calls)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from passes import host_for
 from passes.errors import SurgeryTypeError
-from passes.metric import Metric
 from passes.result import PassResult
 from passes.running import evaluating_copy
 from passes.site import Site
@@ -20,6 +19,7 @@ from surgery.progress import stage
 from surgery.undoing import Undo
 
 if TYPE_CHECKING:
+    from surgery.calibration import Calibration
     from surgery.refinement import Refine
 
 __all__ = ["learn", "mend", "usable_batches"]
@@ -39,12 +39,11 @@ def usable_batches(model: nn.Module, calibration: Any, refine: Any = None, argum
     return batches_of(calibration, argument, needed=inputs_needed(model))
 
 
-def learn(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> tuple[Mapping[str, Metric], int]:
-    """What matters in each layer's weight, by name, and on how many examples that was seen."""
+def learn(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site]) -> Calibration:
+    """What matters in the weights of these layers, and on how many examples that was seen."""
     from surgery.calibration import calibrate
 
-    learnt = calibrate(model, batches, sites)
-    return learnt.metrics, learnt.examples
+    return calibrate(model, batches, sites)
 
 
 def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Refine | None, undo: Undo) -> dict[str, float]:
@@ -52,7 +51,7 @@ def mend(teacher: nn.Module, result: PassResult, batches: Sequence[Any], how: Re
 
     In between the statistics of batch norms are taken anew where that is seen to help.
 
-    What else is held elsewhere in the network (tied factors, a shared bias) is left as it is. What puts the
+    What is also held elsewhere in the network (tied factors, a shared bias) is left as it is. What puts the
     numbers back is added to ``undo``: biases and statistics are the caller's own where the surgery is in place.
     """
     from surgery.correction import correct

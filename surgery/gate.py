@@ -67,8 +67,13 @@ def gated_plan(
             break
         attempt = (low + high) / 2
     if best is None:
+        from surgery.training.deeper import plan_of
+
         reason = f"the metric falls by more than {max_drop:g} however little is cut ({trials[-1].score:g} at {trials[-1].share:.2f}, was {before:g})"
-        best = Plan({name: decision if isinstance(decision, Keep) else Keep(reason) for name, decision in found.items()})
+        standing = plan_of(model)  # which no share of a budget takes away
+        best = Plan(
+            {name: decision if isinstance(decision, Keep) or standing.get(name) == decision else Keep(reason) for name, decision in found.items()}
+        )
     best.trials = tuple(trials)
     return best
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,18 @@ from surgery.progress import stage
 from surgery.ranks.budget import Totals
 from surgery.record import unwrap
 
-__all__ = ["Seen", "check_not_quantized", "check_still_runs", "look", "no_longer_runs", "saved_macs", "totals_of", "usable_model"]
+__all__ = [
+    "Seen",
+    "check_hooks_kept",
+    "check_not_quantized",
+    "check_still_runs",
+    "hooked_parameters",
+    "look",
+    "no_longer_runs",
+    "saved_macs",
+    "totals_of",
+    "usable_model",
+]
 
 
 BROKEN = (AttributeError, TypeError, AssertionError)  # what code raises for a layer that is not what it takes it for; anything else may be numbers
@@ -66,6 +77,28 @@ def check_not_quantized(model: nn.Module, sites: Sequence[Site]) -> None:
     if packed and not sites:
         name, module = packed[0]
         raise SurgeryTypeError(f"model: {name or 'it'} ({type(module).__name__}) is quantized, its weight packed; do the surgery before that")
+
+
+def hooked_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters with hooks of their own, by name: gradient masks and clips, optimizers that step in the backward pass."""
+    found = model.named_parameters(remove_duplicate=False)
+    return {name: p for name, p in found if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)}
+
+
+def check_hooks_kept(model: nn.Module, hooked: Mapping[str, nn.Parameter]) -> None:
+    """Refuse to do surgery in place of parameters with hooks, which the new ones would not have.
+
+    Raises:
+        SurgeryValueError: one of these is no longer in the model.
+    """
+    there = {id(p) for p in model.parameters()}
+    gone = [name for name, parameter in hooked.items() if id(parameter) not in there]
+    if gone:
+        more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+        raise SurgeryValueError(
+            f"{gone[0]}{more}: hooks are registered on it (register_hook, register_post_accumulate_grad_hook), which the parameters in its place "
+            "would not have; remove them before and register them on the new parameters, or keep the layer by exclude="
+        )
 
 
 @dataclass(frozen=True, slots=True)

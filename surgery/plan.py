@@ -72,6 +72,11 @@ class Plan(MutableMapping[str, Decision]):
     def __len__(self) -> int:
         return len(self._decisions)
 
+    def __copy__(self) -> Plan:
+        made = Plan(self)
+        made.latency, made.trials = self.latency, self.trials
+        return made
+
     def __repr__(self) -> str:
         cut = sum(isinstance(d, Factorization) for d in self.values())
         return f"Plan({cut} of {len(self)} layers cut)"

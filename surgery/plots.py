@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from passes.errors import SurgeryValueError
 from surgery.export.common import need
+from surgery.files import as_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
     from surgery.alternatives import Tradeoff
     from surgery.report import Report
 
-__all__ = ["report_figure", "tradeoff_figure"]
+__all__ = ["picture_file", "report_figure", "tradeoff_figure"]
 
 WAS, NOW, ERROR = "#c3cad4", "#2f6fd0", "#b4532a"
 INCHES_A_LAYER, INCHES_AROUND, WIDEST_NAME = 0.17, 1.3, 40
@@ -39,6 +42,23 @@ def report_figure(report: Report) -> Figure:
     if panels == 3 and report.tradeoff is not None:
         _tradeoff_curve(axes[2], report.tradeoff, report.place)
     return figure
+
+
+def picture_file(path: Any) -> Path:
+    """The file for a picture that a user named.
+
+    Raises:
+        MissingExtra: Matplotlib is not installed.
+        SurgeryTypeError, SurgeryValueError: no path, or Matplotlib knows no format of that ending.
+    """
+    file = as_path("path", path)
+    need("matplotlib", "a picture", "plots")
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if file.suffix.lower().removeprefix(".") not in known:
+        raise SurgeryValueError(f"path: {file}: the ending names the format, one of {', '.join(f'.{ending}' for ending in sorted(known))}")
+    return file
 
 
 def tradeoff_figure(found: Tradeoff) -> Figure:

@@ -16,7 +16,7 @@ from passes.errors import SurgeryValueError, true_or_false
 from passes.result import Outcome
 from passes.running import private_copy
 from surgery.decompose import DEFAULT_STATE, following
-from surgery.inspection import look, saved_macs, usable_model
+from surgery.inspection import check_hooks_kept, hooked_parameters, look, saved_macs, usable_model
 from surgery.record import SiteRecord, SurgeryRecord, fused_in, merged_sites, put_back_record, read_record, records_by_name, write_record
 from surgery.undoing import Undo, undone_on_error
 
@@ -93,8 +93,10 @@ def _fuse_own(target: nn.Module, undo: Undo, inplace: bool, followers: Followers
     if inplace:
         undo.later(host.rollback)
     sites, before, old = host.sites(), records_by_name(target), read_record(target) or SurgeryRecord()
-    held = None if followers is None else followers.hold(sites)
+    held, hooked = None if followers is None else followers.hold(sites), hooked_parameters(target)
     result = Reconstruct()(host)
+    if inplace:
+        check_hooks_kept(target, hooked)
     if result.modified:
         outcomes = tuple(
             Outcome(o.site, o.status, REASON if o.status == "applied" else o.reason, before[o.site].error if o.site in before else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import cos, pi
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import private_inputs, tensors_in
-from passes.running import arguments, evaluating_copy, first_line, kept_random_states
+from passes.running import arguments, evaluating_copy, first_line, kept_random_states, seed_all
 
 __all__ = ["Refine", "distance", "outputs_on", "refine"]
 
 SHORTER = 0.3  # what becomes of the rate after an epoch that did not help
+NARROW = (torch.float16, torch.bfloat16)  # in which steps are lost to rounding, and Adam's squares are nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,7 @@ def refine(
     grads = {p: p.grad for p in model.parameters()}
     chosen = set(map(id, parameters))
     with kept_random_states():
-        torch.manual_seed(0)
+        seed_all(0)
         try:
             original.eval()
             model.eval()
@@ -104,7 +106,9 @@ def _descend(
     sizes = [float(p.detach().square().mean().sqrt()) for p in parameters]
     resting = evaluating_copy(model, share_parameters=True)  # in the state that the targets were made from, and free of what training leaves behind
     best, kept = distance(resting, batches, targets), [p.detach().clone() for p in parameters]
-    optimizer, rate = torch.optim.Adam([{"params": [p]} for p in parameters]), how.rate
+    wide = [p.detach().float() if p.dtype in NARROW else p for p in parameters]  # what is stepped
+    optimizer, rate = torch.optim.Adam([{"params": [w]} for w in wide]), how.rate
+    larger = float(sum(t.numel() for t in itertools.chain(*targets))) if any(p.dtype == torch.float16 for p in parameters) else 1.0
     for epoch in range(how.epochs):
         falling = (1 + cos(pi * epoch / how.epochs)) / 2
         for group, size in zip(optimizer.param_groups, sizes, strict=True):
@@ -112,24 +116,30 @@ def _descend(
         for index in torch.randperm(len(batches)).tolist():
             loss = _loss(_outputs(model, batches[index]), targets[index], scales) * len(batches)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss * larger).backward()  # type: ignore[no-untyped-call] # Adam does not mind; in float16 derivatives of the loss itself would be 0
+            for w, p in zip(wide, parameters, strict=True):
+                if w is not p:
+                    w.grad, p.grad = None if p.grad is None else p.grad.float(), None
             optimizer.step()
+            _copy_to(parameters, wide)
         reached = distance(resting, batches, targets)
         if reached < best:
             best, kept = reached, [p.detach().clone() for p in parameters]
         else:  # the steps were too long: once more from the best so far, with shorter ones
             rate *= SHORTER
-            _put_back(parameters, kept)
-            optimizer = torch.optim.Adam([{"params": [p]} for p in parameters])
+            _copy_to(parameters, kept)
+            _copy_to(wide, kept)
+            optimizer = torch.optim.Adam([{"params": [w]} for w in wide])
         if progress is not None:
             progress(epoch + 1, reached)
-    _put_back(parameters, kept)
+    _copy_to(parameters, kept)
 
 
-def _put_back(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+def _copy_to(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        for p, value in zip(parameters, values, strict=True):
-            p.copy_(value)
+        for tensor, value in zip(tensors, values, strict=True):
+            if tensor is not value:
+                tensor.copy_(value)
 
 
 def outputs_on(model: nn.Module, batches: Sequence[Any]) -> list[list[Tensor]]:

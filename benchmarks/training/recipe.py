@@ -72,7 +72,7 @@ class Recipe:
     def facts(self, scenario: Scenario) -> dict[str, Any]:
         """What a run of this scenario depends on: without a cut not on how it would be made."""
         cuts = scenario != Scenario()
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items() if cuts or name not in OF_THE_CUT}
+        return {name: _plain(value) for name, value in asdict(self).items() if cuts or name not in OF_THE_CUT}
 
     def rate_at(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0."""
@@ -122,3 +122,10 @@ def fresh_network(recipe: Recipe) -> nn.Module:
     registry, _, name = recipe.network.partition(":")
     model = BUNDLED[name][0]() if registry == "surgery" and name in BUNDLED else make(recipe.network)[0]
     return model.to(recipe.device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: a rule of the user's own by its name."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return f"{value.__module__}:{getattr(value, '__qualname__', type(value).__qualname__)}" if callable(value) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.errors import SurgeryTypeError, SurgeryValueError
+from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.parity import tensors_in
 from passes.running import run
 from surgery.benchmarking.conditions import conditions_of
@@ -35,12 +36,12 @@ def check_sampling(*, pairs: Any, precision: Any, seconds: Any, threads: Any) ->
     Raises:
         SurgeryValueError: an argument of ``surgery.benchmark`` is none of those allowed.
     """
-    if pairs is not None and (not isinstance(pairs, int) or pairs < LEAST_PAIRS):
+    if pairs is not None and (not isinstance(pairs, int) or isinstance(pairs, bool) or pairs < LEAST_PAIRS):
         raise SurgeryValueError(f"repeats: at least {LEAST_PAIRS} pairs are needed for a median with its confidence interval, got {pairs!r}")
     for name, value in (("precision", precision), ("seconds", seconds)):
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
             raise SurgeryValueError(f"{name}: expected a number above 0, got {value!r}")
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
         raise SurgeryValueError(f"threads: expected a number of at least 1, got {threads!r}")
     return {"pairs": pairs, "precision": precision, "seconds": seconds}
 
@@ -140,10 +141,24 @@ def _model(model: Any) -> nn.Module:
 
 
 def _check_alike(networks: Sequence[nn.Module], example_inputs: Any) -> None:
-    """Times of networks that give different things compare nothing; their numbers may differ, that is what a cut does."""
-    shapes = [[tuple(t.shape) for t in tensors_in(run(network, example_inputs))] for network in networks]
-    if shapes[0] != shapes[1]:
-        raise SurgeryValueError(f"after: its outputs have the shapes {shapes[1]}, those of before {shapes[0]}; give two forms of one network")
+    """Times of networks that give different things compare nothing; their numbers may differ, that is what a cut does, and sizes that follow them."""
+    before, after = (_shapes(network, example_inputs) for network in networks)
+    if before == after or (list(map(len, before)) == list(map(len, after)) and _follow_numbers(networks[0], example_inputs, before)):
+        return
+    raise SurgeryValueError(f"after: its outputs have the shapes {after}, those of before {before}; give two forms of one network")
+
+
+def _shapes(network: nn.Module, example_inputs: Any) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in tensors_in(run(network, example_inputs))]
+
+
+def _follow_numbers(network: nn.Module, example_inputs: Any, seen: Sequence[tuple[int, ...]]) -> bool:
+    """Whether other numbers of the same sizes give outputs of other sizes, as a detector's do."""
+    from surgery.export.common import fresh_inputs
+
+    with suppress(SurgeryError):  # a network may not take noise
+        return _shapes(network, fresh_inputs(example_inputs, torch.Generator().manual_seed(0))) != seen
+    return False
 
 
 def _timed(runtime: Runtime, before: Ready, after: Ready, inputs: Any, sampling: Mapping[str, Any]) -> RuntimeResult:

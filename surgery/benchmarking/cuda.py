@@ -40,8 +40,7 @@ def clock(call: Callable[[], object], loops: int) -> float:
 @contextmanager
 def eager(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
     """Calls follow one another without waiting, as in a server."""
-    call, _ = _there(network, example_inputs)
-    yield Ready(call)
+    yield Ready(_there(network, example_inputs))
 
 
 @contextmanager
@@ -51,7 +50,7 @@ def graph(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
     Raises:
         SurgeryError: the network does something that cannot be captured.
     """
-    call, _ = _there(network, example_inputs)
+    call = _there(network, example_inputs)
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -67,8 +66,8 @@ def graph(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
     yield Ready(captured.replay)
 
 
-def _there(network: nn.Module, example_inputs: Any) -> tuple[Callable[[], object], Any]:
-    """A call of a copy on the device, and the inputs there."""
+def _there(network: nn.Module, example_inputs: Any) -> Callable[[], object]:
+    """A call of a copy on the device, with the inputs there."""
     from surgery.export.inputs import filled
 
     twin = private_copy(network).to("cuda")
@@ -77,4 +76,4 @@ def _there(network: nn.Module, example_inputs: Any) -> tuple[Callable[[], object
     run(twin, inputs)
     args, kwargs = arguments(inputs)
     forward = callable_of(twin)
-    return lambda: forward(*args, **kwargs), inputs
+    return lambda: forward(*args, **kwargs)

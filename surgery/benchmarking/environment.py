@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from surgery.cost.calls import ON_PROCESSORS
+
 __all__ = ["environment"]
 
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # to older instructions than the processor has
@@ -24,7 +26,7 @@ def environment(runtimes: Sequence[str] = ()) -> dict[str, str]:
         "processor": _processor() + (f" ({limits})" if limits else ""),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    for name in ("onnxruntime", "openvino"):
+    for name in ON_PROCESSORS:
         if name in runtimes:
             found[name] = import_module(name).__version__
     if torch.cuda.is_available():

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from passes import host_for, observe
+from passes.chain import is_channels_last
 from passes.errors import SurgeryValueError
 from passes.parity import tensors_in
 from passes.site import Site
 from surgery.benchmarking.result import LayerResult
+from surgery.cost.calls import ON_PROCESSORS
 from surgery.cost.chains import RUNTIMES, Setup
-from surgery.cost.profile import Entry, TimedShape
+from surgery.cost.profile import Entry, TimedShape, together
 from surgery.cost.timing import time_shapes
 
 __all__ = ["check_runtimes", "layer_results"]
@@ -56,7 +58,11 @@ def layer_results(before: nn.Module, after: nn.Module, example_inputs: Any, runt
 
 def _pairs(before: nn.Module, after: nn.Module, example_inputs: Any) -> dict[str, tuple[Site, Site]]:
     old, new = _sites(before, example_inputs), _sites(after, example_inputs)
-    return {name: (old[name], new[name]) for name in old if name in new and old[name].calls and _layers(old[name]) != _layers(new[name])}
+    return {
+        name: (old[name], new[name])
+        for name in old
+        if name in new and any(all(call.input_shape) for call in old[name].calls or ()) and _layers(old[name]) != _layers(new[name])
+    }
 
 
 def _sites(network: nn.Module, example_inputs: Any) -> dict[str, Site]:
@@ -69,17 +75,13 @@ def _layers(site: Site) -> tuple[Any, ...]:
 
 def _shapes(site: Site, called: Site, runtime: str) -> list[TimedShape]:
     dtype = str(site.dtype).removeprefix("torch.")
-    last = runtime not in ("onnxruntime", "openvino") and _is_channels_last(called)
-    return [TimedShape(_layers(site), call.input_shape, dtype, last) for call in called.calls or ()]
-
-
-def _is_channels_last(site: Site) -> bool:
-    weight = site.weight if site.chain is None else site.pieces[-1].weight
-    return weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+    weight = called.weight if called.chain is None else called.pieces[-1].weight
+    last = runtime not in ON_PROCESSORS and is_channels_last(weight)
+    return [TimedShape(_layers(site), call.input_shape, dtype, last) for call in called.calls or () if all(call.input_shape)]
 
 
 def _result(name: str, runtime: str, times: dict[str, Entry], old: Sequence[TimedShape], new: Sequence[TimedShape]) -> LayerResult:
-    before, after = _together(times, old), _together(times, new)
+    before, after = (together(times[shape.key] for shape in shapes) for shapes in (old, new))
     return LayerResult(
         runtime=runtime,
         name=name,
@@ -90,9 +92,3 @@ def _result(name: str, runtime: str, times: dict[str, Entry], old: Sequence[Time
         macs_before=sum(shape.macs for shape in old),
         macs_after=sum(shape.macs for shape in new),
     )
-
-
-def _together(times: dict[str, Entry], shapes: Sequence[TimedShape]) -> Entry:
-    entries = [times[shape.key] for shape in shapes]
-    total = sum(entry.seconds for entry in entries)
-    return Entry(total, sum(entry.spread * entry.seconds for entry in entries) / total)

@@ -85,14 +85,15 @@ def known(names: Sequence[str]) -> list[Runtime]:
 
 @contextmanager
 def _eager(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
-    """Where the inputs are; on CUDA each call waits for its result."""
+    """Where the inputs are; on an accelerator each call waits for its result."""
     run(network, example_inputs)
     args, kwargs = arguments(private_inputs(example_inputs))
-    yield Ready(waited_for(partial(callable_of(network), *args, **kwargs), _on_cuda(example_inputs)))
+    yield Ready(waited_for(partial(callable_of(network), *args, **kwargs), _tensors(network, example_inputs)))
 
 
-def _on_cuda(example_inputs: Any) -> bool:
-    return any(t.is_cuda for t in tensors_in(example_inputs))
+def _tensors(network: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """A network may move its inputs to where its parameters are."""
+    return [*tensors_in(example_inputs), *network.parameters()]
 
 
 @contextmanager
@@ -108,7 +109,7 @@ def _train(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
     network.train()
     try:
         with without_waiting(network):
-            yield Ready(waited_for(call, _on_cuda(example_inputs)))
+            yield Ready(waited_for(call, _tensors(network, example_inputs)))
     finally:
         network.eval()
 
@@ -122,7 +123,7 @@ def _compile(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
         call(*args, **kwargs)
     except Exception as error:  # a compiler that is not there, or that fails on this network
         raise SurgeryError(f"runtime 'compile': torch.compile fails on this network: {first_line(error)}") from error
-    yield Ready(waited_for(partial(call, *args, **kwargs), _on_cuda(example_inputs)))
+    yield Ready(waited_for(partial(call, *args, **kwargs), _tensors(network, example_inputs)))
 
 
 @contextmanager
@@ -141,7 +142,7 @@ def _torchscript(network: nn.Module, example_inputs: Any) -> Iterator[Ready]:
             size = len(script.save_to_buffer())
     except Exception as error:  # tracing runs the model's own code
         raise SurgeryError(f"runtime 'torchscript': this network cannot be traced: {first_line(error)}") from error
-    yield Ready(waited_for(partial(script, *tensors), _on_cuda(example_inputs)), file_bytes=size)
+    yield Ready(waited_for(partial(script, *tensors), _tensors(network, example_inputs)), file_bytes=size)
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -154,6 +155,6 @@ RUNTIMES: dict[str, Runtime] = {
         Runtime("train", _train, memory=memory.of_tensors, trains=True),
         Runtime("torchscript", _torchscript),
         Runtime("cuda", cuda.eager, clock=cuda.clock, memory=memory.on_cuda),
-        Runtime("cuda-graph", cuda.graph, clock=cuda.clock, memory=memory.on_cuda),
+        Runtime("cuda-graph", cuda.graph, clock=cuda.clock),  # what a graph takes it has taken when it was captured
     )
 }

@@ -54,11 +54,13 @@ def _bench(options: argparse.Namespace) -> None:
 
     if options.after is not None and not is_onnx_file(options.model):
         options.wrong(f"{options.after}: MODEL must be an ONNX file too; leave it out to time MODEL against its cut")
+    _check_conditions(options)
     measured = _of_a_cut(options) if options.after is None else _of_files(options)
     show(options, lambda: benchmark_table(measured), measured.to_json)
 
 
 def _of_a_cut(options: argparse.Namespace) -> Benchmark:
+    from surgery.benchmarking.layers import check_runtimes
     from surgery.benchmarking.runtimes import known
 
     if is_onnx_file(options.model):
@@ -67,6 +69,8 @@ def _of_a_cut(options: argparse.Namespace) -> Benchmark:
         options.wrong("--size: it is for two ONNX files; give --input-shape")
     runtimes = options.runtimes or ["eager", "onnxruntime"]
     known(runtimes)  # before minutes are spent on a model
+    if options.layers:
+        check_runtimes(runtimes)
     batches = calibration_of(options)
     model, inputs = open_model(options)
     net = surgery.decompose(model, options.ranks, example_inputs=inputs, calibration=batches, progress=True, **rank_options(options))
@@ -85,6 +89,18 @@ def _of_files(options: argparse.Namespace) -> Benchmark:
 
 def _conditions(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in CONDITIONS}
+
+
+def _check_conditions(options: argparse.Namespace) -> None:
+    """Wrong usage where ``surgery.benchmark`` would refuse them in the end."""
+    from surgery.benchmarking.compare import check_sampling
+    from surgery.benchmarking.conditions import conditions_of
+
+    try:
+        check_sampling(pairs=options.repeats, precision=options.precision, seconds=options.seconds, threads=options.threads)
+        conditions_of(batch=options.batch, dtype=options.dtype, memory_format=options.memory_format)
+    except surgery.SurgeryValueError as error:
+        options.wrong(str(error))
 
 
 def size(text: str) -> tuple[str, int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import surgery
 from surgery.cli.arguments import Commands, add_command, open_model
+from surgery.cli.targets import check_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,6 +49,7 @@ def _export(options: argparse.Namespace) -> None:
         format_for(options.out, chosen)  # before minutes are spent on a model
     except surgery.SurgeryValueError as error:
         options.wrong(str(error))
+    check_file("OUT", options.out)
     model, inputs = open_model(options)
     if options.fuse:
         model = surgery.reconstruct(model, foreign=True, example_inputs=inputs)

@@ -31,8 +31,7 @@ def _plan(options: argparse.Namespace) -> None:
     if is_onnx_file(options.model):
         plan_file(options)
         return
-    check_file("--out", options.out)
-    check_file("--picture", options.picture)
+    _check(options)
     batches = calibration_of(options)
     model, inputs = open_model(options)
     plan = surgery.plan(model, options.ranks, example_inputs=inputs, calibration=batches, progress=True, **rank_options(options))
@@ -40,6 +39,30 @@ def _plan(options: argparse.Namespace) -> None:
     if options.out is not None:  # when nothing can fail any more
         plan.save(options.out)
     show(options, table, as_json)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what could not be shown or written in the end, before minutes are spent on a plan."""
+    from surgery.alternatives import unit_of
+    from surgery.plots import picture_file
+
+    curve = options.pareto or options.picture is not None
+    asked = [name for name, given in (("--pareto, --picture", curve), ("--explain", options.explain), ("--diff", options.diff)) if given]
+    if len(asked) > 1:
+        options.wrong(f"{' and '.join(asked)}: one of them at a time")
+    if options.by is not None:
+        if asked in ([], ["--diff"]):
+            options.wrong("--by: it is for --pareto, --picture and --explain")
+        try:
+            unit_of(options.by, ())
+        except surgery.SurgeryValueError as error:
+            options.wrong(str(error))
+    check_file("--out", options.out)
+    check_file("--picture", options.picture)
+    if options.picture is not None:
+        picture_file(options.picture)
+    if options.diff is not None:
+        surgery.Plan.load(options.diff)
 
 
 def _shown(options: argparse.Namespace, plan: surgery.Plan, model: Any, inputs: Any, batches: Any) -> tuple[Callable[[], Any], Callable[[], str]]:

@@ -23,15 +23,18 @@ def site_params(site: Site) -> int:
 
 
 def site_macs(site: Site) -> int | None:
-    """MACs of all calls of the original layer in one forward pass; None where the calls are not known."""
-    return None if site.calls is None else sum(site.geometry.macs(call.input_shape) for call in site.calls)
+    """MACs of all calls of the original layer in one forward pass, and of those it stands for; None where the calls are not known."""
+    if site.calls is None:
+        return None
+    return sum(each.geometry.macs(call.input_shape) for each in (site, *site.others) for call in each.calls or ())
 
 
 def macs_under(site: Site, factorization: Factorization | None) -> int:
-    """MACs of a layer over all its calls under a factorization, or (None) as it is; 0 where the calls are not known."""
+    """MACs of a layer, and of those it stands for, over all calls under a factorization, or (None) as it is; 0 where the calls are not known."""
     if factorization is None:
         return site_macs(site) or 0
-    return chain_macs(kind_of(factorization).shapes(site.geometry, factorization, site.bias is not None), site.calls) or 0
+    chains = [(kind_of(factorization).shapes(each.geometry, factorization, each.bias is not None), each.calls) for each in (site, *site.others)]
+    return sum(chain_macs(shapes, calls) or 0 for shapes, calls in chains)
 
 
 def params_under(site: Site, factorization: Factorization | None) -> int:
@@ -109,8 +112,8 @@ def count_macs() -> Iterator[MacCounter]:
 
 
 def _unknown_to_torch() -> dict[Any, Callable[..., int]]:
-    """Operators of CPUs that its counter passes over: attention, and each layer and direction of an LSTM."""
-    from torch.utils.flop_counter import sdpa_flop_count
+    """Operators of CPUs that its counter passes over: attention, and each layer and direction of an LSTM, forward and backward."""
+    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
     def attention(query: Size, key: Size, value: Size, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
@@ -118,7 +121,18 @@ def _unknown_to_torch() -> dict[Any, Callable[..., int]]:
     def recurrent(x: Size, inputs: Size, states: Size, *_: Any, **__: Any) -> int:
         return 2 * prod(x[:2]) * (prod(inputs) + prod(states))
 
-    named = {"_scaled_dot_product_flash_attention_for_cpu": attention, "mkldnn_rnn_layer": recurrent}
+    def attention_backward(slope: Size, query: Size, key: Size, value: Size, *_: Any, **__: Any) -> int:
+        return int(sdpa_backward_flop_count(slope, query, key, value))  # type: ignore[no-untyped-call]
+
+    def recurrent_backward(x: Size, inputs: Size, states: Size, *_: Any, **__: Any) -> int:
+        return 2 * recurrent(x, inputs, states)
+
+    named: dict[str, Callable[..., int]] = {
+        "_scaled_dot_product_flash_attention_for_cpu": attention,
+        "_scaled_dot_product_flash_attention_for_cpu_backward": attention_backward,
+        "mkldnn_rnn_layer": recurrent,
+        "mkldnn_rnn_layer_backward": recurrent_backward,
+    }
     return {getattr(torch.ops.aten, name): formula for name, formula in named.items() if hasattr(torch.ops.aten, name)}
 
 

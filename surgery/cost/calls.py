@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any
 
@@ -11,19 +11,24 @@ from torch import nn
 
 from passes.errors import MissingExtra
 
-__all__ = ["Call", "check_installed", "compiled", "waited_for"]
+__all__ = ["ON_PROCESSORS", "Call", "check_installed", "compiled", "waited_for"]
+
+ON_PROCESSORS = ("onnxruntime", "openvino")
+"""Runtimes that compute there, from ONNX, whatever device and memory format the network has."""
 
 Call = Callable[[], object]
 
 
-def waited_for(call: Call, on_cuda: bool) -> Call:
-    """The call, and on CUDA after it a wait for all that it began."""
-    if not on_cuda:
+def waited_for(call: Call, tensors: Iterable[torch.Tensor]) -> Call:
+    """The call, and after it a wait for all that it began on the accelerators that these tensors are on: a call there returns before it is done."""
+    there = [device for device in dict.fromkeys(tensor.device for tensor in tensors) if device.type not in ("cpu", "meta")]
+    if not there:
         return call
 
     def waiting() -> object:
         output = call()
-        torch.cuda.synchronize()
+        for device in there:
+            torch.accelerator.synchronize(device)
         return output
 
     return waiting

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.chain import plain_layer
+from passes.chain import FORMATS, plain_layer
 from passes.errors import SurgeryError, SurgeryValueError
 from passes.geometry import Geometry, Piece
 from surgery.cost.calls import Call, compiled, waited_for
 from surgery.cost.profile import TimedShape
 
-__all__ = ["RUNTIMES", "Setup", "onnx_model", "onnx_nodes", "timed_in"]
+__all__ = ["RUNTIMES", "Setup", "noise_scale", "onnx_model", "onnx_nodes", "timed_in"]
 
 NUMBER_TYPES = {"float16": 10, "float32": 1, "float64": 11}  # of ONNX
 
@@ -30,24 +30,29 @@ class Setup:
     device: str = "cpu"
 
 
+def noise_scale(g: Geometry) -> float:
+    """Of a layer's weights, so that what comes out is as large as what goes in: numbers that overflow, or become 0, take other times."""
+    return float(max(g.weights / g.out_channels, 1) ** -0.5)
+
+
 def _layers(shape: TimedShape, device: str) -> tuple[nn.Sequential, Tensor]:
     """The chain as modules with noise for weights, and an input."""
     dtype, generator = getattr(torch, shape.dtype), torch.Generator().manual_seed(0)
 
     def noise(size: Sequence[int]) -> Tensor:
         values = torch.randn(tuple(size), generator=generator, device="cpu").to(device=device, dtype=dtype)
-        return values.contiguous(memory_format=torch.channels_last) if shape.channels_last and values.ndim == 4 else values
+        return values.contiguous(memory_format=FORMATS[values.ndim]) if shape.channels_last and values.ndim in FORMATS else values
 
     layers = []
     for g in shape.layers:
-        weight = noise(g.weight_shape) * (g.groups / max(g.weights / g.out_channels, 1)) ** 0.5
+        weight = noise(g.weight_shape) * noise_scale(g)
         layers.append(plain_layer(Piece("", g, weight, None), torch.zeros(g.out_channels, dtype=dtype, device=device)))
     return nn.Sequential(*layers).eval(), noise(shape.input_shape)
 
 
 def _eager(shape: TimedShape, setup: Setup) -> Call:
     network, inputs = _layers(shape, setup.device)
-    return waited_for(partial(network, inputs), inputs.is_cuda)
+    return waited_for(partial(network, inputs), [inputs])
 
 
 def _train(shape: TimedShape, setup: Setup) -> Call:
@@ -61,12 +66,12 @@ def _train(shape: TimedShape, setup: Setup) -> Call:
         with torch.enable_grad():
             return torch.autograd.grad(network(inputs), wanted, slope)
 
-    return waited_for(step, inputs.is_cuda)
+    return waited_for(step, [inputs])
 
 
 def _compile(shape: TimedShape, setup: Setup) -> Call:
     network, inputs = _layers(shape, setup.device)
-    return waited_for(partial(compiled(network), inputs), inputs.is_cuda)
+    return waited_for(partial(compiled(network), inputs), [inputs])
 
 
 def _onnxruntime(shape: TimedShape, setup: Setup) -> Call:
@@ -134,7 +139,7 @@ def onnx_model(shape: TimedShape) -> tuple[Any, Any]:
     name, size = "input", input_shape
     for index, g in enumerate(shape.layers):
         bias = np.zeros(g.out_channels, number)
-        weight = (random.standard_normal(g.weight_shape, np.float32) * (g.groups / max(g.weights / g.out_channels, 1)) ** 0.5).astype(number)
+        weight = (random.standard_normal(g.weight_shape, np.float32) * noise_scale(g)).astype(number)
         constants += [numpy_helper.from_array(weight.T if g.is_linear else weight, f"w{index}"), numpy_helper.from_array(bias, f"b{index}")]
         made, extra = onnx_nodes(g, str(index), name, len(size))
         nodes, constants = nodes + made, constants + extra

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from passes.geometry import Geometry
 from surgery.files import as_path, write_atomically
 from surgery.plan import no_duplicates
 
-__all__ = ["Entry", "Profile", "TimedShape", "cache_file", "read_shapes", "write_shapes"]
+__all__ = ["Entry", "Profile", "TimedShape", "cache_file", "read_shapes", "together", "write_shapes"]
 
 FORMAT = "surgery.latency"
 SHAPES_FORMAT = "surgery.shapes"
@@ -106,6 +106,13 @@ class Entry:
     @property
     def high(self) -> float:
         return self.seconds * (1 + 2 * self.spread)
+
+
+def together(entries: Iterable[Entry]) -> Entry:
+    """Of several calls, one after another."""
+    all_of_them = list(entries)
+    total = sum(entry.seconds for entry in all_of_them)
+    return Entry(total, sum(entry.spread * entry.seconds for entry in all_of_them) / total if total else 0.0)
 
 
 @dataclass(slots=True)

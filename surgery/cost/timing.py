@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from math import sqrt
+from math import prod, sqrt
 
 import torch
 
@@ -21,6 +21,7 @@ REFERENCE = Geometry(in_channels=64, out_channels=64, kernel=(3, 3), stride=(1, 
 REFERENCE_INPUT = (1, 64, 28, 28)
 TOGETHER = 40  # networks called in turn; that many keep each other's weights out of the caches, as the layers of a network do
 WEIGHTS_TOGETHER = 60_000_000
+INPUTS_TOGETHER = 200_000_000  # numbers; what comes out of the layers takes as much again, and more in training
 ROUNDS = (5, 25)
 FEWEST_ROUNDS = 3  # where even the least number of rounds takes twice as long as it may
 SLOW_SECONDS = 5e-3  # calls that take longer are not repeated before they count
@@ -57,6 +58,7 @@ def time_shapes(shapes: Sequence[TimedShape], setup: Setup) -> tuple[dict[str, E
             entries, seen = _in_turn(calls, reference, _pause(setup), min(GROUP_SECONDS, left / (len(groups) - number)))
             references += seen
             found |= {shape.key: entry for shape, entry in zip(group, entries, strict=True)}
+            del calls  # before the next group takes its memory
         base = median(references) if references else typical
     return {key: Entry(entry.seconds * base, entry.spread) for key, entry in found.items()}, base
 
@@ -77,7 +79,7 @@ def describe(setup: Setup) -> dict[str, str]:
     runtime = setup.runtime
     known = environment([runtime])
     version = known.get(runtime, known["torch"])
-    place = known.get("cuda_device", setup.device) if setup.device.startswith("cuda") else setup.device
+    place = torch.cuda.get_device_name(setup.device) if setup.device.startswith("cuda") and torch.cuda.is_available() else setup.device
     return {
         "runtime": f"{runtime} {version}",
         "processor": known["processor"],
@@ -90,7 +92,8 @@ def describe(setup: Setup) -> dict[str, str]:
 def _groups(shapes: Sequence[TimedShape]) -> Iterator[list[TimedShape]]:
     group: list[TimedShape] = []
     for shape in dict.fromkeys(shapes):
-        if group and (len(group) == TOGETHER or sum(s.weights for s in group) + shape.weights > WEIGHTS_TOGETHER):
+        weights, inputs = (sum(map(size, [*group, shape])) for size in (lambda s: s.weights, lambda s: prod(s.input_shape)))
+        if group and (len(group) == TOGETHER or weights > WEIGHTS_TOGETHER or inputs > INPUTS_TOGETHER):
             yield group
             group = []
         group.append(shape)

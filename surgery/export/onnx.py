@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -45,8 +45,8 @@ def export_onnx(
     """Write a model as ONNX and prove that onnxruntime computes the same.
 
     The model is exported in eval mode, from a copy. Nothing is left behind if the export or the check fails. In the graph the nodes of convolutions
-    and linear layers have the qualified names of their layers, and the convolutions of chains are proved to be those of the plan, which the file's
-    metadata holds (``surgery.exported_plan``). Inputs have the names of the parameters of ``forward``.
+    and linear layers have the qualified names of their layers, and the convolutions of chains (of modules, not of a ``GraphModule``) are proved to be
+    those of the plan, which the file's metadata holds (``surgery.exported_plan``). Inputs have the names of the parameters of ``forward``.
 
     Args:
         model: plain, decomposed, reconstructed or deployed module, or a ``GraphModule``.
@@ -161,6 +161,7 @@ def write_onnx(job: Job, work: Path, exporter: str, opset: int | None) -> int:
                 optimize=not any(p.dtype == torch.bfloat16 for p in job.network.parameters()),  # folds batch norms into float32 weights there
                 verbose=False,
             )
+            _settle_names(made.model, job.names, outputs)
             made.save(str(work))
     else:
         axes = {name: dims for name, dims in zip(job.names, job.openings.dims, strict=True) if dims}
@@ -190,6 +191,21 @@ def write_onnx(job: Job, work: Path, exporter: str, opset: int | None) -> int:
     return found
 
 
+def _settle_names(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Inputs and outputs of a graph that torch made have these names and are values of their own; inner values of the same names give way.
+
+    torch does the second where it optimizes a graph only, and gives the names after that.
+    """
+    from onnx_ir.passes import common
+
+    if hasattr(common, "OutputFixPass"):  # from 0.1.13 on; before that torch itself did it
+        common.OutputFixPass()(model)
+    for values, names in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
+        for value, name in zip(values, names, strict=True):
+            value.name = name
+    common.NameFixPass()(model)
+
+
 def _gather_data(work: Path) -> None:
     """Weights beside a large file, of which the older exporter makes a file each, named alike in every export, as one file with its name."""
     import onnx
@@ -216,7 +232,7 @@ def _no_graphs_printed() -> Iterator[None]:
 def _output_names(output: Any) -> list[str]:
     """Keys of an output in a mapping or dataclass, else ``output`` with the way to each tensor."""
     top = "" if isinstance(output, Mapping) or is_dataclass(output) else "output"
-    names = list(tensor_names(output, top))
+    names = [f"output_{name}" if not name or name[0].isdigit() else name for name in tensor_names(output, top)]  # torch has no others
     count = sum(1 for _ in tensors_in(output))
     return names if len(names) == count else [f"output_{index}" for index in range(count)]
 

@@ -176,7 +176,9 @@ def _strip(graph: GraphProto, prefix: str) -> None:
         return name
 
     for g in _graphs(graph):
-        for value in (*g.initializer, *g.value_info, *g.output):
+        held = {tensor.name for tensor in g.initializer}
+        listed = [value for value in g.input if value.name in held]  # operator sets below 9 list weights as inputs too
+        for value in (*g.initializer, *g.value_info, *g.output, *listed):
             value.name = shorter(value.name)
         for node in g.node:
             node.name = shorter(node.name)

@@ -18,7 +18,7 @@ from passes.kinds import kind_of
 from passes.parity import tensors_in
 from passes.running import arguments
 from passes.site import Site
-from surgery.cost.chains import onnx_nodes
+from surgery.cost.chains import noise_scale, onnx_nodes
 
 __all__ = ["Exported", "quick_onnx"]
 
@@ -132,8 +132,7 @@ def _noise(layers: Sequence[Geometry], name: str, number: int) -> list[Any]:
     random, dtype = np.random.default_rng(0), helper.tensor_dtype_to_np_dtype(number)
     found = []
     for index, g in enumerate(layers):
-        scale = (g.groups / max(g.weights / g.out_channels, 1)) ** 0.5
-        weight = random.standard_normal(g.weight_shape, np.float32) * scale
+        weight = random.standard_normal(g.weight_shape, np.float32) * noise_scale(g)
         found.append(numpy_helper.from_array(weight.astype(dtype), f"w{name}/{index}"))
     bias = np.zeros(layers[-1].out_channels, dtype)
     return [*found, numpy_helper.from_array(bias, f"b{name}/{len(layers) - 1}")]

@@ -18,6 +18,7 @@ from passes.factorization import Decision, Factorization
 from passes.parity import tensors_in
 from passes.running import evaluating_copy
 from passes.site import Site
+from surgery.cost.calls import ON_PROCESSORS
 from surgery.latency.onnx_cut import Exported, quick_onnx
 from surgery.progress import stage
 
@@ -27,7 +28,6 @@ RACE_SECONDS = 6.0
 PATIENCE = 4.0  # times as long, while it is open whether the cut network is faster: slow networks, busy machines
 PRECISION = 0.005  # half the width of the interval around a share of time at which a race is over sooner
 WIDTH = 2 * 2.58  # of a 99 % confidence interval, in standard errors
-ON_FILES = ("onnxruntime", "openvino")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def race_against(model: nn.Module, inputs: Any, runtime: str, sites: Sequence[Si
     with ExitStack() as stack:
         original = evaluating_copy(model, share_parameters=True)
         exported = None
-        if runtime in ON_FILES:
+        if runtime in ON_PROCESSORS:
             exported = Exported.of(original, inputs, Path(stack.enter_context(TemporaryDirectory())))
         before = stack.enter_context(_running(original, inputs, runtime)) if exported is None else _on_file(exported.file, inputs, runtime)
 
@@ -103,7 +103,7 @@ def _running(network: nn.Module, inputs: Any, runtime: str) -> Iterator[Callable
     from surgery.benchmarking.runtimes import RUNTIMES
 
     with ExitStack() as stack:
-        if runtime in ON_FILES:
+        if runtime in ON_PROCESSORS:
             file = Path(stack.enter_context(TemporaryDirectory())) / "network.onnx"
             if quick_onnx(network, inputs, file) and _takes_all(file, inputs):
                 yield _on_file(file, inputs, runtime)

@@ -14,15 +14,15 @@ from passes.blockwise import Blockwise
 from passes.errors import SurgeryValueError
 from passes.factorization import Decision, Factorization, Keep
 from passes.parity import tensors_in
-from passes.site import Call, Site
+from passes.site import Site, for_all_tied
 from surgery.cost.calls import check_installed
 from surgery.cost.chains import Setup, timed_in
 from surgery.cost.outcome import LatencyOutcome
-from surgery.cost.profile import Entry
+from surgery.cost.profile import Entry, together
 from surgery.latency.families import Solved
 from surgery.latency.solving import Task, Terms
 from surgery.latency.table import MARGIN, Table
-from surgery.latency.times import Times, timed_chain, timed_layer, together
+from surgery.latency.times import Times, timed_chain, timed_layer
 from surgery.ranks.budget import Budget
 
 __all__ = ["Stopwatch"]
@@ -60,7 +60,7 @@ class Stopwatch:
         times = self._times_in(runtime)
         before, after = timed_layer(site, timed_in(runtime)), timed_chain(site, factorization, timed_in(runtime))
         times.measure([*before, *after])
-        return together(times, before), together(times, after)
+        return together(map(times.__getitem__, before)), together(map(times.__getitem__, after))
 
     def tables(self, free: Sequence[Site], kinds: Callable[[Site], Sequence[Blockwise]], runtime: str, round_to: int) -> dict[str, Table]:
         """The times of all chains of these layers, by name, measured where they are not known."""
@@ -88,8 +88,9 @@ class Stopwatch:
         if self.example_inputs is None:
             raise SurgeryValueError(f"ranks: {budget} needs example_inputs: without them there is nothing to time")
         check_installed(runtime)
-        inputs, calls = self._batched(budget.batch)
-        free = [site if calls is None else replace(site, calls=calls.get(site.name)) for site in free]
+        inputs, known = self._batched(budget.batch)
+        if known is not None:
+            free = [replace(site, calls=known[site.name].calls, others=known[site.name].others) if site.name in known else site for site in free]
         setup = Setup(runtime=timed_in(runtime), threads=int(budget.threads or torch.get_num_threads()), device=_device_of(inputs))
         return Task(
             model=self.model,
@@ -109,19 +110,16 @@ class Stopwatch:
             self._guarding[runtime] = Times.of(setup, None)
         return self._guarding[runtime]
 
-    def _batched(self, batch: int | None) -> tuple[Any, dict[str, tuple[Call, ...]] | None]:
-        """Inputs of this batch size, and the layers' calls then; None where they stay those that are known."""
+    def _batched(self, batch: int | None) -> tuple[Any, dict[str, Site] | None]:
+        """Inputs of this batch size, and the layers as they are called then, by name; None where they stay those that are known."""
         first = next((t for t in tensors_in(self.example_inputs) if t.ndim), None)
         if batch is None or first is None or first.shape[0] == batch:
             return self.example_inputs, None
         from surgery.export.common import fresh_inputs
 
         inputs = fresh_inputs(self.example_inputs, torch.Generator().manual_seed(0), batch)
-        calls: dict[str, tuple[Call, ...]] = {}
-        for site in host_for(self.model, observed=observe(self.model, inputs), effective_weights=True).sites():
-            name = site.tied_to or site.name
-            calls[name] = (*calls.get(name, ()), *(site.calls or ()))
-        return inputs, calls
+        sites = host_for(self.model, observed=observe(self.model, inputs), effective_weights=True).sites()
+        return inputs, {site.name: for_all_tied(site, sites) for site in sites if site.tied_to is None}
 
 
 def _device_of(inputs: Any) -> str:

@@ -19,8 +19,8 @@ from passes.factorization import Factorization
 from passes.kind import Rank
 from passes.kinds import kind_of
 from passes.site import Site
-from surgery.cost.profile import TimedShape
-from surgery.latency.times import Times, timed_chain, timed_layer, together
+from surgery.cost.profile import Entry, TimedShape, together
+from surgery.latency.times import Times, timed_chain, timed_layer
 
 __all__ = ["MARGIN", "Table", "interpolated"]
 
@@ -70,7 +70,7 @@ class Table:
 
     def layer(self, factorization: Factorization | None) -> float:
         """Seconds of the layer as it is, over all its calls."""
-        return together(self._times, self._layer).seconds
+        return self._together(self._layer).seconds
 
     def around(self, factorization: Factorization) -> list[TimedShape]:
         """What a chain's time is taken from: its layer, and the measured chains of the nearest ranks on both sides."""
@@ -84,11 +84,11 @@ class Table:
         size = [len(rank) for rank in ranks]
         if points is None:
             return np.full(size, np.inf)
-        layer = together(self._times, self._layer)
+        layer = self._together(self._layer)
         known, noise = (np.full([len(axis) for axis in points.axes], np.nan) for _ in range(2))
         for index, shapes in points.shapes.items():
             if all(shape in self._times for shape in shapes):
-                entry = together(self._times, shapes)
+                entry = self._together(shapes)
                 known[index], noise[index] = entry.seconds, hypot(entry.seconds * entry.spread, layer.seconds * layer.spread)
         if np.isnan(known).all():
             return np.full(size, np.inf)
@@ -105,6 +105,9 @@ class Table:
     def pays(self, kind: Blockwise, ranks: Sequence[Sequence[Rank]]) -> Numbers:
         """Which choices of these ranks are faster than the layer beyond noise."""
         return np.isfinite(self(kind, ranks))
+
+    def _together(self, shapes: Sequence[TimedShape]) -> Entry:
+        return together(self._times[shape] for shape in shapes)
 
     def _points_of(self, kind: Blockwise, whole: Sequence[bool]) -> Points:
         geometry, site = self._site.geometry, self._site

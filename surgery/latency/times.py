@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -10,20 +11,18 @@ from pathlib import Path
 
 import torch
 
+from passes.chain import is_channels_last
 from passes.errors import SurgeryError, SurgeryValueError
 from passes.factorization import Factorization
 from passes.kinds import kind_of
 from passes.site import Site
-from surgery.cost.calls import check_installed
+from surgery.cost.calls import ON_PROCESSORS, check_installed
 from surgery.cost.chains import Setup, timed_in
 from surgery.cost.profile import Entry, Profile, TimedShape, cache_file, write_shapes
 from surgery.cost.timing import describe, time_shapes
 from surgery.options import Options
 
-__all__ = ["Times", "profile_of", "timed_chain", "timed_layer", "together"]
-
-ON_PROCESSORS = ("onnxruntime", "openvino")
-"""Runtimes that compute there, whatever device the network is on."""
+__all__ = ["Times", "profile_of", "timed_chain", "timed_layer"]
 
 
 @dataclass(slots=True)
@@ -96,7 +95,8 @@ class Times:
             how = f"--runtime {self.setup.runtime} --threads {self.setup.threads}"
             kind = torch.device(self.setup.device).type
             how += "" if kind == "cpu" else f" --device {kind}"
-            told = f"they are listed in {file}: run `surgery profile {file} --out {self.file} {how}` on that device"
+            there_and_back = f"{shlex.quote(str(file))} --out {shlex.quote(str(self.file))}"
+            told = f"they are listed in {file}: run `surgery profile {there_and_back} {how}` on that device"
         except OSError as error:
             told = f"their list could not be written to {file} ({error}); give a profile in a folder that can be written"
         there = "" if self.file.exists() else " (which is not there yet)"
@@ -123,24 +123,23 @@ def profile_of(shapes: Sequence[TimedShape], path: Path, runtime: str, threads: 
 
 
 def timed_layer(site: Site, runtime: str) -> list[TimedShape]:
-    return [TimedShape((site.geometry,), call.input_shape, *_format(site, runtime)) for call in site.calls or ()]
+    """Every call of a layer, and of those it stands for."""
+    return [TimedShape((each.geometry,), size, *_format(each, runtime)) for each in (site, *site.others) for size in _sizes(each)]
 
 
 def timed_chain(site: Site, factorization: Factorization, runtime: str) -> list[TimedShape]:
-    layers = tuple(shape.geometry for shape in kind_of(factorization).shapes(site.geometry, factorization, True))
-    return [TimedShape(layers, call.input_shape, *_format(site, runtime)) for call in site.calls or ()]
+    found = []
+    for each in (site, *site.others):
+        layers = tuple(shape.geometry for shape in kind_of(factorization).shapes(each.geometry, factorization, True))
+        found += [TimedShape(layers, size, *_format(each, runtime)) for size in _sizes(each)]
+    return found
+
+
+def _sizes(site: Site) -> list[tuple[int, ...]]:
+    """Input shapes of the calls that have anything to compute: a detector that finds nothing calls its last layers on nothing."""
+    return [call.input_shape for call in site.calls or () if all(call.input_shape)]
 
 
 def _format(site: Site, runtime: str) -> tuple[str, bool]:
     dtype = str(site.dtype).removeprefix("torch.")
-    if runtime not in ("eager", "compile", "train") or site.geometry.dims != 2:
-        return dtype, False
-    weight = site.weight
-    return dtype, not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def together(times: Times, shapes: Sequence[TimedShape]) -> Entry:
-    """Of several calls, together."""
-    entries = [times[shape] for shape in shapes]
-    total = sum(entry.seconds for entry in entries)
-    return Entry(total, sum(entry.spread * entry.seconds for entry in entries) / total if total else 0.0)
+    return dtype, runtime not in ON_PROCESSORS and is_channels_last(site.weight)

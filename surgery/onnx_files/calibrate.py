@@ -29,11 +29,15 @@ def calibration_feeds(model: ModelProto, calibration: Any) -> list[Feed]:
     batches = [calibration] if isinstance(calibration, numpy.ndarray) else batches_of(calibration, needed=len(true_inputs(model.graph)))
     if any(batch is None for batch in batches):
         raise SurgeryValueError("calibration: a batch is None")
-    return [example_feed(model, batch, argument=f"calibration: batch {number}") or {} for number, batch in enumerate(batches)]
+    feeds = [example_feed(model, batch, argument=f"calibration: batch {number}") or {} for number, batch in enumerate(batches)]
+    for number, feed in enumerate(feeds):
+        if feed and not any(tensor.numel() for tensor in feed.values()):
+            raise SurgeryValueError(f"calibration: batch {number} holds no example")
+    return feeds
 
 
 def calibrate_file(model: ModelProto, feeds: Sequence[Feed], sites: Sequence[Site], reads: Mapping[str, str], *, external: bool) -> Calibration:
-    """Second moments of what each layer sees. What the output makes of the layers' is not known: a file cannot be differentiated.
+    """Second moments of what each layer sees. What the output makes of the layers' is measured by ``weighed``: a file cannot be differentiated.
 
     Args:
         model: the file's; left as it is.

@@ -16,7 +16,7 @@ from surgery.onnx_files.shapes import declared_shapes
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["Feed", "example_feed", "noise_like", "open_inputs", "shaken", "shapes_of_feed", "shuffled"]
+__all__ = ["Feed", "example_feed", "noise_like", "open_inputs", "shaken", "shapes_of_feed", "shuffled", "takes_numbers"]
 
 Feed = Mapping[str, Tensor]
 
@@ -48,6 +48,12 @@ def example_feed(
         return {name: _noise(name, shape or (), dtypes[name], torch.Generator().manual_seed(0)) for name, shape in wanted.items()}
     given = _by_name(true_inputs(model.graph), example_inputs, argument)
     return {name: _fitting(f"{argument}: {name!r}", value, shapes[name], dtypes[name]) for name, value in given.items()}
+
+
+def takes_numbers(model: ModelProto) -> bool:
+    """Whether every input of a file is of a type that torch has: no text, no numbers of four bits."""
+    inputs = {value.name: value for value in model.graph.input}
+    return all(tensor_dtype(inputs[name].type.tensor_type.elem_type) is not None for name in true_inputs(model.graph))
 
 
 def open_inputs(model: ModelProto) -> str:
@@ -112,7 +118,9 @@ def _with_one(shape: Sequence[int | None]) -> tuple[int, ...] | None:
 
 def _noise(name: str, shape: Sequence[int], dtype: torch.dtype | None, generator: torch.Generator) -> Tensor:
     if dtype is None:
-        raise SurgeryValueError(f"example_inputs: the input {name!r} takes no numbers that noise could stand for; give example_inputs")
+        raise SurgeryValueError(
+            f"example_inputs: the input {name!r} takes no numbers that torch has, so nothing can be run; write the file with check=False"
+        )
     if dtype.is_floating_point or dtype.is_complex:
         return torch.randn(tuple(shape), generator=generator, device="cpu").to(dtype)
     return torch.randint(0, 2, tuple(shape), generator=generator, device="cpu").to(dtype)
@@ -152,5 +160,7 @@ def _fitting(name: str, value: Any, shape: Sequence[int | None] | None, dtype: t
         declared = " x ".join("?" if size is None else str(size) for size in shape)
         raise SurgeryValueError(f"{name} is {' x '.join(map(str, tensor.shape))}, the file takes {declared}")
     if dtype is None:
-        raise SurgeryValueError(f"{name}: the input is of a type that torch has not")
+        raise SurgeryValueError(
+            f"{name}: the input is of a type that torch has not, so nothing can be run; leave them out, and write with check=False"
+        )
     return tensor.to(dtype)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain, count
 from math import inf, prod
@@ -17,7 +18,6 @@ import torch
 from passes import Decompose, Reconstruct, name_of
 from passes.errors import SurgeryError, SurgeryValueError
 from passes.factorization import Keep
-from passes.metric import Metric
 from passes.result import PassResult
 from passes.site import Site
 from surgery.calibration import Calibration
@@ -27,7 +27,7 @@ from surgery.export.common import installed, need
 from surgery.files import usable_target
 from surgery.inspection import saved_macs
 from surgery.onnx_files.check import merged_copy, prove
-from surgery.onnx_files.feeds import Feed, example_feed, open_inputs, shapes_of_feed
+from surgery.onnx_files.feeds import Feed, example_feed, open_inputs, shapes_of_feed, takes_numbers
 from surgery.onnx_files.files import copied, data_files, has_external_data, open_model, write_model
 from surgery.onnx_files.graph import Constant, Graph, tensor_dtype
 from surgery.onnx_files.host import OnnxHost
@@ -133,8 +133,7 @@ def decompose_onnx(
     work = _opened(path, example_inputs, ranks, options, check=check)
     with show_progress(progress), stage("decomposing", len(work.sites)) as step:
         feeds = work.feeds(calibration)
-        learnt = work.learn(feeds)
-        draft = work.draft(ranks, options, learnt.metrics)
+        draft = work.draft(ranks, options, feeds)
         original = copied(work.model) if feeds else work.model
         result = Decompose(assignment=draft, spectra=draft.spectra, device=device, progress=step)(work.host)
         corrected = work.correct(original, result, feeds)
@@ -142,7 +141,7 @@ def decompose_onnx(
     reasons = {o.site: o.reason for o in result.outcomes if o.status == "kept" and o.reason is not None}
     chains = {site.name: site.chain for site in work.host.sites()}
     record.plan = Plan({name: chain or Keep(reasons.get(name, "kept")) for name, chain in chains.items()})
-    record.calibrated = learnt.examples if result.modified else record.calibrated
+    record.calibrated = draft.examples if result.modified else record.calibrated
     record.errors |= {o.site: o.error for o in result.outcomes if o.error is not None}
     _forget_output_errors(record, result)
     record.output_errors |= corrected
@@ -168,7 +167,7 @@ def plan_onnx(
     """
     options = Options(method=method, include=include, exclude=exclude, guard=guard, round_to=round_to, device=device)
     work = _opened(path, example_inputs, ranks, options, check=False)
-    draft, chosen = work.draft(ranks, options, work.learn(work.feeds(calibration)).metrics), Plan()
+    draft, chosen = work.draft(ranks, options, work.feeds(calibration)), Plan()
     for site in work.sites:
         decision = draft[site.name]
         chosen[site.name] = site.chain if site.chain is not None and isinstance(decision, Keep) else decision
@@ -236,16 +235,14 @@ class _Work:
         need("onnxruntime", "calibration of an ONNX file", "export")
         return calibration_feeds(self.model, calibration)
 
-    def learn(self, feeds: Sequence[Feed]) -> Calibration:
-        """What the layers see of batches of inputs, and what the outputs make of theirs; nothing where there are none."""
-        if not feeds:
-            return Calibration()
+    def _learn(self, feeds: Sequence[Feed], sites: Sequence[Site]) -> Calibration:
+        """What these layers see of batches of inputs, and what the outputs make of theirs."""
         from surgery.onnx_files.calibrate import calibrate_file
         from surgery.onnx_files.weigh import weighed
 
         external = has_external_data(self.source)
-        learnt = calibrate_file(self.model, feeds, self.sites, self.host.reads(), external=external)
-        return weighed(learnt, self.model, self.host, self.sites, feeds, external=external)
+        learnt = calibrate_file(self.model, feeds, sites, self.host.reads(), external=external)
+        return weighed(learnt, self.model, self.host, sites, feeds, external=external)
 
     def correct(self, original: ModelProto, result: PassResult, feeds: Sequence[Feed]) -> dict[str, float]:
         """Correct the chains that a cut has made; errors of their outputs, by name. Nothing is done where there are no batches of inputs."""
@@ -256,9 +253,9 @@ class _Work:
         cut = [outcome.site for outcome in result.outcomes if outcome.status == "applied"]
         return correct_file(original, self.host, cut, feeds, external=has_external_data(self.source))
 
-    def draft(self, ranks: Ranks, options: Options, metrics: Mapping[str, Metric]) -> Draft:
+    def draft(self, ranks: Ranks, options: Options, feeds: Sequence[Feed]) -> Draft:
         totals = Totals(params=_params(self.model), macs=self.macs())
-        return Draft(self.sites, ranks, options, totals, metrics=metrics)
+        return Draft(self.sites, ranks, options, totals, learn=partial(self._learn, feeds) if feeds else None)
 
     def macs(self) -> int | None:
         return network_macs(self.model, self.shapes) if self.shapes else None
@@ -279,10 +276,14 @@ def _opened(path: str | os.PathLike[str], example_inputs: Any, ranks: Ranks, opt
     if check:
         need("onnxruntime", "the check of an ONNX file", "export")
     model = open_model(path)
-    feed = example_feed(model, example_inputs, read_file_record(model).shapes)
+    feed = None
+    if check or example_inputs is not None or takes_numbers(model):  # else nothing is run
+        feed = example_feed(model, example_inputs, read_file_record(model).shapes)
     sizes = shapes_of_feed(feed)
     shapes = _shapes(model, feed, Path(path))
     asks = f"give example_inputs: the file leaves open the sizes of {open_inputs(model)}"
+    if not takes_numbers(model):
+        asks = "nothing can be run, as an input is of a type that torch has not"
     if isinstance(request, Budget) and request.macs is not None and network_macs(model, shapes) is None:
         unknown = ", ".join(unknown_values(model, shapes)[:5])
         raise SurgeryValueError(f"ranks: {request} needs to know MACs; {f'the shapes of {unknown} could not be found' if sizes else asks}")

@@ -13,7 +13,7 @@ from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from passes.factorization import Decision, Factorization, Keep
 from passes.kinds import kind_of
 from passes.site import Site
-from surgery.cost import chain_macs, chain_params, site_macs, site_params
+from surgery.cost import chain_params, macs_under, site_macs, site_params
 from surgery.ranks.request import Named
 from surgery.ranks.rules import fraction_of
 
@@ -106,8 +106,8 @@ def no_gain(site: Site, factorization: Factorization) -> Keep | None:
     before, after = site_params(site), chain_params(shapes)
     if after >= before:
         return Keep(f"no gain: ranks {ranks} would take {after:,} parameters instead of {before:,}")
-    macs_before, macs_after = site_macs(site), chain_macs(shapes, site.calls)
-    if macs_before and macs_after is not None and macs_after >= macs_before:
+    macs_before, macs_after = site_macs(site), macs_under(site, factorization)
+    if macs_before and macs_after >= macs_before:
         return Keep(f"no gain: ranks {ranks} would take {macs_after:,} MACs instead of {macs_before:,}")
     return None
 

@@ -9,7 +9,7 @@ from passes.factorization import Factorization
 from passes.kinds import all_kinds, kind_of
 from passes.site import Site
 from passes.spectra import Spectra
-from surgery.cost import chain_macs
+from surgery.cost import macs_under
 
 __all__ = ["best_kind", "error_at"]
 
@@ -35,9 +35,7 @@ def best_kind(site: Site, asked: Factorization, spectra: Spectra, round_to: int)
 
 
 def _cost(site: Site, factorization: Factorization) -> int:
-    shapes = kind_of(factorization).shapes(site.geometry, factorization, False)
-    macs = chain_macs(shapes, site.calls)
-    return macs if macs else sum(shape.params for shape in shapes)
+    return macs_under(site, factorization) or sum(shape.params for shape in kind_of(factorization).shapes(site.geometry, factorization, False))
 
 
 def _largest_within(site: Site, kind: Blockwise, budget: int, round_to: int) -> Factorization | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from passes.errors import SurgeryValueError
 from passes.factorization import Factorization, Keep
-from passes.linalg import Spectrum
+from passes.linalg import Spectrum, running_sum
 from passes.site import Site
 from surgery.ranks.evbmf import evbmf_rank
 
@@ -72,7 +72,7 @@ class Energy:
         """One rank for each of the ``spectra`` of the ``site``, or why it is kept."""
         ranks = []
         for s in spectra:
-            held = s.values.square().cumsum(0)
+            held = running_sum(s.values.square(), 0)
             if float(held[-1]) <= 0:
                 return Keep("its weight is zero")
             ranks.append(1 + int((held < self.share * held[-1] * (1 - 1e-12)).sum()))

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from passes import host_for
 from passes.errors import SurgeryValueError
+from passes.factorization import Factorization
 from passes.running import private_copy
 from surgery.checkpoint import record_from_text, with_empty_chains
 from surgery.plan import Plan
 from surgery.reconstruct import reconstruct
+from surgery.training.deeper import plan_of
 from surgery.training.followers import Followers
 from surgery.undoing import undone_on_error
 
@@ -23,23 +27,34 @@ VERSION = 1
 
 
 def rebuild(followers: Followers, plan: Plan, *, whole_again: bool = False) -> None:
-    """Give a model and its copies the chains of a plan, empty, and optimizers their slots, without state."""
+    """Give a model and its copies the chains of a plan, empty, and optimizers their slots, without state.
+
+    Where they are all there already nothing is done: their numbers may have been loaded.
+    """
     networks = (followers.model, *followers.copies)
     for network in networks:  # a plan that does not fit is refused before anything is changed
         with_empty_chains(reconstruct(private_copy(network, share_parameters=True)), plan, Path("the schedule's state"))
-    alone = Followers(
-        model=followers.model, optimizers=followers.optimizers, gradients=False
-    )  # they would be projected by numbers that are not there yet
+    wanted = {name: decision for name, decision in plan.items() if isinstance(decision, Factorization)}
+    if not whole_again and all(dict(plan_of(network)) == wanted for network in networks):
+        return
+    # gradients would be projected by numbers that are not there yet
+    alone = Followers(model=followers.model, optimizers=followers.optimizers, gradients=False)
+
+    def fuse(network: nn.Module) -> None:
+        reconstruct(network, optimizer=list(alone.optimizers) or None if network is followers.model else None, state="reset", inplace=True)
+
     for network in networks:
-        if any(site.chain is not None for site in host_for(network).sites()):
-            reconstruct(network, optimizer=list(alone.optimizers) or None if network is followers.model else None, state="reset", inplace=True)
+        if plan_of(network):
+            fuse(network)
+    if whole_again and all(site.keep is None for network in networks for site in host_for(network).sites() if site.name in wanted):
+        return  # plain layers stand where they are to stand, with whatever numbers they have
     held = alone.hold(host_for(followers.model, effective_weights=True).sites())
     with undone_on_error() as undo:
         for network in networks:
             with_empty_chains(network, plan, Path("the schedule's state"), undo)
         alone.follow(held, host_for(followers.model).sites(), undo)
     for network in networks if whole_again else ():
-        reconstruct(network, optimizer=list(alone.optimizers) or None if network is followers.model else None, state="reset", inplace=True)
+        fuse(network)
 
 
 def read_state(state: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from passes import host_for
 from passes.errors import SurgeryTypeError, SurgeryValueError, true_or_false
@@ -154,6 +156,11 @@ class DecompositionSchedule:
         self._shortened: ShorterSteps | None = None
         self._gains: Gains = {}  # of the factors, when they were made
         self._highest: dict[str, float] = {}  # learning rate since then, by chain
+        self._hooked: tuple[Any, ...] = ()  # the optimizers that rate, warm_up and decay act on
+        self._last: tuple[Callable[[], nn.Module | None], int] | None = None  # the network that surgery was done on, and the position then
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # a copy has seen no network
 
     def step(self, position: int, model: nn.Module, optimizer: Any = None, scheduler: Any = None, *, also: Any = None) -> Report | None:
         """Do what is due at this position: nothing, mostly.
@@ -177,8 +184,10 @@ class DecompositionSchedule:
         usable_model(model)
         optimizers, schedulers = as_optimizers(optimizer), _schedulers(scheduler)
         self._check_optimizers(optimizers)
+        self._check_network(position, model)
         found = None
         while (work := self._due(position, model)) is not None:
+            _check_no_average_inside(model)
             cuts = self.cuts_done
             followers = followers_of(model, optimizer, also, self.state, inplace=True) or Followers(model=model)
             try:
@@ -191,7 +200,11 @@ class DecompositionSchedule:
             for each in schedulers:
                 if isinstance(each, torch.optim.lr_scheduler.ReduceLROnPlateau):
                     each._reset()
+            self._last = weakref.ref(model), position
             found = report(model)
+        if found is None and optimizers and list(map(id, optimizers)) != list(map(id, self._hooked)):
+            self._unhook()
+            self._hook(model, optimizers)
         return found
 
     @property
@@ -242,6 +255,7 @@ class DecompositionSchedule:
             if not followers.optimizers and self.rate != 1 and not facts["whole_again"]:
                 raise SurgeryValueError("optimizer: rate acts on it; give it here, or hooks=False here and the optimizer to attach when it is made")
         self._take(facts, followers)
+        self._last = None
         self._unhook()
         self.history, self._looked_at, self._warmed_up = facts["history"], facts["looked_at"], facts["warmed_up"]
         if hooks:
@@ -263,6 +277,13 @@ class DecompositionSchedule:
             check_rates(optimizers, "warm_up")
         if self.decay == "product":
             check_decay(optimizers)
+
+    def _check_network(self, position: int, model: nn.Module) -> None:
+        if self._last is not None and self._last[0]() is not model and position <= self._last[1]:
+            raise SurgeryValueError(
+                f"model: another network than the one that this schedule has done its surgery on, at position {self._last[1]}, now at {position}; "
+                "make a new DecompositionSchedule for each network"
+            )
 
     def _due(self, position: int, model: nn.Module) -> Callable[[Followers], None] | None:
         """What is to be done at this position, if anything."""
@@ -370,6 +391,7 @@ class DecompositionSchedule:
 
     def _hook(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
         """Learning rates and decay from here on."""
+        self._hooked = tuple(optimizers)
         cut = self.cuts_done > 0 and not self.whole_again
         self._warming = WarmUp(list(optimizers), self.warm_up, self._warmed_up) if cut and self.warm_up else None
         # torch calls hooks in this order: what decay does to the factors after a step is shortened with it
@@ -421,9 +443,22 @@ def _positions(value: Any) -> tuple[int, ...]:
     return several
 
 
+def _check_no_average_inside(model: nn.Module) -> None:
+    inside = next((name for name, module in model.named_modules() if name and isinstance(module, AveragedModel)), None)
+    if inside is not None:
+        raise SurgeryValueError(
+            f"model: {inside!r} in it is an averaged copy of a part, which would be cut on bases of its own and could not be averaged any more; "
+            "give the part itself (part= of callbacks) and the copy as also="
+        )
+
+
 def _schedulers(scheduler: Any) -> list[Any]:
+    """Those given, and those that they hold."""
     several = [] if scheduler is None else list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler]
     for each in several:
         if not callable(getattr(each, "step", None)) or isinstance(each, torch.optim.Optimizer):
             raise SurgeryTypeError(f"scheduler: expected a scheduler of learning rates, or a list of them, got {type(each).__name__}")
+    for each in several:  # which grows
+        inner = [getattr(each, "scheduler", None), *getattr(each, "_schedulers", ())]  # of accelerate; SequentialLR, ChainedScheduler
+        several += [one for one in inner if one is not None and not any(one is known for known in several)]
     return several

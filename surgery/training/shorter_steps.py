@@ -12,8 +12,9 @@ too slowly. Optimizers that set the size of a step by themselves (Adam and its k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class ShorterSteps:
         for each in as_optimizers(optimizer):
             own_size = any(name in getattr(each, "defaults", {}) for name in OF_THEIR_OWN_SIZE)
             measured = isinstance(part, str) and not own_size
-            factors = {
+            factors: Factors = {
                 piece.weight: _Factor(
                     chain=site.name,
                     part=1 / len(site.pieces) if isinstance(part, str) else part,
@@ -85,11 +86,9 @@ class ShorterSteps:
                 for site in chains
                 for k, piece in enumerate(site.pieces)
             }
-            mine = [(p, number, factors[p]) for number, group in enumerate(each.param_groups) for p in group["params"] if p in factors]
-            if mine:
-                before = list[Tensor]()
-                self._handles.append(each.register_step_pre_hook(lambda *_, mine=mine, before=before: _note(mine, before)))
-                self._handles.append(each.register_step_post_hook(lambda o, *_, mine=mine, before=before: _go(o, mine, before, highest)))
+            before: Before = {}
+            self._handles.append(each.register_step_pre_hook(partial(_note, factors, before)))
+            self._handles.append(each.register_step_post_hook(partial(_go, factors, before, highest)))
 
     def remove(self) -> None:
         """Whole steps from now on."""
@@ -113,22 +112,26 @@ class _Factor:
         return min(1.0, self.part / max(1.0, self.gain) * highest / rate)
 
 
-Mine = Sequence[tuple[Tensor, int, _Factor]]  # a parameter and the number of its group: a state that is loaded brings groups of its own
+Factors = Mapping[Tensor, _Factor]
+Before = dict[Tensor, Tensor]  # factors as they were when the step began
 
 
 @torch.no_grad()
-def _note(mine: Mine, before: list[Tensor]) -> None:
-    before[:] = [p.detach().clone() for p, _, _ in mine]
+def _note(factors: Factors, before: Before, optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Groups are looked at anew each step: a state that is loaded brings others, and parameters may be frozen and thawed."""
+    before.clear()
+    before.update({p: p.detach().clone() for group in optimizer.param_groups for p in group["params"] if p in factors})
 
 
 @torch.no_grad()
-def _go(optimizer: Any, mine: Mine, before: list[Tensor], highest: dict[str, float]) -> None:
-    """From where they were a share of the way to where they are."""
-    if not before:  # done already: a step that calls the one of its base class runs all hooks twice
-        return
-    rates = [float(group["lr"] or 0.0) for group in optimizer.param_groups]  # None where an optimizer finds its rate by itself
-    for (parameter, number, factor), start in zip(mine, before, strict=True):
-        rate = rates[number]
-        highest[factor.chain] = max(highest.get(factor.chain, 0.0), rate)
-        parameter.lerp_(start, 1 - factor.share(rate, highest[factor.chain]))
+def _go(factors: Factors, before: Before, highest: dict[str, float], optimizer: Any, args: Any, kwargs: Any) -> None:
+    """From where they were a share of the way to where they are; once: a step that calls the one of its base class runs all hooks twice."""
+    for group in optimizer.param_groups:
+        rate = float(group.get("lr") or 0.0)  # none, or None, where an optimizer finds its rate by itself
+        for parameter in group["params"]:
+            start = before.pop(parameter, None)
+            if start is not None:
+                factor = factors[parameter]
+                highest[factor.chain] = max(highest.get(factor.chain, 0.0), rate)
+                parameter.lerp_(start, 1 - factor.share(rate, highest[factor.chain]))
     before.clear()

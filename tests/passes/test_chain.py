@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 import surgery
 from passes.chain import Chain
 from passes.parity import assert_parity, difference
+from passes.whole_weight import WholeWeight
+from surgery.cost import count_macs
 from tests.networks import ReadsAttributes
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(8))
@@ -289,3 +292,88 @@ def test_what_is_noted_on_a_layer_may_be_noted_on_its_chain():
     net = surgery.decompose(model, HALF)
     y = net.conv(x)
     assert torch.equal(net.conv.feature, y)
+
+
+class Casts(nn.Module):
+    """As vision transformers do with the layer that takes patches: its input gets the dtype, and the device, of its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 32, 4, stride=4)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = x.to(self.conv.weight.device, dtype=self.conv.weight.dtype)
+        return self.head(self.conv(x).flatten(self.conv.weight.ndim - 2).mean(-1))
+
+
+def test_a_look_at_the_dtype_of_a_weight_multiplies_nothing():
+    model, x = Casts().eval(), torch.randn(2, 3, 16, 16)
+    net = surgery.decompose(model, {"conv": (8, 3)}, example_inputs=x)
+    with torch.no_grad(), count_macs() as counter:
+        net(x)
+    assert counter.macs == surgery.report(net).macs_after
+    with torch.no_grad():
+        weight, plain = net.conv.weight, surgery.reconstruct(net).conv.weight
+    assert isinstance(weight, WholeWeight)
+    for told in ("dtype", "device", "shape", "ndim", "is_cuda"):
+        assert getattr(weight, told) == getattr(plain, told)
+    assert (weight.size(), weight.size(1), weight.dim(), weight.numel(), len(weight)) == (plain.size(), 3, 4, plain.numel(), 32)
+    assert (weight.is_floating_point(), weight.element_size(), torch.numel(weight)) == (True, 4, plain.numel())
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_numbers_of_a_chains_weight_are_there_for_all_who_ask(gradients):
+    net = surgery.decompose(Casts(), {"conv": (8, 3)})
+    with torch.set_grad_enabled(gradients):
+        weight, plain = net.conv.weight, surgery.reconstruct(net).conv.weight.detach()
+    assert isinstance(weight, WholeWeight) is not gradients
+    assert weight.requires_grad is gradients
+    for same in (weight.detach(), weight.clone(), weight + 0, weight[:], weight.data, torch.cat([weight]), weight.permute(0, 1, 2, 3)):
+        assert type(same) is torch.Tensor
+        assert torch.equal(same, plain)
+    assert torch.equal(torch.from_numpy(weight.detach().numpy()), plain)
+    assert "tensor(" in repr(weight)
+    assert weight.data_ptr() == weight.data_ptr() != 0
+    assert torch.equal(pickle.loads(pickle.dumps(weight.detach())), plain)
+    assert torch.equal(copy.deepcopy(weight.detach()), plain)
+    x = torch.ones(1, 3, 8, 8)
+    assert torch.equal(torch.nn.functional.conv2d(x, weight, stride=4), torch.nn.functional.conv2d(x, plain, stride=4))
+
+
+def test_a_weight_that_is_held_is_that_of_its_moment():
+    net = surgery.decompose(Casts(), {"conv": (8, 3)})
+    with torch.no_grad():
+        weight = net.conv.weight
+        before = weight.clone()
+        net.conv.core.weight.mul_(2)
+        assert torch.equal(weight, before)
+        assert torch.equal(net.conv.weight, 2 * before)
+
+
+def test_derivatives_go_through_a_chains_weight():
+    net = surgery.decompose(Casts(), {"conv": (8, 3)})
+    slopes = torch.autograd.grad(net.conv.weight.square().sum(), [layer.weight for layer in net.conv])
+    assert all(bool(slope.any()) for slope in slopes)
+
+
+@pytest.mark.parametrize("way", ["trace", "export", "compile", "graph", "call"])
+def test_who_writes_down_what_is_done_to_a_chains_weight_sees_the_numbers(way):
+    x = torch.randn(2, 3, 16, 16)
+    net = surgery.decompose(Casts().eval(), {"conv": (8, 3)}, example_inputs=x)
+    expected = net(x)
+    if way == "trace":
+        found = torch.jit.trace(net, x)(x)
+    elif way == "export":
+        found = torch.export.export(net, (x,)).module()(x)
+    elif way == "compile":
+        found = torch.compile(net, backend="aot_eager", fullgraph=True)(x)
+    elif way == "graph":
+        found = surgery.trace(net, x)(x)
+    else:
+        twice = {name: 2 * p for name, p in net.named_parameters()}
+        found = torch.func.functional_call(net, twice, (x,))
+        expected = copy.deepcopy(net)
+        expected.load_state_dict(twice)
+        expected = expected(x)
+    torch.testing.assert_close(found, expected)

@@ -140,7 +140,7 @@ def test_applies_and_computes_the_same(host_of, apply, build, gone, dtype):
             assert name not in targets(model)
             assert name not in present
         else:
-            assert type(present.get(name, nn.Identity())) is nn.Identity
+            assert type(present.get(name, nn.Identity())) is nn.Identity  # a chain's layers go with it
     if host_of is on_graph:
         model.graph.lint()
     assert type(present.get("tail.2", nn.Conv2d(1, 1, 1))) is nn.Conv2d

@@ -274,3 +274,31 @@ def test_padding_that_is_not_what_the_layer_says_is_kept():
         net = surgery.decompose(model, 0.5)
         assert surgery.report(net)["0"].reason == "its padding was changed after it was built"
         assert surgery.report(net)["1"].status == "decomposed"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: setattr_on(nn.Conv1d(8, 8, 3), kernel_size=3),
+        lambda: setattr_on(nn.Conv1d(8, 8, 3), kernel_size=3, stride=1, dilation=1),
+        lambda: nn.Conv1d(8, 8, 3, padding=(1,)),
+    ],
+)
+def test_a_number_for_the_kernel_is_one_too(change):
+    layer, x = change().eval(), torch.randn(2, 8, 9)
+    net = surgery.decompose(nn.Sequential(layer, nn.Conv1d(8, 8, 3)), {"0": (4, 4), "1": (4, 4)}, example_inputs=x)
+    assert surgery.report(net)["0"].status == "decomposed"
+    assert surgery.reconstruct(net)[0].kernel_size == layer.kernel_size
+
+
+def test_numbers_in_a_tuple_of_one_are_for_all_directions():
+    layer, x = nn.Conv2d(8, 8, 3, padding=(1,), stride=(2,)).eval(), torch.randn(2, 8, 9, 9)
+    net = surgery.decompose(nn.Sequential(layer), {"0": (8, 8)}, example_inputs=x)
+    assert torch.allclose(net(x), layer(x), atol=1e-5)
+    assert surgery.report(net)["0"].output_shape == (2, 8, 5, 5)
+
+
+def setattr_on(layer, **values):
+    for name, value in values.items():
+        setattr(layer, name, value)
+    return layer

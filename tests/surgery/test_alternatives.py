@@ -138,3 +138,40 @@ def test_a_network_that_is_cut_only_where_its_tradeoff_does_not_look_has_no_plac
     net = surgery.decompose(model, {"head": 2}, example_inputs=x)
     assert surgery.report(net, before=model, example_inputs=x).place is None
     assert surgery.report(surgery.decompose(model, {"conv2": 0.5}, example_inputs=x), before=model, example_inputs=x).place is not None
+
+
+def test_nothing_that_could_be_cut_is_no_error_by_time_either():
+    pytest.importorskip("onnxruntime")
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()), torch.randn(2, 8)
+    for by in ("macs", "latency"):
+        found = surgery.tradeoff(model, example_inputs=x, by=by)
+        assert all(row.cut == 0 for row in found.rows)
+        assert found.layers == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pareto", "--explain", "conv1"], "--pareto, --picture and --explain: one of them at a time"),
+        (["--explain", "conv1", "--diff", "half.json"], "--explain and --diff: one of them at a time"),
+        (["--by", "params"], "--by: it is for --pareto, --picture and --explain"),
+        (["--pareto", "--by", "time"], "by: 'time' is none of"),
+    ],
+)
+def test_the_command_refuses_what_means_nothing_before_any_work(options, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "absent:net", *options])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_looks_at_files_before_any_work(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    for options, message in (
+        (["--diff", str(tmp_path / "absent.json")], "absent.json"),
+        (["--picture", str(tmp_path / "p.xyz")], "the ending names"),
+    ):
+        assert main(["plan", "absent:net", *options]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["export", "absent:net", str(tmp_path / "nowhere" / "net.onnx"), "--deploy"]) == 1
+    assert "does not exist; make it first" in capsys.readouterr().err

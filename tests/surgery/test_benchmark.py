@@ -503,3 +503,48 @@ def test_the_size_of_a_file_counts_weights_of_inner_graphs_beside_it(tmp_path):
     graph = helper.make_graph([node], "net", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
     write_model(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "net.onnx", external=True)
     assert size_of(tmp_path / "net.onnx") == sum(file.stat().st_size for file in tmp_path.iterdir()) > 2 * 4096
+
+
+class Finds(nn.Module):
+    """Gives as many rows as it finds, as detectors do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        y = self.conv(x).flatten(1).T
+        return y[y[:, 0] > 0]
+
+
+def test_networks_whose_output_sizes_follow_the_numbers_are_compared():
+    torch.manual_seed(0)
+    model, x = Finds().eval(), torch.randn(1, 3, 12, 12)
+    net = surgery.decompose(model, {"conv": (2, 2)})
+    assert len(model(x)) != len(net(x))
+    (row,) = surgery.benchmark(model, net, x, runtimes=["eager"], repeats=8).rows
+    assert row.time_ratio > 0
+    with pytest.raises(SurgeryValueError, match="its outputs have the shapes"):
+        surgery.benchmark(model, nn.Sequential(net, nn.Flatten(0)), x, runtimes=["eager"], repeats=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--repeats", "3"], "repeats: at least"),
+        (["--threads", "0"], "threads: expected"),
+        (["--seconds", "0"], "seconds: expected"),
+        (["--dtype", "half"], "dtype: 'half' is none of"),
+        (["--memory-format", "nhwc"], "memory_format: expected"),
+    ],
+)
+def test_the_command_refuses_wrong_conditions_before_any_work(options, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "absent:net", *options])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_refuses_layers_where_they_have_no_clock_before_any_work(capsys):
+    assert cli.main(["bench", "absent:net", "--layers", "--runtimes", "eager,torchscript"]) == 1
+    assert "not in 'torchscript'" in capsys.readouterr().err

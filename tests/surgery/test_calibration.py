@@ -19,7 +19,7 @@ from passes.metric import Metric, unweighted, weighted
 from passes.parity import assert_parity
 from passes.refit import refit
 from passes.spectra import Spectra
-from surgery import Budget, Refine, correction
+from surgery import Budget, Refine, calibration, correction
 from surgery.calibration import batches_of, calibrate
 from surgery.correction import correct
 from surgery.ranks.budget import Totals
@@ -644,3 +644,44 @@ def test_the_largest_error_is_that_of_a_share_of_each_layer():
     found = {criterion: solve(Budget(params=0.625, criterion=criterion), layers, Totals(params=8, macs=None)) for criterion in ("max", "mean")}
     assert found["max"] == {"much": "much cut", "little": "little whole"}
     assert found["mean"] == {"much": "much whole", "little": "little cut"}
+
+
+def test_only_what_may_be_cut_is_looked_at(monkeypatch):
+    """Second moments of the inputs of a VGG's first linear layer would take 5 GB, and nobody has asked to cut it."""
+    looked_at = []
+
+    class Watched(calibration.Moments):
+        def __init__(self, geometry):
+            looked_at.append(geometry)
+            super().__init__(geometry)
+
+    monkeypatch.setattr(calibration, "Moments", Watched)
+    model = Small().eval()
+    first, second, head = (Geometry.of(model.get_submodule(name)) for name in ("conv1", "conv2", "head"))
+    surgery.plan(model, 0.5, calibration=IMAGES)
+    assert {first, second} < set(looked_at)
+    assert head not in looked_at
+    looked_at.clear()
+    surgery.plan(model, 0.5, calibration=IMAGES, exclude="conv1")
+    assert first not in looked_at
+    looked_at.clear()
+    surgery.plan(model, 0.5, calibration=IMAGES, include=["conv2", "head"])
+    assert looked_at == [second, head]
+    looked_at.clear()
+    net = surgery.decompose(model, {"conv2": 0.5}, calibration=IMAGES)
+    assert [geometry.out_channels for geometry in looked_at] == [model.conv2.out_channels]
+    assert surgery.report(net).calibrated == len(IMAGES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_networks_of_few_digits_are_refined_too(dtype):
+    """Adam in half precision steps to infinity, or not at all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).to(dtype).eval()
+    x = torch.randn(256, 24).to(dtype)
+    ranks = {"0": 6, "2": 8}
+    before, after = (surgery.decompose(model, ranks, calibration=x.split(64), refine=how, balanced=False) for how in (None, Refine(epochs=40)))
+    with torch.no_grad():
+        wrong, right = (float((net(x).float() - model(x).float()).norm()) for net in (before, after))
+    assert right < 0.95 * wrong
+    assert all(p.dtype == dtype and p.grad is None for p in after.parameters())

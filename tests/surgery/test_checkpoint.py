@@ -306,3 +306,34 @@ def test_chains_that_were_changed_after_the_cut_are_not_saved(tmp_path):
     net.conv2.core.register_forward_hook(lambda *_: None)  # nothing that is saved
     surgery.save(net, tmp_path / "net")
     surgery.load(tmp_path / "net", Small())
+
+
+def test_tensors_that_are_marked_as_conjugate_or_negative_are_saved_as_they_are(tmp_path):
+    class Transforms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.register_buffer("inverse", torch.fft.fft(torch.eye(8)).conj())
+            self.register_buffer("imaginary", torch.fft.fft(torch.eye(8)).conj().imag)
+
+    net, fresh = Transforms(), Transforms()
+    assert net.inverse.is_conj()
+    assert net.imaginary.is_neg()
+    fresh.inverse.zero_()
+    surgery.save(net, tmp_path / "net")
+    loaded = surgery.load(tmp_path / "net", fresh)
+    assert torch.equal(loaded.inverse, net.inverse)
+    assert torch.equal(loaded.imaginary, net.imaginary)
+
+
+def test_graphs_with_layers_of_another_layout_are_saved(tmp_path):
+    class ChannelsBehind(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    x = torch.randn(2, 9, 9, 4)
+    model = nn.Sequential(ChannelsBehind(4, 8, 3), nn.Flatten()).eval()
+    net = surgery.decompose(surgery.trace(model, x), 0.5, example_inputs=x)
+    assert surgery.report(net)["0"].status == "kept"
+    surgery.save(net, tmp_path / "net")
+    assert torch.equal(surgery.load(tmp_path / "net", surgery.trace(model, x))(x), net(x))

@@ -261,3 +261,58 @@ def test_workers_of_a_session_rest_between_its_calls(tmp_path):
 
     ours = onnx_session(tmp_path / "net.onnx", threads=2)
     assert sorted(seconds_after_a_call(ours) for _ in range(5))[2] < 0.005
+
+
+@pytest.mark.parametrize("opset", [7, 8, 9, 11])
+def test_old_operator_sets(small, tmp_path, opset):
+    """Below 9 weights are inputs too."""
+    net = surgery.decompose(small, {"conv2": (4, 4)})
+    report = surgery.export_onnx(net, tmp_path / "net.onnx", X, opset=opset, exporter="torchscript")
+    assert report.opset == opset
+    assert report.difference < 1e-4
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    held = {tensor.name for tensor in graph.initializer}
+    assert [value.name for value in graph.input if value.name not in held] == ["x"]
+    if opset < 9:
+        assert held <= {value.name for value in graph.input}
+
+
+class Encoder(nn.Module):
+    """Its outputs are called as values inside of the graph are, one twice over; the input is given back."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mean, self.variance = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = self.conv(x).mean((2, 3))
+        mean = self.mean(h)
+        return {"mean": mean, "conv2d": self.variance(h), "again": mean, "given": x}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_with_the_names_of_inner_values(tmp_path, dtype):
+    model, x = Encoder().to(dtype).eval(), torch.randn(2, 3, 8, 8).to(dtype)
+    surgery.export_onnx(model, tmp_path / "net.onnx", x, exporter="dynamo", check=dtype == torch.float32)
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    assert [value.name for value in graph.input] == ["x"]
+    assert [value.name for value in graph.output] == ["mean", "conv2d", "again", "given"]
+    made = [name for node in graph.node for name in node.output]
+    assert len(made) == len(set(made))
+    assert {value.name for value in graph.output} <= set(made)
+    onnx.checker.check_model(onnx.load(tmp_path / "net.onnx"))
+
+
+@BOTH
+def test_outputs_whose_keys_are_numbers(tmp_path, exporter):
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return {"0": y, 1: y.relu(), "pool": y.mean((2, 3))}
+
+    surgery.export_onnx(Pyramid().eval(), tmp_path / "net.onnx", X, exporter=exporter)
+    assert [value.name for value in onnx.load(tmp_path / "net.onnx").graph.output] == ["output_0", "output_1", "pool"]

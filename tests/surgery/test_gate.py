@@ -80,3 +80,12 @@ def test_wrong_gates(model, ranks, evaluate, drop, message):
 def test_a_score_is_one_number(model, score):
     with pytest.raises(surgery.SurgeryTypeError, match="evaluate: must give a number"):
         surgery.plan(model, Budget(params=0.5), evaluate=lambda net: score)
+
+
+def test_chains_that_stood_before_stay_in_the_plan_where_nothing_passes(model):
+    name = "layer3.1.conv2"
+    net = surgery.decompose(model, {name: (8, 4)})
+    scores = iter([1.0, *[0.0] * 20])
+    found = surgery.plan(net, Budget(macs=0.8), example_inputs=X[:1], evaluate=lambda _: next(scores))
+    assert found[name] == surgery.Tucker(8, 4)
+    assert {other for other, decision in found.items() if isinstance(decision, Keep)} == set(found) - {name}

@@ -558,7 +558,7 @@ def test_inputs_that_are_no_numbers_need_examples(tmp_path):
     nodes = [conv("x", "w", "y"), helper.make_node("Identity", ["text"], ["same"])]
     more = [helper.make_tensor_value_info("text", TensorProto.STRING, [1])]
     onnx.save(model_of(nodes, {"w": draw(6, 4, 3, 3)}, more=more, also=["same"]), tmp_path / "in.onnx")
-    with pytest.raises(SurgeryValueError, match="'text' takes no numbers that noise c"):
+    with pytest.raises(SurgeryValueError, match="'text' takes no numbers that torch has"):
         surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", EVERYTHING)
     with pytest.raises(SurgeryValueError, match="example_inputs: 'text': the input is of a type that torch has not"):
         surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", EVERYTHING, example_inputs=(draw(2, 4, 9, 10), numpy.zeros(1)))
@@ -865,3 +865,23 @@ def test_arrays_in_another_order_of_bytes_and_none(tmp_path):
     assert done.report.calibrated == 2
     with pytest.raises(surgery.SurgeryTypeError, match="expected an array or a tensor of numbers, got list"):
         surgery.plan_onnx(tmp_path / "in.onnx", 0.5, example_inputs={"x": [[1, 2], [3]]})
+
+
+def test_files_that_nothing_could_run_are_cut_unchecked(tmp_path):
+    """Text, or numbers of four bits, among the inputs: nobody could give examples of them."""
+    nodes = [conv("x", "w", "y"), helper.make_node("Identity", ["text"], ["same"])]
+    more = [helper.make_tensor_value_info("text", TensorProto.STRING, [1])]
+    onnx.save(model_of(nodes, {"w": draw(6, 4, 3, 3)}, more=more, also=["same"]), tmp_path / "in.onnx")
+    assert len(surgery.report_onnx(tmp_path / "in.onnx").layers) == 1
+    assert list(surgery.plan_onnx(tmp_path / "in.onnx", EVERYTHING))
+    done = surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", EVERYTHING, check=False)
+    assert done.report.layers[0].status == "decomposed"
+    with pytest.raises(SurgeryValueError, match="an input is of a type that torch has not"):
+        surgery.plan_onnx(tmp_path / "in.onnx", surgery.Budget(macs=0.5))
+
+
+def test_a_batch_without_examples_is_no_calibration(tmp_path):
+    onnx.save(model_of([conv("x", "w", "y")], {"w": draw(6, 4, 3, 3)}, ("N", 4, 9, 10)), tmp_path / "in.onnx")
+    with pytest.raises(SurgeryValueError, match="batch 0 holds no example"):
+        surgery.decompose_onnx(tmp_path / "in.onnx", tmp_path / "out.onnx", EVERYTHING, calibration=[numpy.zeros((0, 4, 9, 10), "float32")])
+    assert not (tmp_path / "out.onnx").exists()

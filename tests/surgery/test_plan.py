@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 
 import pytest
@@ -131,3 +132,12 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
         PLAN.save(tmp_path / "nowhere" / "plan.json")
     with pytest.raises(FileNotFoundError):
         Plan.load(tmp_path / "absent.json")
+
+
+def test_a_copy_is_a_plan_of_its_own():
+    plan = Plan({"conv1": Tucker(8, 4), "conv2": SVD(3)})
+    other = copy.copy(plan)
+    other["conv1"] = Keep("mine")
+    assert plan["conv1"] == Tucker(8, 4)
+    assert [change.site for change in plan.diff(other)] == ["conv1"]
+    assert (other.latency, other.trials) == (plan.latency, plan.trials)

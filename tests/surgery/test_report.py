@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import surgery
+from surgery.cost import count_macs
 from tests.networks import Small
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(31))
@@ -75,6 +76,26 @@ def test_attention_and_recurrent_layers_count_where_cpus_have_operators_of_their
     with torch.no_grad():
         report = surgery.report(surgery.decompose(model, {"conv": (4, 4)}, example_inputs=x))
     assert report.macs_before == report["conv"].macs_before + 2 * 10 * 16 * 48 + attention + recurrent
+
+
+def test_a_training_step_counts_attention_and_recurrent_layers_three_times_as_all_else():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project, self.lstm = nn.Linear(16, 48), nn.LSTM(16, 16, batch_first=True)
+
+        def forward(self, x):
+            q, k, v = self.project(self.lstm(x)[0]).view(2, 10, 3, 2, 8).permute(2, 0, 3, 1, 4)
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    model, x = Attends(), torch.randn(2, 10, 16, requires_grad=True)
+    with torch.no_grad(), count_macs() as forward:
+        model(x)
+    with count_macs() as step:
+        model(x).sum().backward()
+    attention = 2 * (2 * 2 * 10 * 10 * 8)
+    assert forward.macs == 2 * 10 * 16 * 48 + attention + 2 * 10 * (64 * 16 + 64 * 16)
+    assert step.macs == 3 * forward.macs + attention // 2  # one of attention's two products is computed once more on the way back
 
 
 def test_compression_and_speedup_are_equations_10_and_11(net):

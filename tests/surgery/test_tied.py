@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 import surgery
-from passes import Decompose, host_for
+from passes import Decompose, host_for, observe
 from passes.errors import SurgeryValueError
 from passes.parity import assert_parity
+from passes.site import for_all_tied
 from surgery import Tucker
+from surgery.cost import macs_under, site_macs
+from surgery.latency.times import timed_chain, timed_layer
 
 X = torch.randn(2, 8, 10, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
@@ -83,14 +86,36 @@ def test_rules_decide_once_on_all_calls(build, model):
     seen = []
 
     def rule(site, spectra):
-        seen.append((site.name, len(site.calls)))
+        seen.append((site.name, len(site.calls), [(other.name, len(other.calls)) for other in site.others]))
         return (6, 6)
 
     net = surgery.decompose(build(model), rule, example_inputs=X, include=["re:left|right"])
-    assert seen == [("left", 2)]
+    assert seen == [("left", 1, [("right", 1)])]
     assert same(net, "left", "right")
     full = surgery.decompose(build(model), {"re:.*": 1.0})
     assert_parity(full(X), model(X))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_a_budget_counts_every_call_at_its_own_stride(model, share):
+    """The second one's output has a quarter of the pixels: counted like the first, the budget would be overdrawn."""
+    whole = surgery.report(surgery.decompose(model, {}, example_inputs=X)).macs_before
+    found = surgery.decompose(model, surgery.Budget(macs=share), example_inputs=X, include=["left", "other"])
+    report = surgery.report(found)
+    assert report.macs_after <= share * whole
+    assert report.macs_after > (share - 0.1) * whole  # and it is used
+    (point,) = surgery.tradeoff(model, example_inputs=X, shares=[share], include=["left", "other"]).rows
+    assert point.used == pytest.approx(report.macs_after / whole)
+
+
+def test_each_of_tied_layers_is_timed_as_it_is_called(model):
+    sites = host_for(model, observed=observe(model, X)).sites()
+    left = for_all_tied(next(site for site in sites if site.name == "left"), sites)
+    assert left.aliases == ("left", "right")
+    assert [shape.layers[0].stride for shape in timed_layer(left, "eager")] == [(1, 1), (2, 2)]
+    assert [shape.layers[1].stride for shape in timed_chain(left, Tucker(5, 4), "eager")] == [(1, 1), (2, 2)]
+    assert macs_under(left, None) == site_macs(left) == sum(shape.macs for shape in timed_layer(left, "eager"))
+    assert macs_under(left, Tucker(5, 4)) == sum(shape.macs for shape in timed_chain(left, Tucker(5, 4), "eager"))
 
 
 def test_contradictions_are_errors(model):

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
+from passes import host_for, observe
 from passes.errors import SurgeryValueError
 from passes.geometry import Geometry
-from surgery.cost import timing
+from surgery.cost import chains, timing
+from surgery.cost.calls import waited_for
 from surgery.cost.chains import Setup
 from surgery.cost.profile import TimedShape
 from surgery.cost.timing import in_terms_of_layers, time_shapes
+from surgery.latency.times import timed_layer
 
 HERE = Setup(runtime="eager", threads=1)
 
@@ -116,3 +123,79 @@ def test_layers_on_single_examples_and_flat_inputs_are_timed_in_onnxruntime():
     assert {shape.key for shape in shapes} == set(found)
     with pytest.raises(SurgeryValueError, match="onnxruntime and openvino are timed with"):
         time_shapes([TimedShape((conv,), (1, 3, 8, 8), "bfloat16", False)], Setup(runtime="onnxruntime", threads=1))
+
+
+def test_large_inputs_are_not_all_held_at_once(machine, monkeypatch):
+    """Forty chains of one layer at batch 32 and 224 pixels would take 16 GB of inputs alone; fewer are called in turn then."""
+    device = machine()
+    held, most = set(), 0
+
+    def prepared(shape, setup):
+        nonlocal most
+        call = lambda: device.work(1e-3)  # noqa: E731 - it needs an identity
+        if shape.input_shape != timing.REFERENCE_INPUT:
+            held.add(id(call))
+            weakref.finalize(call, held.discard, id(call))
+            most = max(most, len(held))
+        return call
+
+    monkeypatch.setattr(timing, "_prepared", prepared)
+    large = [replace(shape(channels), input_shape=(32, channels, 224, 224)) for channels in (68, 67, 66, 65, 64)]
+    found, _ = time_shapes(large, HERE)
+    assert set(found) == {each.key for each in large}
+    assert most == 1
+    small = [shape(channels) for channels in range(4, 44)]
+    time_shapes(small, HERE)
+    assert most == len(small)
+
+
+def test_what_runs_on_an_accelerator_is_waited_for_wherever_it_runs(monkeypatch):
+    """A call returns there before it is done; torch's current device need not be the one that the network is on."""
+    waits = []
+    monkeypatch.setattr("torch.accelerator.synchronize", waits.append)
+
+    def on(*devices):
+        return [SimpleNamespace(device=torch.device(name)) for name in devices]
+
+    waited_for(lambda: None, on("cpu", "meta"))()
+    assert waits == []
+    waited_for(lambda: None, on("cpu", "cuda:1", "mps", "cuda:1"))()
+    assert waits == [torch.device("cuda:1"), torch.device("mps")]
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "inputs"),
+    [
+        (nn.Conv2d(16, 8, 1), (2, 16, 6, 6), torch.channels_last),
+        (nn.Conv2d(16, 8, 3), (2, 16, 6, 6), torch.channels_last),
+        (nn.Conv3d(16, 8, 3), (2, 16, 6, 6, 6), torch.channels_last_3d),
+    ],
+    ids=["1x1", "3x3", "3x3x3"],
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_layers_are_timed_in_the_memory_format_of_their_network(layer, size, inputs, last):
+    model = copy.deepcopy(layer).to(memory_format=inputs) if last else layer
+    (site,) = host_for(model, observed=observe(model, torch.randn(size))).sites()
+    (told,) = timed_layer(site, "eager")
+    assert told.channels_last is last
+    assert not timed_layer(site, "onnxruntime")[0].channels_last
+    network, given = chains._layers(told, "cpu")
+    assert given.is_contiguous(memory_format=inputs) is last
+    assert network(given).is_contiguous(memory_format=inputs) is last
+
+
+def test_noise_is_as_large_after_a_layer_as_before():
+    for groups in (1, 4, 64):
+        facts = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "output_padding": (0, 0)}
+        each = Geometry(in_channels=64, out_channels=64, kernel=(3, 3), groups=groups, **facts)
+        network, given = chains._layers(TimedShape((each, each, each), (4, 64, 16, 16)), "cpu")
+        with torch.no_grad():
+            assert 0.5 < float(network(given).std() / given.std()) < 2
+
+
+def test_calls_on_nothing_are_not_timed():
+    """A detector that finds nothing calls its last layers on none; no device could time that."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    (site,) = host_for(model, observed=observe(model, torch.randn(0, 3, 8, 8))).sites()
+    assert site.calls
+    assert timed_layer(site, "eager") == []

@@ -224,3 +224,87 @@ def test_lightning_in_several_processes_is_refused():
 
     with pytest.raises(SurgeryTypeError, match="wrapped the module for several processes"):
         DecompositionCallback(schedule()).on_fit_start(SimpleNamespace(world_size=2), None)
+
+
+def test_lightning_that_wraps_the_module_in_one_process_is_refused():
+    frameworks("lightning")
+    from surgery.training.lightning import DecompositionCallback
+
+    class Wrapped(nn.parallel.DistributedDataParallel):
+        def __init__(self):
+            nn.Module.__init__(self)
+
+    callback, strategy = DecompositionCallback(schedule()), SimpleNamespace(model=Wrapped())
+    with pytest.raises(SurgeryTypeError, match="wrapped the module"):
+        callback.on_fit_start(SimpleNamespace(world_size=1, strategy=strategy), None)
+    strategy.model = network()
+    callback.on_fit_start(SimpleNamespace(world_size=1, strategy=strategy), None)
+
+
+def pair_for(pl):
+    """Two networks, each with an optimizer of its own, as a generator and a discriminator."""
+
+    class Pair(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.first, self.second = network(), network()
+
+        def training_step(self, batch, index):
+            for optimizer, net in zip(self.optimizers(), (self.first, self.second), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(functional.cross_entropy(net(batch[0]), batch[1]))
+                optimizer.step()
+            self.log("score", -float(self.current_epoch))
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.first.parameters(), 0.1), torch.optim.SGD(self.second.parameters(), 0.1)]
+
+    return Pair()
+
+
+def test_lightning_two_parts_each_with_their_own_optimizer(lightning, tmp_path):
+    from surgery.training.lightning import DecompositionCallback
+
+    module, rates = pair_for(lightning), []
+    callbacks = [DecompositionCallback(DecompositionSchedule(1, ranks=0.5, warm_up=2 * BATCHES, rate=1), part="first")]
+    callbacks.append(DecompositionCallback(DecompositionSchedule(2, ranks=0.25), part="second"))
+    assert callbacks[0].state_key != callbacks[1].state_key
+
+    class Look(lightning.Callback):
+        def on_train_start(self, trainer, pl_module):
+            for optimizer in trainer.optimizers:
+                optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:  # behind the hooks of the warm-up
+                for number, optimizer in enumerate(trainer.optimizers):
+                    optimizer.register_step_pre_hook(lambda o, *_, number=number: rates.append((number, o.param_groups[0]["lr"])))
+
+    options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_epochs=3, callbacks=[*callbacks, Look()], default_root_dir=tmp_path, enable_checkpointing=False, **options)
+    trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=4))
+    assert surgery.report(module.first)["2"].status == surgery.report(module.second)["2"].status == "decomposed"
+    seen = [rate for rate in rates if isinstance(rate, tuple)]
+    assert [rate for number, rate in seen if number == 0] == pytest.approx([0.1 * k / 7 for k in range(1, 7)])
+    assert {rate for number, rate in seen if number == 1} == {0.1}
+    trainer.save_checkpoint(tmp_path / "both.ckpt")
+    fresh = pair_for(lightning)
+    for part, cut_at in (("first", 1), ("second", 2)):
+        DecompositionCallback(DecompositionSchedule(cut_at, ranks=0.5), part=part).resume(tmp_path / "both.ckpt", fresh)
+    assert [name for name, _ in fresh.named_parameters()] == [name for name, _ in module.named_parameters()]
+
+
+def test_the_best_of_lightning_is_of_the_architecture_that_there_is(lightning, tmp_path):
+    """The score falls from epoch to epoch: without the cut the first would stay the best."""
+    from surgery.training.lightning import DecompositionCallback
+
+    module = pair_for(lightning)
+    saver = lightning.callbacks.ModelCheckpoint(tmp_path, monitor="score", mode="max", save_top_k=1)
+    options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    callbacks = [DecompositionCallback(DecompositionSchedule(1, ranks=0.5), part="first"), saver]
+    trainer = lightning.Trainer(max_epochs=3, callbacks=callbacks, default_root_dir=tmp_path, **options)
+    trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=4))
+    best = torch.load(saver.best_model_path, weights_only=True)
+    assert best["epoch"] == 1
+    assert set(best["state_dict"]) == set(module.state_dict())

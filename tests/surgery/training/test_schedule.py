@@ -566,3 +566,134 @@ def test_batch_norms_that_do_more_and_those_that_are_not_reached():
     reestimate(two, batches)
     assert float(two.first.running_mean.abs().max()) > 0
     assert torch.equal(two.second.running_mean, torch.full((4,), 3.0))
+
+
+def cut_and_trained():
+    torch.manual_seed(0)
+    model, schedule = Small(), DecompositionSchedule(0, 4, ranks=0.5)
+    optimizer = sgd(model)
+    schedule.step(0, model, optimizer)
+    epoch(model, optimizer, 0)
+    return model, optimizer, schedule
+
+
+def test_numbers_that_were_loaded_before_the_schedule_stay():
+    """In whatever order a run goes back to a checkpoint: the architecture is there already, and so is the state of the optimizer."""
+    model, optimizer, schedule = cut_and_trained()
+    saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()})
+    epoch(model, optimizer, 1)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"], model, optimizer)
+    assert all(torch.equal(value, saved["model"][key]) for key, value in model.state_dict().items())
+    first = next(iter(optimizer.state_dict()["state"].values()))["momentum_buffer"]
+    assert torch.equal(first, next(iter(saved["optimizer"]["state"].values()))["momentum_buffer"])
+    schedule.step(4, model, optimizer)
+    whole, state = copy.deepcopy(model.state_dict()), schedule.state_dict()
+    fresh = Small()
+    fresh.load_state_dict(whole)
+    DecompositionSchedule(0, 4, ranks=0.5).load_state_dict(state, fresh, sgd(fresh))
+    assert all(torch.equal(value, whole[key]) for key, value in fresh.state_dict().items())
+
+
+def test_a_network_that_is_still_cut_is_fused_for_a_state_after_the_fusing():
+    model, optimizer, schedule = cut_and_trained()
+    twin = copy.deepcopy(model)
+    later = sgd(twin)
+    schedule.step(4, model, optimizer)
+    DecompositionSchedule(0, 4, ranks=0.5).load_state_dict(schedule.state_dict(), twin, later)
+    assert not chains(twin)
+    assert set(map(id, later.param_groups[0]["params"])) == set(map(id, twin.parameters()))
+
+
+@pytest.mark.parametrize("how", [{"rate": 0.5}, {"rate": 1, "warm_up": 50}, {"rate": 1, "decay": "product"}], ids=["rate", "warm_up", "decay"])
+def test_an_optimizer_that_takes_over_after_the_cut_is_acted_on_too(how):
+    """A second stage of training, or a restart: ``step`` is given the new one."""
+    torch.manual_seed(0)
+    model = Small()
+    optimizer, schedule = sgd(model), DecompositionSchedule(0, ranks=0.5, **how)
+    schedule.step(0, model, optimizer)
+    plain = copy.deepcopy(model)
+    second, other = sgd(model), sgd(plain)
+    schedule.step(1, model, second)
+    epoch(model, second, 1)
+    epoch(plain, other, 1)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    model.load_state_dict(plain.state_dict())
+    before = [p.detach().clone() for p in model.parameters()]
+    first = schedule._hooked
+    schedule.step(2, model, second)
+    assert schedule._hooked is first  # the same one is left alone
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_schedule_is_for_one_network():
+    """Folds of a cross-validation, trials of a search: the second network would never be cut."""
+    model, optimizer, schedule = cut_and_trained()
+    other = Small()
+    with pytest.raises(SurgeryValueError, match=r"another network than the one .* make a new DecompositionSchedule"):
+        schedule.step(0, other, sgd(other))
+    assert not chains(other)
+    schedule.step(1, model, optimizer)
+    copy.deepcopy(schedule).step(0, other, sgd(other))  # a copy has seen none
+    schedule.load_state_dict(schedule.state_dict(), other, later := sgd(other))
+    schedule.step(0, other, later)
+    assert chains(other) == chains(model)
+
+
+def test_an_average_inside_of_the_model_is_refused():
+    class Task(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Small()
+            self.average = AveragedModel(self.net)
+
+    task = Task()
+    with pytest.raises(SurgeryValueError, match=r"'average' in it is an averaged copy .* give the part itself"):
+        DecompositionSchedule(0, ranks=0.5).step(0, task)
+    assert not chains(task)
+    assert DecompositionSchedule(0, ranks=0.5).step(0, task.net, also=task.average) is not None
+    assert chains(task.average.module) == chains(task.net)
+
+
+def test_a_plateau_that_another_scheduler_holds_is_counted_anew_too():
+    class Prepared:
+        """As accelerate's."""
+
+        def __init__(self, scheduler):
+            self.scheduler = scheduler
+
+        def step(self, loss):
+            self.scheduler.step(loss)
+
+    model = Small()
+    optimizer = sgd(model)
+    scheduler = Prepared(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1))
+    schedule = DecompositionSchedule(2, ranks=0.5)
+    for number, loss in enumerate([1.0, 1.0, 3.0, 2.5, 2.4]):
+        schedule.step(number, model, optimizer, scheduler)
+        scheduler.step(loss)
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_a_weight_are_not_lost_in_silence(register):
+    """Gradient masks, and optimizers that step in the backward pass: the factors would not have them."""
+    model = Small()
+    optimizer = sgd(model)
+    before = copy.deepcopy(model.state_dict())
+    handle = getattr(model.conv2.weight, register)(lambda gradient: None)
+    schedule = DecompositionSchedule(0, 1, ranks=0.5)
+    with pytest.raises(SurgeryValueError, match=r"conv2\.weight: hooks are registered on it"):
+        schedule.step(0, model, optimizer)
+    assert schedule.cuts_done == 0
+    assert list(model.state_dict()) == list(before)
+    assert surgery.report(surgery.decompose(model, 0.5))["conv2"].status == "decomposed"  # a copy never had it
+    DecompositionSchedule(0, ranks=0.5, exclude="conv2").step(0, model, optimizer)
+    assert "conv1" in chains(model)
+    handle.remove()
+    DecompositionSchedule(0, ranks=0.5).step(0, model, optimizer)
+    getattr(model.conv2.core.weight, register)(lambda gradient: None)
+    with pytest.raises(SurgeryValueError, match=r"conv2\.core\.weight: hooks"):
+        surgery.reconstruct(model, optimizer=optimizer, inplace=True)
+    assert "conv2" in chains(model)

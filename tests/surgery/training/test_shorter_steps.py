@@ -203,3 +203,22 @@ def test_a_run_that_goes_on_needs_the_optimizer():
     first = factors(fresh, "conv1")[0]
     part = min(1, 1 / schedule.state_dict()["gains"]["conv1"][0]) / 3
     assert float((first.detach() - before).norm()) == pytest.approx(float(first.grad.norm()) * 0.1 * part, rel=1e-4)
+
+
+def test_groups_may_come_and_go_after_the_cut():
+    """Layers are thawed, or frozen, while training goes on: their factors go a part of the way as well."""
+    model = cut()
+    plain = copy.deepcopy(model)
+    mine, other = (torch.optim.SGD([{"params": [net.head.weight]}], 0.05) for net in (model, plain))
+    shorter = ShorterSteps(model, mine, 0.5, {}, {})
+    for net, optimizer in ((model, mine), (plain, other)):
+        optimizer.add_param_group({"params": factors(net, "conv2"), "lr": 0.02})
+        del optimizer.param_groups[0]
+    starts = [p.detach().clone() for p in factors(model, "conv2")]
+    train(model, mine, 1)
+    train(plain, other, 1)
+    for start, whole, part in zip(starts, factors(plain, "conv2"), factors(model, "conv2"), strict=True):
+        assert not torch.equal(whole, start)
+        assert torch.allclose(part - start, 0.5 * (whole - start))
+    shorter.remove()
+    train(model, mine, 1)

@@ -87,7 +87,10 @@ class Chain(nn.Sequential):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the one layer that computes what this chain computes; gradients flow to the factors."""
+        """The weight of the one layer that computes what this chain computes; gradients flow to the factors.
+
+        Where none can, it is multiplied out when its numbers are asked for (``WholeWeight``); ``clone()`` gives a plain tensor.
+        """
         factors: list[Tensor] = [layer.weight for layer in self._modules.values()]  # type: ignore[union-attr,misc]
         if not can_wait(factors):
             return merged_piece(self).weight

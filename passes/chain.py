@@ -183,12 +183,10 @@ def merged_piece(chain: Chain) -> Piece:
 
 def merge(pieces: Sequence[Piece], info: ChainInfo) -> Piece:
     """As ``merged_piece``, from the pieces."""
-    like = pieces[0].weight
-    apart = isinstance(like, Tensor) and like.device.type == "mps"  # which has no float64; what stands for a tensor in a trace has no device yet
-    wide = [Piece(p.name, p.geometry, (p.weight.cpu() if apart else p.weight).double(), None) for p in pieces]
+    wide = [Piece(p.name, p.geometry, p.weight.double(), None) for p in pieces]
     geometry = Geometry.of(info.original)
-    weight = kind_of(info.factorization).merge(wide, geometry).to(like.dtype)
-    return Piece("", geometry, weight.to(like.device) if apart else weight, pieces[-1].bias)
+    weight = kind_of(info.factorization).merge(wide, geometry).to(pieces[0].weight.dtype)
+    return Piece("", geometry, weight, pieces[-1].bias)
 
 
 def weightless(layer: nn.Module) -> nn.Module:

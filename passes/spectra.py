@@ -139,9 +139,7 @@ def usable_weight(site: Site, device: torch.device | str | None = None) -> Tenso
     if size > 0 and not SMALLEST < size < LARGEST:
         raise SurgeryValueError(f"{site}: its weights are of size {size:.0e}, whose squares float64 cannot hold; rescale or exclude this layer")
     if torch.device(device or weight.device).type == "mps":
-        raise SurgeryValueError(
-            f'{site}: surgery computes in float64, which mps has not; give device="cpu", or do it on model.cpu() and move the result'
-        )
+        raise SurgeryValueError(f"{site}: surgery computes in float64, which mps has not; do it on the CPU (model.cpu()) and move the result")
     return weight.to(device=device, dtype=torch.float64)
 
 

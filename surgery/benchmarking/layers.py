@@ -14,6 +14,7 @@ from passes.errors import SurgeryValueError
 from passes.parity import tensors_in
 from passes.site import Site
 from surgery.benchmarking.result import LayerResult
+from surgery.cost import sizes_of
 from surgery.cost.calls import ON_PROCESSORS
 from surgery.cost.chains import RUNTIMES, Setup
 from surgery.cost.profile import Entry, TimedShape, together
@@ -58,11 +59,7 @@ def layer_results(before: nn.Module, after: nn.Module, example_inputs: Any, runt
 
 def _pairs(before: nn.Module, after: nn.Module, example_inputs: Any) -> dict[str, tuple[Site, Site]]:
     old, new = _sites(before, example_inputs), _sites(after, example_inputs)
-    return {
-        name: (old[name], new[name])
-        for name in old
-        if name in new and any(all(call.input_shape) for call in old[name].calls or ()) and _layers(old[name]) != _layers(new[name])
-    }
+    return {name: (old[name], new[name]) for name in old if name in new and sizes_of(old[name]) and _layers(old[name]) != _layers(new[name])}
 
 
 def _sites(network: nn.Module, example_inputs: Any) -> dict[str, Site]:
@@ -77,7 +74,7 @@ def _shapes(site: Site, called: Site, runtime: str) -> list[TimedShape]:
     dtype = str(site.dtype).removeprefix("torch.")
     weight = called.weight if called.chain is None else called.pieces[-1].weight
     last = runtime not in ON_PROCESSORS and is_channels_last(weight)
-    return [TimedShape(_layers(site), call.input_shape, dtype, last) for call in called.calls or () if all(call.input_shape)]
+    return [TimedShape(_layers(site), size, dtype, last) for size in sizes_of(called)]
 
 
 def _result(name: str, runtime: str, times: dict[str, Entry], old: Sequence[TimedShape], new: Sequence[TimedShape]) -> LayerResult:

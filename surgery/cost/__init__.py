@@ -14,7 +14,18 @@ from passes.geometry import Geometry, PieceShape
 from passes.kinds import kind_of
 from passes.site import Call, Site
 
-__all__ = ["MacCounter", "chain_macs", "chain_params", "count_macs", "macs_under", "params_under", "site_macs", "site_params", "threads_set"]
+__all__ = [
+    "MacCounter",
+    "chain_macs",
+    "chain_params",
+    "count_macs",
+    "macs_under",
+    "params_under",
+    "site_macs",
+    "site_params",
+    "sizes_of",
+    "threads_set",
+]
 
 
 def site_params(site: Site) -> int:
@@ -70,6 +81,11 @@ def _size_after(geometry: Geometry, size: tuple[int, ...], call: Call) -> tuple[
     lead = len(after) - geometry.dims
     sizes = [call.output_shape[lead + axis] if geometry.extends_in(axis) else after[lead + axis] for axis in range(geometry.dims)]
     return (*after[:lead], *sizes)
+
+
+def sizes_of(site: Site) -> list[tuple[int, ...]]:
+    """Input shapes of the calls that have anything to compute: a detector that finds nothing calls its last layers on nothing."""
+    return [call.input_shape for call in site.calls or () if all(call.input_shape)]
 
 
 Size = Sequence[int]

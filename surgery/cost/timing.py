@@ -92,7 +92,7 @@ def describe(setup: Setup) -> dict[str, str]:
 def _groups(shapes: Sequence[TimedShape]) -> Iterator[list[TimedShape]]:
     group: list[TimedShape] = []
     for shape in dict.fromkeys(shapes):
-        weights, inputs = (sum(map(size, [*group, shape])) for size in (lambda s: s.weights, lambda s: prod(s.input_shape)))
+        weights, inputs = sum(s.weights for s in (*group, shape)), sum(prod(s.input_shape) for s in (*group, shape))
         if group and (len(group) == TOGETHER or weights > WEIGHTS_TOGETHER or inputs > INPUTS_TOGETHER):
             yield group
             group = []

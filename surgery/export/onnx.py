@@ -198,7 +198,7 @@ def _settle_names(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> 
     """
     from onnx_ir.passes import common
 
-    if hasattr(common, "OutputFixPass"):  # from 0.1.13 on; before that torch itself did it
+    if hasattr(common, "OutputFixPass"):  # from onnx_ir 0.1.13 on
         common.OutputFixPass()(model)
     for values, names in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         for value, name in zip(values, names, strict=True):

@@ -16,6 +16,7 @@ from passes.errors import SurgeryError, SurgeryValueError
 from passes.factorization import Factorization
 from passes.kinds import kind_of
 from passes.site import Site
+from surgery.cost import sizes_of
 from surgery.cost.calls import ON_PROCESSORS, check_installed
 from surgery.cost.chains import Setup, timed_in
 from surgery.cost.profile import Entry, Profile, TimedShape, cache_file, write_shapes
@@ -124,20 +125,15 @@ def profile_of(shapes: Sequence[TimedShape], path: Path, runtime: str, threads: 
 
 def timed_layer(site: Site, runtime: str) -> list[TimedShape]:
     """Every call of a layer, and of those it stands for."""
-    return [TimedShape((each.geometry,), size, *_format(each, runtime)) for each in (site, *site.others) for size in _sizes(each)]
+    return [TimedShape((each.geometry,), size, *_format(each, runtime)) for each in (site, *site.others) for size in sizes_of(each)]
 
 
 def timed_chain(site: Site, factorization: Factorization, runtime: str) -> list[TimedShape]:
     found = []
     for each in (site, *site.others):
         layers = tuple(shape.geometry for shape in kind_of(factorization).shapes(each.geometry, factorization, True))
-        found += [TimedShape(layers, size, *_format(each, runtime)) for size in _sizes(each)]
+        found += [TimedShape(layers, size, *_format(each, runtime)) for size in sizes_of(each)]
     return found
-
-
-def _sizes(site: Site) -> list[tuple[int, ...]]:
-    """Input shapes of the calls that have anything to compute: a detector that finds nothing calls its last layers on nothing."""
-    return [call.input_shape for call in site.calls or () if all(call.input_shape)]
 
 
 def _format(site: Site, runtime: str) -> tuple[str, bool]:

@@ -276,13 +276,13 @@ def _opened(path: str | os.PathLike[str], example_inputs: Any, ranks: Ranks, opt
     if check:
         need("onnxruntime", "the check of an ONNX file", "export")
     model = open_model(path)
-    feed = None
-    if check or example_inputs is not None or takes_numbers(model):  # else nothing is run
+    feed, can_run = None, takes_numbers(model)
+    if check or example_inputs is not None or can_run:  # else nothing is run
         feed = example_feed(model, example_inputs, read_file_record(model).shapes)
     sizes = shapes_of_feed(feed)
     shapes = _shapes(model, feed, Path(path))
     asks = f"give example_inputs: the file leaves open the sizes of {open_inputs(model)}"
-    if not takes_numbers(model):
+    if not can_run:
         asks = "nothing can be run, as an input is of a type that torch has not"
     if isinstance(request, Budget) and request.macs is not None and network_macs(model, shapes) is None:
         unknown = ", ".join(unknown_values(model, shapes)[:5])

@@ -12,7 +12,7 @@ from torch import nn
 from passes.errors import MissingExtra, SurgeryTypeError, SurgeryValueError
 from surgery.files import write_atomically
 from surgery.record import unwrap
-from surgery.training.schedule import DecompositionSchedule
+from surgery.training.schedule import DecompositionSchedule, standing
 
 try:
     from transformers import TrainerCallback
@@ -85,12 +85,9 @@ class DecompositionCallback(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero and folder.is_dir():
             write_atomically(folder / FILE, (json.dumps(self.schedule.state_dict()) + "\n").encode())
 
-    def _architecture(self) -> dict[str, Any]:
-        return {} if self.schedule.plan is None or self.schedule.whole_again else dict(self.schedule.plan)
-
     def _step(self, position: int, state: Any, **known: Any) -> None:
-        before = self._architecture()
+        before = standing(self.schedule)
         self.schedule.step(position, known["model"], known["optimizer"], known.get("lr_scheduler"), also=self.also)
-        if self._architecture() != before:
+        if standing(self.schedule) != before:
             # checkpoints from before hold another architecture, of which the best could not be loaded at the end
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from passes.errors import MissingExtra, SurgeryTypeError, SurgeryValueError
-from surgery.training.schedule import DecompositionSchedule
+from surgery.training.schedule import DecompositionSchedule, standing
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -96,7 +96,9 @@ class DecompositionCallback(Callback):  # type: ignore[misc]
     def _step(self, position: int, trainer: Trainer, module: LightningModule) -> None:
         optimizers = self._optimizers(trainer, module)
         schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if any(getattr(c.scheduler, "optimizer", o) is o for o in optimizers)]
-        if self.schedule.step(position, self._part(module), optimizers, schedulers, also=self.also) is not None:
+        before = standing(self.schedule)
+        self.schedule.step(position, self._part(module), optimizers, schedulers, also=self.also)
+        if standing(self.schedule) != before:
             for each in trainer.checkpoint_callbacks:
                 _forget_the_best(each)
 

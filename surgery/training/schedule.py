@@ -43,7 +43,7 @@ from surgery.training.shorter_steps import Gains, ShorterSteps, gains_of
 from surgery.training.step_time import never_slower
 from surgery.training.warm_up import WarmUp
 
-__all__ = ["DecompositionSchedule"]
+__all__ = ["DecompositionSchedule", "standing"]
 
 DECAYS = ("each", "product")
 DEFAULT = Options()
@@ -397,6 +397,11 @@ class DecompositionSchedule:
         # torch calls hooks in this order: what decay does to the factors after a step is shortened with it
         self._decaying = frobenius_decay(model, list(optimizers)) if cut and self.decay == "product" else None
         self._shortened = ShorterSteps(model, list(optimizers), self.rate, self._gains, self._highest) if cut and self.rate != 1 else None
+
+
+def standing(schedule: DecompositionSchedule) -> dict[str, Any]:
+    """The chains that a schedule has made and not fused back: checkpoints with others hold another architecture."""
+    return {} if schedule.plan is None or schedule.whole_again else dict(schedule.plan)
 
 
 def _as_for(network: nn.Module, model: nn.Module, batch: Any) -> Any:

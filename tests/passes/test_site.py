@@ -14,10 +14,12 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import surgery
+from passes import host_for
 from passes.chain import Chain
 from passes.errors import SurgeryValueError
 from passes.parity import difference
 from passes.site import find_layers
+from passes.spectra import usable_weight
 
 OPTION = "; effective_weights=True may cut it"
 
@@ -152,6 +154,12 @@ def test_weights_without_numbers():
         surgery.decompose(broken, {"0": 0.5}, inplace=True)
     assert type(broken[0]) is nn.Conv2d
     assert surgery.report(surgery.decompose(broken, exclude="0")).layers[0].reason == "excluded"
+
+
+def test_a_device_without_float64_is_refused():
+    (site,) = host_for(nn.Sequential(nn.Conv2d(4, 8, 3))).sites()
+    with pytest.raises(SurgeryValueError, match="0: surgery computes in float64, which mps has not; do it on the CPU"):
+        usable_weight(site, "mps")
 
 
 def test_zero_weights_are_kept_by_rules_and_cut_when_named():

@@ -1,4 +1,4 @@
-"""What shippers do next: eight-bit integers on top of a cut network, accuracy and time.
+"""What shippers do next: integers on top of a cut network, accuracy and time.
 
     python benchmarks/int8.py --data ROOT --cifar FOLDER [--only NAME ...] [--threads N] [--table]
 
@@ -145,7 +145,13 @@ def rows(name: str, wanted: list[tuple[Any, ...]], options: argparse.Namespace) 
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
-    lines = ["# Eight-bit integers on top of a cut", "", "Times and sizes against the uncut float32 network in the same runtime, batch 1."]
+    bits = " or ".join(dict.fromkeys("eight" if row["adds_in_32_bits"] else "seven" for row in found))
+    lines = [
+        "# Integers on top of a cut",
+        "",
+        "Times and sizes against the uncut float32 network in the same runtime, batch 1; ratios within 0.02 of 1 tell nothing. Activations",
+        f"have eight bits, weights {bits}, as the processor's products of bytes need.",
+    ]
     for runtime, threads in dict.fromkeys((row["runtime"], row["threads"]) for row in found):
         group = [row for row in found if (row["runtime"], row["threads"]) == (runtime, threads)]
         loads = [row["load_average"] for row in group]

@@ -6,11 +6,11 @@ Original and decomposed network in channels-last format, called in turn (``surge
 depend on them. The parameters are those of Elhoushi et al. 2019, tables 1 to 4. The plan of a network is made by a budget, a share of the MACs, with
 ranks in multiples of 8; where that leaves too many parameters, each layer gets the lower ranks of it and of a budget of the parameters. Then cuts
 that are not measured to save time are left out, those that lose most first, as far as the parameters allow. The plan is saved in
-``benchmarks/results/step_time/`` and from then on it is what is timed; ``--replan`` makes it anew. ``--plan FILE`` times a plan that a network was
-trained with instead: ``plan.json`` of its run.
+``benchmarks/results/step_time/`` and from then on it is what is timed, whatever ``--out`` says; ``--replan`` makes it anew, in the folder beside
+``--out``. ``--plan FILE`` times a plan that a network was trained with instead: ``plan.json`` of its run.
 
-A row a network and plan goes to ``benchmarks/results/step_time.json``; rows that are there for as many threads on this processor are not measured
-again without ``--again``. The load average is kept with them: let nothing else run meanwhile.
+A row a network and plan goes to ``--out`` (``benchmarks/results/step_time.json``); rows that are there for as many threads on this processor are not
+measured again without ``--again``. The load average is kept with them: let nothing else run meanwhile.
 """
 
 from __future__ import annotations
@@ -41,20 +41,19 @@ ROUND_TO = 8
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is timed: ``params`` are those that the paper's network had; ``macs`` is the share that is left of them; ``wanted`` the least ratio."""
+    """What is timed: ``params`` are those that the paper's network had; ``macs`` is the share that is left of them."""
 
     batch: int
     size: int
     params: int
     macs: float
-    wanted: float
 
 
 CASES: Mapping[str, Case] = {
-    "surgery:vgg19": Case(128, 32, 749_000, 0.25, 4.0),
-    "surgery:resnet56": Case(128, 32, 508_000, 0.4, 1.4),
-    "surgery:densenet40": Case(128, 32, 270_000, 0.25, 1.15),
-    "torchvision:resnet50": Case(8, 224, 17_600_000, 0.5, 1.25),
+    "surgery:vgg19": Case(128, 32, 749_000, 0.25),
+    "surgery:resnet56": Case(128, 32, 508_000, 0.4),
+    "surgery:densenet40": Case(128, 32, 270_000, 0.25),
+    "torchvision:resnet50": Case(8, 224, 17_600_000, 0.5),
 }
 
 
@@ -126,7 +125,6 @@ def measure(name: str, case: Case, plan: Path, repeats: int, threads: int, repla
         "time_ratio_high": row.time_ratio_high,
         "before_ms": row.before_ms,
         "after_ms": row.after_ms,
-        "wanted": case.wanted,
         "threads": threads,
         "repeats": repeats,
         "load_average": os.getloadavg()[0],
@@ -157,10 +155,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.plan is not None and len(options.only) != 1:
         parser.error("--plan is for one network: name it with --only")
+    if options.plan is not None and options.replan:
+        parser.error("--replan would write over the --plan")
+    plans = (options.out if options.replan else RESULTS).with_suffix("")
     rows = {key(row): row for row in (json.loads(options.out.read_text()) if options.out.exists() else [])}
     for name in options.only:
         case = replace(CASES[name], batch=options.batch or CASES[name].batch)
-        plan = options.plan or options.out.with_suffix("") / f"{name.partition(':')[2]}.json"
+        plan = options.plan or plans / f"{name.partition(':')[2]}.json"
         facts = {
             "network": name,
             "plan": told(plan),

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training.checkpoint import folder_of, read_log
+from training.checkpoint import check_run, folder_of, read_log
 from training.command import order, teller
 from training.data import InMemory, Pictures
 from training.engine import Diverged, run
@@ -101,12 +101,15 @@ def _jobs_of_entry(number: int, entry: Any) -> Iterator[tuple[tuple[Any, ...], J
     if not isinstance(entry, dict) or not {"network", "epochs"} <= set(entry) <= FIELDS:
         raise SurgeryValueError(f"{what}: expected an object with network and epochs, and nothing beyond {sorted(FIELDS)}")
     options = dict(entry.get("recipe", {}))
-    unknown = set(options) - {field.name for field in fields(Recipe)}
+    unknown = set(options) - ({field.name for field in fields(Recipe)} - {"network", "epochs", "seed"})
     if unknown:
         raise SurgeryValueError(f"{what}: a recipe has no {sorted(unknown)}")
-    options |= {"drops": tuple(options["drops"])} if "drops" in options else {}
+    seeds, drops = entry.get("seeds", [0]), options.get("drops", [])
+    if not isinstance(entry["epochs"], int) or not isinstance(seeds, list) or not isinstance(drops, list):
+        raise SurgeryValueError(f"{what}: expected a number for epochs, and lists for seeds and drops")
+    options |= {"drops": tuple(drops)} if "drops" in options else {}
     every = range(5, entry["epochs"] + 1, 5)  # for rank_growth.py
-    for seed in entry.get("seeds", [0]):
+    for seed in seeds:
         recipe = Recipe(network=entry["network"], epochs=entry["epochs"], seed=seed, **options)
         names = entry.get("scenarios") or usual(recipe.network, recipe.epochs)
         for place, scenario in enumerate(sorted((Scenario.parse(name) for name in names), key=order)):
@@ -132,17 +135,30 @@ def alone(runs: Path) -> Iterator[None]:
 
 
 def work(jobs: list[Job], data: Path, runs: Path, *, in_turn: bool = False) -> list[str]:
-    """Do what is not done yet; what diverged is passed over and named in the end."""
+    """Do what is not done yet; what diverged is passed over and named in the end.
+
+    Raises:
+        SurgeryValueError: a run is there that was made in another way, or one cannot be made; said before any is trained.
+    """
     held: dict[tuple[Any, ...], Pictures] = {}
+
+    def pictures(job: Job) -> Pictures:
+        key = job.recipe.batch, job.recipe.device, job.recipe.subset
+        if key not in held:
+            held[key] = InMemory.cifar10(data, *key)
+        return held[key]
+
+    for job in jobs:
+        check_run(job.folder(runs), {"scenario": str(job.scenario)} | job.recipe.facts(job.scenario))
+        if len(read_log(job.folder(runs))) < job.length:
+            job.recipe.schedule(job.scenario, pictures(job))
     failed: dict[Job, str] = {}
     for job, until in _in_turn(jobs) if in_turn else ((job, job.length) for job in jobs):
         if job in failed or len(read_log(job.folder(runs))) >= until:
             continue
-        key = job.recipe.batch, job.recipe.device, job.recipe.subset
-        if key not in held:
-            held[key] = InMemory.cifar10(data, *key)
+        told = teller(job.recipe, job.scenario)
         try:
-            run(job.recipe, job.scenario, held[key], runs, label=job.label, keep=job.keep, until=until, tell=teller(job.recipe, job.scenario))
+            run(job.recipe, job.scenario, pictures(job), runs, label=job.label, keep=job.keep, until=until, tell=told)
         except Diverged as error:
             failed[job] = str(error)
             print(error, file=sys.stderr, flush=True)
@@ -165,7 +181,7 @@ def status(jobs: list[Job], runs: Path) -> Iterator[str]:
     total = 0.0
     for job in jobs:
         rows = read_log(job.folder(runs))
-        left = job.length - max(len(rows), 0)
+        left = max(job.length - len(rows), 0)
         branch = job.scenario.branch(job.recipe.epochs)
         left = min(left, job.length - branch[1]) if branch is not None else left
         seconds = left * _epoch_seconds(job, jobs, runs)

@@ -12,24 +12,34 @@ import argparse
 import itertools
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from training.checkpoint import LOG, PLAN, REPORT, RUN
 from training.figures import draw
 from training.tables import logged, summary, table
 
+from surgery import SurgeryValueError
+
 RESULTS = Path(__file__).parent / "results" / "training"
 
 
 def publish(runs: Path, out: Path) -> None:
-    """Everything that is told of the runs in one folder, into another."""
+    """Everything that is told of the runs in one folder, into another, which may be the same.
+
+    Raises:
+        SurgeryValueError: two of them would come to stand in one place.
+    """
+    several = [name for name, count in Counter((run.network, run.folder.name) for run in logged(runs)).items() if count > 1]
+    if several:
+        raise SurgeryValueError(f"runs: {runs} holds more than one run {several[0][1]} of {several[0][0]}; give folders of their own, one at a time")
     for network, group in itertools.groupby(logged(runs), key=lambda run: run.network):
         mine = list(group)
         for run in mine:
             place = out / network / run.folder.name
             place.mkdir(parents=True, exist_ok=True)
             for name in (RUN, LOG, REPORT, PLAN):
-                if (run.folder / name).exists() and run.folder != place:
+                if (run.folder / name).exists() and run.folder.resolve() != place.resolve():
                     shutil.copyfile(run.folder / name, place / name)
         rows = summary(mine)
         (out / network / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -44,7 +54,10 @@ def main() -> None:
     options = parser.parse_args()
     if not logged(options.runs):
         parser.error(f"{options.runs} holds no runs")
-    publish(options.runs, options.out)
+    try:
+        publish(options.runs, options.out)
+    except SurgeryValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import surgery
 from surgery.alternatives import Tradeoff
-from surgery.cli import add_model_arguments, guarded, open_model
+from surgery.cli import add_model_arguments, check_file, guarded, open_model
+from surgery.plots import picture_file
 
 
 def draw(curves: Mapping[str, Tradeoff], path: Path) -> None:
@@ -33,6 +34,10 @@ def draw(curves: Mapping[str, Tradeoff], path: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    check_file("--out", options.out)  # what could not be written is said before any work
+    check_file("--picture", options.picture)
+    if options.picture is not None:
+        picture_file(options.picture)
     model, inputs = open_model(options)
     curves = {kind: surgery.tradeoff(model, example_inputs=inputs, method=kind, shares=options.shares) for kind in options.kinds}
     print("share of MACs  " + "".join(f"{kind:>10}" for kind in curves))

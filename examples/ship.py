@@ -19,9 +19,21 @@ import surgery
 from surgery.cli import add_model_arguments, guarded, open_model
 
 
+def read_inputs(file: Path) -> torch.Tensor:
+    try:
+        found = torch.load(file, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # reading what is something else may fail in any way
+        raise surgery.SurgeryValueError(f"--inputs: {file} was not written by torch.save") from error
+    if not isinstance(found, torch.Tensor):
+        raise surgery.SurgeryValueError(f"--inputs: {file} holds no tensor but {type(found).__name__}")
+    return found
+
+
 def run(options: argparse.Namespace) -> None:
     model, inputs = open_model(options)
-    seen = None if options.inputs is None else torch.load(options.inputs, weights_only=True).split(64)
+    seen = None if options.inputs is None else read_inputs(options.inputs).split(64)
     net = surgery.decompose(model, surgery.Budget(macs=options.budget), example_inputs=inputs, calibration=seen, round_to=8)
     print(surgery.report(net))
 

@@ -114,6 +114,7 @@ def trace(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
         except AttributeError as error:
             why = f"its code makes {node.target} only when it runs"
             raise SurgeryError(f"{type(model).__name__} cannot be traced symbolically ({why}); run it once before") from error
+    del twin, tracer  # before the proof, which needs the memory of another copy
     traced = fx.GraphModule(fresh, graph, type(model).__name__)
     modes = {name: module.training for module, names in named_groups(fresh) for name in names}
     for module, names in named_groups(traced):

@@ -116,6 +116,8 @@ class Chain(nn.Sequential):
 
     def __setattr__(self, name: str, value: Any) -> None:
         info = self.__dict__.get("_surgery")
+        if info is not None and name in ("weight", "bias"):
+            raise AttributeError(f"{name!r} of a chain is that of its layers and cannot be set; fuse it back first (surgery.reconstruct)")
         if info is not None and name in LAYER_ATTRIBUTES and name in vars(info.original):  # what others note on a layer they may note on its chain
             if _is_same(info.original, name, value):
                 return
@@ -250,8 +252,8 @@ def changed_since_cut(layers: dict[str, nn.Module], info: ChainInfo) -> str | No
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is registered to run around the module's forward or backward."""
-    return any(vars(module).get(name) for name in HOOKS)
+    """Whether anything is registered to run around the module's forward or backward. (A mark of backward hooks stays when they are removed.)"""
+    return any(vars(module).get(name) for name in HOOKS if name != "_is_full_backward_hook")
 
 
 def cut_layer(layer: nn.Module, factorization: Factorization, pieces: Sequence[Piece]) -> tuple[dict[str, nn.Module], ChainInfo]:

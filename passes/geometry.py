@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from math import prod
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -38,19 +39,19 @@ class Geometry:
     def of(cls, layer: nn.Module) -> Geometry:
         """The geometry of an ``nn.Linear`` or of any ``nn.Conv*`` layer."""
         if isinstance(layer, nn.Linear):
-            return cls(in_channels=layer.in_features, out_channels=layer.out_features)
+            return cls(in_channels=index(layer.in_features), out_channels=index(layer.out_features))
         if not isinstance(layer, nn.modules.conv._ConvNd):
             raise SurgeryValueError(f"{type(layer).__name__} is neither a convolution nor a linear layer")
-        lengths = [len(v) for v in (layer.kernel_size, layer.stride, layer.dilation, layer.output_padding) if not isinstance(v, int)]
+        lengths = [len(v) for v in (layer.kernel_size, layer.stride, layer.dilation, layer.output_padding) if isinstance(v, Iterable)]
         dims = max(lengths) if lengths else len(layer._reversed_padding_repeated_twice) // 2
         return cls(
-            in_channels=layer.in_channels,
-            out_channels=layer.out_channels,
+            in_channels=index(layer.in_channels),  # numpy's would not be written to a file
+            out_channels=index(layer.out_channels),
             kernel=_each(layer.kernel_size, dims),
             stride=_each(layer.stride, dims),
             padding=layer.padding if isinstance(layer.padding, str) else _each(layer.padding, dims),
             dilation=_each(layer.dilation, dims),
-            groups=layer.groups,
+            groups=index(layer.groups),
             padding_mode=layer.padding_mode,
             transposed=layer.transposed,
             output_padding=_each(layer.output_padding, dims),
@@ -232,7 +233,7 @@ class Piece:
     bias: Tensor | None
 
 
-def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+def _each(value: int | Iterable[int], dims: int) -> tuple[int, ...]:
     """A number for each direction, as torch's functions take one number for all of them, also in a tuple; layers may have been given one later."""
-    values = (value,) if isinstance(value, int) else tuple(value)
+    values = tuple(map(index, value if isinstance(value, Iterable) else (value,)))  # of numpy, too
     return values * dims if len(values) == 1 else values

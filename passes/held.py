@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from passes.chain import HOOKS, MODULE_ATTRIBUTES
 
-__all__ = ["DEPTH", "held_by", "values_in"]
+__all__ = ["DEPTH", "MOST", "held_by", "values_in"]
 
 DEPTH = 4  # of containers in containers
 DEPTH_OF_OBJECTS = 2  # counted from DEPTH: an object's attributes, and what is in containers there

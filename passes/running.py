@@ -46,6 +46,7 @@ __all__ = [
     "seed_all",
     "shorten",
     "tensor_metadata",
+    "uncompiled",
     "watch",
     "without_waiting",
 ]
@@ -106,7 +107,7 @@ def callable_of(model: nn.Module) -> Callable[..., Any]:
 
 def output_of(model: nn.Module, example_inputs: Any, *, gradients: bool = False, argument: str = "example_inputs") -> Any:
     """The output of a private copy, always with the same random numbers, and with gradients only where the model is known to need them."""
-    with kept_random_states(), torch.set_grad_enabled(gradients):
+    with kept_random_states(), torch.set_grad_enabled(gradients), uncompiled():
         seed_all(SEEDS[0])
         twin = private_copy(model)
         with without_waiting(twin):
@@ -256,6 +257,16 @@ def kept_random_states() -> Iterator[None]:
 
 
 @contextmanager
+def uncompiled() -> Iterator[None]:
+    """What is compiled runs as it was written: under modes that look on torch compiles nothing, and refuses where ``fullgraph`` was asked for."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def quiet_run() -> Iterator[None]:
     """No gradients, and the random states afterwards as they were."""
     with kept_random_states(), torch.no_grad():
@@ -274,10 +285,12 @@ def seed_all(seed: int) -> None:
 
 
 def random_state() -> tuple[Any, ...]:
-    """Equal before and after whatever draws no random numbers on the CPU."""
+    """Equal before and after whatever draws no random numbers."""
     numpy = sys.modules.get("numpy")
     kind, keys, *rest = ("", None) if numpy is None else numpy.random.get_state()
-    return bytes(torch.get_rng_state().numpy()), random.getstate(), kind, None if keys is None else keys.tobytes(), *rest
+    begun = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if begun else ())]
+    return [bytes(state.numpy()) for state in states], random.getstate(), kind, None if keys is None else keys.tobytes(), *rest
 
 
 def quietly(attempt: Callable[[], T]) -> T:
@@ -289,11 +302,11 @@ def quietly(attempt: Callable[[], T]) -> T:
         SurgeryValueError: the model fails either way; the error is that of the run without gradients.
     """
     try:
-        with quiet_run():
+        with quiet_run(), uncompiled():
             return attempt()
     except SurgeryValueError:
         try:
-            with kept_random_states(), torch.enable_grad():
+            with kept_random_states(), torch.enable_grad(), uncompiled():
                 return attempt()
         except SurgeryValueError:
             pass

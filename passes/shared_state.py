@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx, nn
 
 from passes.chain import HOOKS
-from passes.held import DEPTH, held_by, values_in
+from passes.held import DEPTH, MOST, held_by, values_in
 
 __all__ = ["kept_shared_state", "modules_not_copied"]
 
@@ -101,7 +101,7 @@ def _slots(model: nn.Module) -> list[_Slot]:
     def container(value: Any, depth: int, home: str | None) -> None:
         if type(value) is types.SimpleNamespace or (type(value).__module__ == home and isinstance(getattr(value, "__dict__", None), dict)):
             value = None if isinstance(value, nn.Module | type) else vars(value)
-        if type(value) in CONTAINERS and id(value) not in seen and depth < DEPTH:
+        if type(value) in CONTAINERS and id(value) not in seen and depth < DEPTH and len(value) <= MOST:
             seen.add(id(value))
             for item in list(_items(value)):
                 container(item, depth + 1, home)
@@ -256,4 +256,6 @@ def _reset(cls: type, content: dict[str, Any]) -> None:
 def _is_proxied(value: Any, depth: int) -> bool:
     if isinstance(value, fx.Proxy):
         return True
-    return type(value) in (*CONTAINERS, tuple, frozenset) and depth < DEPTH and any(_is_proxied(item, depth + 1) for item in list(_items(value)))
+    if type(value) not in (*CONTAINERS, tuple, frozenset) or depth >= DEPTH or len(value) > MOST:
+        return False
+    return any(_is_proxied(item, depth + 1) for item in list(_items(value)))

@@ -308,6 +308,8 @@ def computes_weight(layer: nn.Module, name: str) -> str | None:
         return f"{type(layer).__name__} computes its output in its own way"
     if set(layer._parameters) - {"weight", "bias"} or layer._modules or layer._buffers:
         return f"{type(layer).__name__} holds more than a weight and a bias"
+    if any(vars(layer).get(name) is not None for name in ("weight", "bias")):
+        return f"{type(layer).__name__} holds its weight or bias as a plain attribute"
     return None
 
 

@@ -293,12 +293,18 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
+    supports_higher_order_operators = True  # torch.cond and the like: what they are given is read
+
     def __init__(self, seen: _Watch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch._C._current_autograd_node() is not None:  # a derivative of what ran before, which follows whatever stands for a layer
+            return func(*args, **(kwargs or {}))
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            with torch._C.DisableTorchFunction():
+                self._seen.read(_tensors_among((args, kwargs)))
             return func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
         if name not in SHAPE_ONLY and (func._schema.is_mutable or not func.is_view):

@@ -114,7 +114,7 @@ def tradeoff(
     calibration: Any = None,
     **options: Any,
 ) -> Tradeoff:
-    """The least error at each budget. The model is not touched.
+    """The least error at each budget, of cuts before any training. The model is not touched.
 
     Args:
         model: any module.
@@ -124,6 +124,9 @@ def tradeoff(
             Shares of time are foretold by the measured times of layers and chains; plans themselves are raced.
         calibration: as for ``decompose``.
         options: ``method``, ``include``, ``exclude``, ``guard``, ``round_to``, ``device``, ``effective_weights`` as for ``decompose``.
+
+    Returns:
+        A row a share, from the largest on.
 
     Raises:
         SurgeryTypeError, SurgeryValueError: as for ``plan``.
@@ -154,7 +157,8 @@ def explain(
         model: any module; it is not touched.
         site: the layer's name.
         plan: of this model.
-        example_inputs: as for ``decompose``; with them cost is in MACs, else in parameters.
+        example_inputs: as for ``decompose``.
+        by: what cost counts, as for ``tradeoff``.
         calibration: as for ``decompose``.
         options: as for ``tradeoff``.
 

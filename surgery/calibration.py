@@ -32,6 +32,7 @@ from passes.running import (
     model_errors,
     quiet_run,
     seed_all,
+    uncompiled,
 )
 from passes.site import Site
 from surgery.progress import tracked
@@ -72,6 +73,9 @@ def calibrate(model: nn.Module, batches: Sequence[Any], sites: Iterable[Site]) -
     twin = evaluating_copy(model)
     for parameter in twin.parameters():
         parameter.requires_grad_(False)
+    for module in twin.modules():
+        if isinstance(module, nn.RNNBase):  # cuDNN differentiates them in train mode only; without dropout that is the same
+            module.training, module.dropout = True, 0.0
     looked_at = [site for site in sites if site.chain is None and site.keep is None]
     try:
         seen = _moments(twin, model, batches, looked_at, gradients=True)
@@ -122,7 +126,7 @@ def _changes_output(model: nn.Module, batch: Any, name: str) -> bool:
         return x + x.std(correction=0) * noise
 
     try:
-        with quiet_run():
+        with quiet_run(), uncompiled():
             before, after = outputs(lambda x: x), outputs(disturbed)
     except (SurgeryError, RuntimeError, ValueError, IndexError, TypeError):
         return True
@@ -156,6 +160,7 @@ def _moments(twin: nn.Module, model: nn.Module, batches: Sequence[Any], sites: S
         for name, moments in seen.items():
             stack.enter_context(_forward_of(twin.get_submodule(name), partial(_note, moments)))
         stack.enter_context(kept_random_states())
+        stack.enter_context(uncompiled())
         stack.enter_context(torch.set_grad_enabled(gradients))
         generator = torch.Generator().manual_seed(SEED)
         for index, batch in enumerate(tracked(batches, "calibrating")):

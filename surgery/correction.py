@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from math import prod, sqrt
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from passes.errors import SurgeryValueError
 from passes.geometry import Geometry, Piece
 from passes.parity import private_inputs, tensors_in
 from passes.refit import refit, rows
-from passes.running import arguments, evaluating_copy, is_out_of_memory, model_errors, quiet_run
+from passes.running import arguments, evaluating_copy, is_out_of_memory, model_errors, quiet_run, random_state, seed_all, uncompiled
 from surgery.inspection import no_longer_runs
 from surgery.lockstep import Enough, OutOfStep, Pass
 from surgery.progress import tracked
@@ -29,7 +30,11 @@ __all__ = ["STAGES", "Refit", "can_be_refitted", "correct"]
 
 LARGEST = 1152  # numbers that a kernel sees, of which the second moments are taken
 HELD = 0.25  # share of the machine's, or the GPU's, memory that networks which are stopped on their way may take
-STAGES = 16  # where that is too little, layers are taken in at most so many groups, in order
+THREADS = 1024  # of the operating system that they may take: each has a pool of its own for what torch computes in parallel
+STAGES = 16  # where one of them is too little, layers are taken in at most so many groups, in order
+SLICE = 2**25  # numbers of what a layer sees that are laid out at once, where a batch has more than one example
+CONTAINER = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # where Linux tells its memory
+SEED = 0  # of every pass: both networks draw the same random numbers, if they draw some
 
 
 def correct(original: nn.Module, model: nn.Module, chains: Mapping[str, str], batches: Sequence[Any]) -> dict[str, float]:
@@ -39,7 +44,8 @@ def correct(original: nn.Module, model: nn.Module, chains: Mapping[str, str], ba
     Later chains are so corrected for what earlier ones have left. Both networks run in eval mode.
 
     All batches go through both networks once, side by side, and stop at every chain until it is corrected: what the rest of the pass needs is held
-    for all of them. Where that is too much memory, passes begin anew for each of up to ``STAGES`` groups of chains.
+    for all of them. Where that is too much memory, or too many threads, or the networks draw random numbers, passes begin anew for each of up to
+    ``STAGES`` groups of chains.
 
     Args:
         original: the network before the cut.
@@ -51,13 +57,13 @@ def correct(original: nn.Module, model: nn.Module, chains: Mapping[str, str], ba
         For each layer that could be corrected |Y - Y'|_F / |Y|_F of its outputs over the batches, with the errors made before it.
 
     Raises:
-        SurgeryValueError: the decomposed network does not run.
+        SurgeryValueError: a network does not run on a batch.
     """
     original, model = (evaluating_copy(network, share_parameters=True) for network in (original, model))  # buffers may count what goes through
-    with quiet_run():
+    with quiet_run(), uncompiled():
         look = partial(_first_pass, list(chains.values()), batches)
         try:
-            calls, needed = look(model)
+            calls, needed, draws = look(model)
         except SurgeryValueError as error:
             if is_out_of_memory(error):
                 raise
@@ -68,7 +74,7 @@ def correct(original: nn.Module, model: nn.Module, chains: Mapping[str, str], ba
         refitted = [name for name, last in chains.items() if last in calls and can_be_refitted(Geometry.of(model.get_submodule(last)))]
         refitted.sort(key=lambda name: list(calls).index(chains[name]))
         ordered = {name: chains[name] for name in refitted}
-        errors = _in_step(original, model, ordered, calls, batches) if 2 * needed <= HELD * _memory(model) else {}
+        errors = {} if draws or not _fit(model, needed, len(batches)) else _in_step(original, model, ordered, calls, batches)
         rest = refitted[len(errors) :]
         size = -(-len(rest) // STAGES) or 1
         for start in range(0, len(rest), size):
@@ -82,7 +88,11 @@ def _in_step(
 ) -> dict[str, float | None]:
     """All chains, or those before the first that some batch does not reach in this order, each with the error that is left."""
     found: dict[str, float | None] = {}
-    pairs = [(Pass(original, chains, batch, outputs=True), Pass(model, chains.values(), batch, outputs=False)) for batch in batches]
+    pairs = []
+    for number, batch in enumerate(batches):
+        told = f"calibration: batch {number}"
+        before, after = Pass(original, chains, batch, outputs=True, argument=told), Pass(model, chains.values(), batch, outputs=False, argument=told)
+        pairs.append((before, after))
     try:
         for name, last in tracked(chains.items(), "correcting", name=itemgetter(0)):
             layer = model.get_submodule(last)
@@ -97,25 +107,45 @@ def _in_step(
                 found |= _correct_together(original, model, {name: last}, calls, batches)
     except OutOfStep:
         pass
+    except (SurgeryValueError, RuntimeError, MemoryError) as error:  # what is held was foretold too low: passes that begin anew hold less
+        if not is_out_of_memory(error):
+            raise
     finally:
         for one in (each for pair in pairs for each in pair):
             one.close()
     return found
 
 
+def _fit(model: nn.Module, needed: float, batches: int) -> bool:
+    """Whether passes of all batches through both networks can be held, in memory and in threads. Each has buffers of its own."""
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    threads = torch.get_num_threads() if _device(model).type == "cpu" else 1
+    return 2 * (needed + batches * buffers) <= HELD * _memory(model) and 2 * batches * threads <= THREADS
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def _memory(model: nn.Module) -> float:
-    """Bytes that the model's device has."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    """Bytes of memory: of a GPU what is not in use, of a machine what it has, or what its container may take."""
+    device = _device(model)
     if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
+        free, _ = torch.cuda.mem_get_info(device)
+        return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        limits = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
     except (AttributeError, ValueError, OSError):  # not on every system
-        return 16 * 2.0**30
+        limits = [16 * 2.0**30]
+    for file in CONTAINER:
+        with suppress(OSError, ValueError):  # it is not there, or says "max"
+            limits.append(float(file.read_text()))
+    return min(limits)
 
 
-def _first_pass(names: Sequence[str], batches: Sequence[Any], model: nn.Module) -> tuple[dict[str, int], float]:
-    """How often each module is called, in the order of the first calls, and the bytes that passes of all batches hold at most, stopped there.
+def _first_pass(names: Sequence[str], batches: Sequence[Any], model: nn.Module) -> tuple[dict[str, int], float, bool]:
+    """How often each module is called, in the order of the first calls, the bytes that passes of all batches hold at most, stopped there, and whether
+    random numbers are drawn on the way.
 
     Learnt from the first batch, on a copy: what it leaves behind in the model would be seen by the passes that are compared.
 
@@ -131,16 +161,21 @@ def _first_pass(names: Sequence[str], batches: Sequence[Any], model: nn.Module) 
         calls[name] = calls.get(name, 0) + 1
         most = max(most, alive.held())
 
+    seed_all(SEED)
+    before = random_state()
     with Storages() as alive, model_errors(model, batches[0], "calibration"):
         _watched(twin, names, note, batches[0])
     sizes = [sum(t.numel() for t in tensors_in(batch)) for batch in batches]
-    return calls, most * sum(sizes) / max(sizes[0], 1)
+    return calls, most * sum(sizes) / max(sizes[0], 1), random_state() != before
 
 
 def _watched(model: nn.Module, names: Iterable[str], note: Callable[..., None], batch: Any) -> None:
-    """One pass of a batch, with ``note(name, module, args, output)`` after each call of the named modules; it may end the pass by ``Enough``."""
+    """One pass of a batch, under one seed, with ``note(name, module, args, output)`` after each call of the named modules; it may end the pass by
+    ``Enough``.
+    """
     handles = [model.get_submodule(name).register_forward_hook(partial(note, name), prepend=True) for name in names]  # before hooks of its own
     args, kwargs = arguments(private_inputs(batch))
+    seed_all(SEED)
     try:
         with suppress(Enough):
             model(*args, **kwargs)
@@ -153,9 +188,10 @@ def _correct_together(
     original: nn.Module, model: nn.Module, stage: Mapping[str, str], calls: Mapping[str, int], batches: Sequence[Any]
 ) -> dict[str, float | None]:
     sums = {name: _sums(model.get_submodule(last)) for name, last in stage.items()}
-    for batch in tracked(batches, "correcting"):
-        wanted = _seen(original, {name: calls[last] for name, last in stage.items()}, batch, outputs=True)
-        given = _seen(model, {last: calls[last] for last in stage.values()}, batch, outputs=False)
+    for number, batch in enumerate(tracked(batches, "correcting")):
+        with model_errors(model, batch, f"calibration: batch {number}"):
+            wanted = _seen(original, {name: calls[last] for name, last in stage.items()}, batch, outputs=True)
+            given = _seen(model, {last: calls[last] for last in stage.values()}, batch, outputs=False)
         for name, last in stage.items():
             for x, y in zip(given[last], wanted[name], strict=False):
                 sums[name].add(x, y)
@@ -196,6 +232,10 @@ class Refit:
     def add(self, x: Tensor, y: Tensor) -> None:
         """Rows that the layer sees, and those wanted of it; where what goes into a layer hangs on numbers there may be another count of them."""
         g = self.piece.geometry
+        if g.dims and x.ndim == y.ndim == g.dims + 2 and len(x) == len(y) > 1 and x.numel() * prod(g.kernel) > SLICE * prod(g.stride):
+            for a, b in zip(x.tensor_split(2), y.tensor_split(2), strict=True):
+                self.add(a, b)
+            return
         given = rows(x if self.patches is None else self.patches(x), g.dims, g.groups)
         given = torch.cat([given, given.new_ones(*given.shape[:2], 1)], 2)
         wanted = rows(y, g.dims, g.groups)

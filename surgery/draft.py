@@ -27,7 +27,7 @@ from surgery.progress import tracked
 from surgery.ranks.asked import as_answered, as_asked, no_gain
 from surgery.ranks.budget import Budget, Totals
 from surgery.ranks.request import Named, Names, as_names, parse_ranks
-from surgery.ranks.rules import Rule
+from surgery.ranks.rules import Energy, Evbmf, Fraction, Rule, Stable
 
 if TYPE_CHECKING:
     from surgery.calibration import Calibration
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["Draft", "check_answerable"]
 
 NOTHING = Totals()
+OF_SPECTRA = (Energy, Evbmf, Fraction, Stable)  # rules of one's own may answer without
+NO_SPECTRA = 'method: {!r} has no spectra that a rank rule could look at; give its ranks by name, for example ranks={{"re:.*conv.*": 16}}'
 
 
 class Draft(Mapping[str, Decision]):
@@ -163,20 +165,28 @@ class Draft(Mapping[str, Decision]):
             return Keep("not in the plan" if self._replay else "not named")
         if callable(named.value):
             self._own[site.name] = named.value
-            return self._ruled_out(site, named)
+            ruled_out = self._ruled_out(site, named)
+            if ruled_out is None and isinstance(named.value, OF_SPECTRA) and not self._kind(site).has_spectra:
+                raise SurgeryValueError(NO_SPECTRA.format(self._options.method))
+            return ruled_out
         return as_asked(site, self._kind(site), named)
+
+    @property
+    def _naming(self) -> str:
+        """The argument that names single layers."""
+        return "include" if self._table is None else "ranks"
 
     def _ruled_out(self, site: Site, included: Named | None) -> Keep | None:
         """Why a rule is not asked about this site, or None where it is."""
         if site.keep is not None:
             if included is not None and included.exact:
-                raise SurgeryValueError(f"{'include' if self._table is None else 'ranks'}: {included.key!r} cannot be cut: {site.keep}")
+                raise SurgeryValueError(f"{self._naming}: {included.key!r} cannot be cut: {site.keep}")
             return Keep(site.keep)
         if site.geometry.is_linear and included is None and self._options.method != "svd":
             return Keep("linear layers are cut only where they are named")
         reason = self._kind(site).refuses(site.geometry)
         if reason is not None and included is not None and included.exact:
-            raise SurgeryValueError(f"include: {included.key!r} cannot be cut: {reason}")
+            raise SurgeryValueError(f"{self._naming}: {included.key!r} cannot be cut: {reason}")
         if reason is None and all(each.calls == () for each in (site, *site.others)):
             reason = "the example inputs do not reach it"
         return None if reason is None else Keep(reason)
@@ -297,9 +307,7 @@ def check_answerable(request: Any, method: str, *, inputs: bool) -> None:
     if isinstance(request, Mapping):  # a plan too
         return
     if method != AUTO and not kind_named(method).has_spectra:
-        raise SurgeryValueError(
-            f'method: {method!r} has no spectra that a rank rule could look at; give its ranks by name, for example ranks={{"re:.*conv.*": 16}}'
-        )
+        raise SurgeryValueError(NO_SPECTRA.format(method))
     if not inputs and isinstance(request, Budget) and (request.macs is not None or request.latency is not None):
         lacking = "there is nothing to time" if request.latency is not None else "MACs are not known"
         raise SurgeryValueError(f"ranks: {request} needs example_inputs: without them {lacking}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.parity import private_inputs, tensors_in
-from passes.running import arguments, private_copy
+from passes.running import arguments, model_errors, private_copy
 
 __all__ = ["Enough", "OutOfStep", "Pass"]
 
@@ -26,7 +26,7 @@ class Enough(BaseException):
 
 
 class OutOfStep(Exception):
-    """A pass meets its modules in another order than it is asked for them."""
+    """A pass meets its modules in another order than it is asked for them, or cannot be stopped and held."""
 
 
 class Pass:
@@ -38,9 +38,11 @@ class Pass:
         names: of the modules.
         batch: as for ``passes.running.run``.
         outputs: stop after the call with what it gives, instead of before it with what it gets.
+        argument: what errors of the network call the batch.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str], batch: Any, *, outputs: bool) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str], batch: Any, *, outputs: bool, argument: str = "batch") -> None:
+        self._argument = argument
         self._ahead = set(names)
         self._at: tuple[str, Tensor | None] | None = None
         self._error: BaseException | None = None
@@ -59,12 +61,15 @@ class Pass:
 
         Raises:
             OutOfStep: another of the modules comes first, or this one was passed.
-            Exception: whatever the network raises.
+            SurgeryValueError: the network fails.
         """
         if self._ended:
             return None
         if self._thread.ident is None:
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:  # the system gives no more
+                raise OutOfStep from error
         self._go.release()
         self._stopped.acquire()
         if self._error is not None:
@@ -82,6 +87,7 @@ class Pass:
         self._go.release()
         if self._thread.ident is not None:
             self._thread.join()
+        self._error = None  # whose traceback holds all that the pass held
 
     def _run(self, model: nn.Module, batch: Any, contexts: Iterable[AbstractContextManager[Any]]) -> None:
         self._go.acquire()
@@ -91,7 +97,8 @@ class Pass:
                     stack.enter_context(context)
                 args, kwargs = arguments(private_inputs(batch))
                 if not self._closing:
-                    model(*args, **kwargs)
+                    with model_errors(model, batch, self._argument):
+                        model(*args, **kwargs)
         except Enough:
             pass
         except BaseException as error:  # it is the caller's

@@ -18,6 +18,7 @@ from passes.running import arguments, evaluating_copy, first_line, kept_random_s
 
 __all__ = ["Refine", "distance", "outputs_on", "refine"]
 
+SEED = 0  # of the first batch: what a network draws for a batch is the same in every run of it
 SHORTER = 0.3  # what becomes of the rate after an epoch that did not help
 NARROW = (torch.float16, torch.bfloat16)  # in which steps are lost to rounding, and Adam's squares are nothing
 
@@ -70,7 +71,6 @@ def refine(
     grads = {p: p.grad for p in model.parameters()}
     chosen = set(map(id, parameters))
     with kept_random_states():
-        seed_all(0)
         try:
             original.eval()
             model.eval()
@@ -108,13 +108,14 @@ def _descend(
     best, kept = distance(resting, batches, targets), [p.detach().clone() for p in parameters]
     wide = [p.detach().float() if p.dtype in NARROW else p for p in parameters]  # what is stepped
     optimizer, rate = torch.optim.Adam([{"params": [w]} for w in wide]), how.rate
+    order = torch.Generator().manual_seed(SEED)
     larger = float(sum(t.numel() for t in itertools.chain(*targets))) if any(p.dtype == torch.float16 for p in parameters) else 1.0
     for epoch in range(how.epochs):
         falling = (1 + cos(pi * epoch / how.epochs)) / 2
         for group, size in zip(optimizer.param_groups, sizes, strict=True):
             group["lr"] = rate * falling * size
-        for index in torch.randperm(len(batches)).tolist():
-            loss = _loss(_outputs(model, batches[index]), targets[index], scales) * len(batches)
+        for index in torch.randperm(len(batches), generator=order, device="cpu").tolist():
+            loss = _loss(_outputs(model, batches[index], index), targets[index], scales) * len(batches)
             optimizer.zero_grad()
             (loss * larger).backward()  # type: ignore[no-untyped-call] # Adam does not mind; in float16 derivatives of the loss itself would be 0
             for w, p in zip(wide, parameters, strict=True):
@@ -145,22 +146,25 @@ def _copy_to(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 def outputs_on(model: nn.Module, batches: Sequence[Any]) -> list[list[Tensor]]:
     """All floating-point tensors that the model, which is in eval mode, gives for each batch."""
     model = evaluating_copy(model, share_parameters=True)  # which begins in the state that the model is in, and leaves it there
-    with torch.no_grad():
-        return [[t.detach() for t in _outputs(model, batch)] for batch in batches]
+    with kept_random_states(), torch.no_grad():
+        return [[t.detach() for t in _outputs(model, batch, number)] for number, batch in enumerate(batches)]
 
 
 def distance(model: nn.Module, batches: Sequence[Any], targets: Sequence[Sequence[Tensor]]) -> float:
     """The squared distance of the outputs of the model, in eval mode, from targets as ``outputs_on`` gives them, relative to their squares."""
     scales, model = _scales(targets), evaluating_copy(model, share_parameters=True)
-    with torch.no_grad():
-        return sum(float(_loss(_outputs(model, batch), target, scales)) for batch, target in zip(batches, targets, strict=True))
+    with kept_random_states(), torch.no_grad():
+        pairs = enumerate(zip(batches, targets, strict=True))
+        return sum(float(_loss(_outputs(model, batch, number), target, scales)) for number, (batch, target) in pairs)
 
 
 def _scales(targets: Sequence[Sequence[Tensor]]) -> list[float]:
     return [sum(float(target[i].double().square().sum()) for target in targets) or 1.0 for i in range(len(targets[0]))]
 
 
-def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+def _outputs(model: nn.Module, batch: Any, number: int) -> list[Tensor]:
+    """What the model gives for a batch, under the seed of its number; to be used inside of ``kept_random_states``."""
+    seed_all(SEED + number)
     args, kwargs = arguments(private_inputs(batch))
     return [t for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point()]
 

@@ -53,6 +53,9 @@ class LayerReport:
         output_error: |Y - Y'|_F / |Y|_F of its outputs on the calibration batches, with the errors of the layers before it, just after its chain was
             corrected; None without calibration.
         params_before: of the original module; more than a weight and a bias where its weight was computed from others.
+        params_after: of what stands there now.
+        macs_before: of the original module's calls.
+        macs_after: of the calls of what stands there now.
         compression: weights before over weights after (Elhoushi et al. 2019, equation 10), 1 for a kept layer.
         speedup: MACs before over MACs after (equation 11), 1 for a kept layer, None where MACs are not known.
         calls: calls in one forward pass of the example inputs.
@@ -86,9 +89,9 @@ class Report:
     """All layers in the model's order, the totals of the network (every parameter once, attention's MACs included), and the passes that ran.
 
     ``functions`` are convolutions and linear maps that are no layers: called as functions with weights of their own or computed ones, they are
-    never cut. They are known where example inputs were given. ``latency`` is what a latency budget came to. ``flow`` is how layers hang together,
-    ``tradeoff`` the least error at every budget that cuts of the original network could have had, and ``benchmark`` the times that were measured of
-    the network and its layers, where ``report`` was asked for them.
+    never cut. They are known where example inputs were given. ``calibrated`` is the number of examples of the calibration, 0 without. ``latency``
+    is what a latency budget came to. ``flow`` is how layers hang together, ``tradeoff`` the least error at every budget that cuts of the original
+    network could have had, and ``benchmark`` the times that were measured of the network and its layers, where ``report`` was asked for them.
     """
 
     layers: tuple[LayerReport, ...]

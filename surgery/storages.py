@@ -20,6 +20,8 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         most: bytes that were alive at once, at most, after an operator.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.most = 0

@@ -146,7 +146,7 @@ def summary_table(report: Report) -> RenderableType:
         (
             row.name or "(the model)",
             row.layer,
-            str(row.calls),
+            "-" if row.calls is None else str(row.calls),
             "x".join(map(str, row.output_shape or ())),
             count(row.params_after),
             count(row.macs_after),

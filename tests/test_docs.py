@@ -23,6 +23,7 @@ from tests.passes import test_cleanup, test_kinds, test_passes
 from tests.surgery import test_methods
 
 DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "api.md")]
+BENCHMARKS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("benchmarks/**/README.md"))
 EXTENDING = "docs/extending.md"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -84,7 +85,7 @@ def headings(document):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md", "CHANGELOG.md", *BENCHMARKS])
 def test_links_lead_somewhere(document):
     for link in LINK.findall(BLOCK.sub("", text_of(document))):
         if "://" in link:

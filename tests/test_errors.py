@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import re
 import shlex
@@ -51,14 +52,16 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def state(names) -> list[object]:
-    """Everything that must stay: the models to the bit, their classes and modes, the optimizer, the number of threads."""
+    """Everything that must stay: the models to the bit, their classes and modes, the optimizer with its state, the number of threads."""
     found: list[object] = [torch.get_num_threads()]
     for name in ("model", "other"):
         model = names[name]
         found += [(key, id(value), value.tolist()) for key, value in model.state_dict(keep_vars=True).items()]
         found += [(key, type(module), module.training, len(module._forward_hooks)) for key, module in model.named_modules()]
         found.append(sorted(vars(model)))
-    return [*found, [[id(p) for p in group["params"]] for group in names["sgd"].param_groups]]
+    sgd = names["sgd"]
+    found += [{key: [id(p) for p in value] if key == "params" else value for key, value in group.items()} for group in sgd.param_groups]
+    return [*found, [(id(parameter), parameter_state["momentum_buffer"].tolist()) for parameter, parameter_state in sgd.state.items()]]
 
 
 def command(code: str) -> tuple[str, str]:
@@ -102,3 +105,24 @@ def test_the_page_has_what_it_claims():
     assert len(set(rows())) == len(rows())
     kinds = {"ParityError", "OSError", "FileNotFoundError", "IsADirectoryError", "exit 1", "exit 2"}
     assert {row[2] for row in rows()} <= {name for name in dir(surgery) if name.endswith("Error") or name == "MissingExtra"} | kinds
+
+
+FIXED = {
+    "decompose": "model ranks example_inputs method include exclude guard round_to calibration refine optimizer device inplace progress",
+    "reconstruct": "model foreign example_inputs optimizer inplace",
+    "load": "path fresh_model",
+    "save": "model path",
+    "export_onnx": "model path example_inputs check dynamic_batch opset",
+    "benchmark": "before after example_inputs runtimes",
+    "DecompositionSchedule": "decompose_at reconstruct_at ranks",
+    "trace": "model example_inputs",
+    "capture": "model example_inputs",
+}
+BASES = {"SurgeryValueError": ValueError, "SurgeryTypeError": TypeError, "ParityError": RuntimeError, "MissingExtra": ImportError}
+
+
+def test_what_others_have_written_down_stays():
+    for name, parameters in FIXED.items():
+        assert set(parameters.split()) <= set(inspect.signature(getattr(surgery, name)).parameters), name
+    for name, base in BASES.items():
+        assert {base, surgery.SurgeryError} <= set(getattr(surgery, name).__mro__), name

@@ -40,6 +40,15 @@ def test_ship(tmp_path, capsys):
     assert "onnxruntime" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"\x93NUMPY", {"weight": torch.ones(2)}], ids=["numpy", "weights"])
+def test_ship_says_what_inputs_are(content, tmp_path, capsys):
+    file = tmp_path / "inputs"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    assert run("ship", *SMALL, "--inputs", file, "--out", tmp_path / "out") == 1
+    assert re.search(r"^error: --inputs: .*(was not written by torch\.save|holds no tensor but dict)$", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
 def test_train(capsys):
     assert run("train", "--epochs", 3, "--batches", 6, "--cut-at", 1, "--fuse-at", 2) == 0
     told = capsys.readouterr().out
@@ -70,6 +79,11 @@ def test_plan(tmp_path, capsys):
     assert all(float(auto) <= float(tucker) for tucker, auto in rows)
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert surgery.Plan.load(tmp_path / "plan.json")
+    for wrong in (["--picture", tmp_path / "curves.none"], ["--out", tmp_path / "none" / "plan.json"]):
+        assert run("plan", *SMALL, *wrong) == 1
+        told = capsys.readouterr()
+        assert told.out == ""  # before any work
+        assert told.err.startswith("error: ")
 
 
 @pytest.mark.parametrize("error", [0.3, 0.6])

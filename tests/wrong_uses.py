@@ -77,8 +77,12 @@ def cut(file: str, share: float = 0.5) -> None:
 def scope() -> Mapping[str, Any]:
     """The names that the code may use, made anew for each use."""
     model = Small().eval()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(2, 3, 12, 12)).sum().backward()
+    sgd.step()  # so that it has a state that an error could spoil
+    sgd.zero_grad()
     names = {"torch": torch, "nn": nn, "surgery": surgery, "copy": copy, "Path": Path, "make": make, "load_weights": load_weights, "Small": Small}
-    names |= {"model": model, "images": torch.randn(2, 3, 12, 12), "other": Small(), "sgd": torch.optim.SGD(model.parameters(), lr=0.1)}
+    names |= {"model": model, "images": torch.randn(2, 3, 12, 12), "other": Small(), "sgd": sgd}
     for helper in (network, spoilt, holding_itself, quantized, broken_loader, used_up, rewrite, edit, cut):
         names[helper.__name__] = helper
     return names

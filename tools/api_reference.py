@@ -19,10 +19,20 @@ from typing import Any
 
 import passes
 import surgery
+from passes.geometry import Geometry, Piece
+from passes.kind import Kind
+from passes.linalg import Spectrum
+from passes.site import Site
+from surgery.alternatives import Alternative, Tradeoff, TradeoffRow
+from surgery.benchmarking.result import LayerResult, RuntimeResult
+from surgery.cost.outcome import LatencyOutcome
+from surgery.plan import Change
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 WIDTH = 120
 MODULES: tuple[ModuleType, ...] = (surgery, surgery.ranks, passes)
+HANDED = (Site, Geometry, Spectrum, Kind, Piece, Change, Tradeoff, TradeoffRow, Alternative, RuntimeResult, LayerResult, LatencyOutcome)
+"""What public functions give, and what rules, kinds and passes of one's own are given."""
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Source|Sources):(?: (.*))?$")
 INTRODUCTION = """# API reference
 
@@ -39,6 +49,8 @@ def reference() -> str:
         parts.append(f"## {module.__name__}\n\n{prose(first_paragraph(module))}\n")
         items = [(name, getattr(module, name)) for name in module.__all__ if not name.startswith("__")]
         parts += [entry(f"{module.__name__}.{name}", item) for name, item in items if not isinstance(item, ModuleType)]
+    parts.append("## What they give and are given\n\nPublic functions answer with these, and rules, kinds and passes of one's own are given them.\n")
+    parts += [entry(f"{item.__module__}.{item.__name__}", item) for item in HANDED]
     return "\n".join(parts)
 
 

@@ -5,7 +5,7 @@
     python tools/export_onnx.py surgery:resnet20 out.onnx --ranks evbmf
     python tools/export_onnx.py package.module:factory out.onnx --weights weights.pt --input-shape 1,3,64,64
 
-The batch dimension is open unless ``--fixed-batch`` is given. Exit code 1 and no file left when the export or its check fails.
+The batch dimension is open unless ``--fixed-batch`` is given. Exit code 1 and no file left when the export or its check fails, 2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import surgery
-from surgery.cli import add_model_arguments, export_to, guarded, open_model, parse_ranks_text
+from surgery.cli import add_model_arguments, check_file, export_to, guarded, open_model, parse_ranks_text
 
 
 def main() -> int:
@@ -27,10 +27,11 @@ def main() -> int:
     parser.add_argument("--opset", type=int, help="ONNX operator set")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args()
+    if options.out.suffix != ".onnx":
+        parser.error(f"OUT {str(options.out)!r}: the name must end in .onnx")
 
     def run() -> None:
-        if options.out.suffix != ".onnx":
-            raise surgery.SurgeryValueError(f"OUT {str(options.out)!r}: the name must end in .onnx")
+        check_file("OUT", options.out)  # before minutes are spent on a model
         model, inputs = open_model(options)
         if options.ranks is not None:
             model = surgery.decompose(model, options.ranks, example_inputs=inputs, progress=True)

@@ -12,7 +12,7 @@ fail() { echo "error: $*" >&2; exit 1; }
 command -v "$PYTHON" >/dev/null || fail "no $PYTHON on the PATH; set PYTHON to a Python 3.11 or later"
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$("$PYTHON" --version) is too old; set PYTHON to a Python 3.11 or later"
 
-if [ ! -x "$VENV/bin/python" ]; then
+if [ ! -x "$VENV/bin/pip" ]; then # also one that was begun and has no pip yet
     "$PYTHON" -m venv "$VENV" || fail "could not make a virtual environment; on Debian and Ubuntu install python3-venv"
 fi
 

@@ -15,7 +15,7 @@ import torch
 
 from surgery import SurgeryValueError
 
-__all__ = ["PLAN", "REPORT", "folder_of", "machines", "nearest_before", "read_log", "read_run", "write_checkpoint", "write_run"]
+__all__ = ["PLAN", "REPORT", "check_run", "folder_of", "machines", "nearest_before", "read_log", "read_run", "write_checkpoint", "write_run"]
 
 LAST = "last.pt"
 LOG = "log.jsonl"
@@ -47,12 +47,25 @@ def _saved(folder: Path, facts: Mapping[str, Any], file: str = LAST) -> dict[str
     if not (folder / file).exists():
         return None
     state: dict[str, Any] = torch.load(folder / file, map_location="cpu", weights_only=True)
-    known = state["facts"]  # without those that were not yet noted when it was written
-    other = {name: (known[name], value) for name, value in facts.items() if name in known and known[name] != value}
+    _check_same(folder, state["facts"], facts)
+    return state
+
+
+def _check_same(folder: Path, known: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    other = {name: (known[name], value) for name, value in facts.items() if name in known and known[name] != value}  # some were not noted once
     if other:
         told = ", ".join(f"{name} {before!r}, not {now!r}" for name, (before, now) in other.items())
         raise SurgeryValueError(f"{folder}: holds a run with {told}; give another --label or --out, or remove it")
-    return state
+
+
+def check_run(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse a folder in which there is a run that was made in another way, be it over or not.
+
+    Raises:
+        SurgeryValueError: it was.
+    """
+    if (folder / RUN).exists():
+        _check_same(folder, read_run(folder), facts)
 
 
 def nearest_before(folder: Path, facts: Mapping[str, Any], epoch: float) -> dict[str, Any] | None:

@@ -74,6 +74,8 @@ def train(options: argparse.Namespace, pictures: Pictures) -> None:
         scenario.check(options.epochs)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    for scenario in scenarios:  # options of the cut that mean nothing are refused here
+        recipes(options)[0].schedule(scenario, pictures)
     for recipe in recipes(options):
         run_all(recipe, scenarios, pictures, options.out, label=options.label, keep_every=options.keep_every)
 

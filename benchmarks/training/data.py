@@ -69,8 +69,7 @@ class InMemory:
         if not (root / cifar10.FOLDER).is_dir():
             raise SurgeryValueError(f"data: {root} holds no {cifar10.FOLDER}, the official files of CIFAR-10")
         pixels, labels = cifar10.read_pixels(root, cifar10.TRAIN_FILES)
-        if subset is not None and not batch <= subset <= len(labels):
-            raise SurgeryValueError(f"subset: expected one batch ({batch}) to all of the {len(labels)} pictures, got {subset}")
+        _check_subset(subset, batch, len(labels))
         test_pixels, test_labels = cifar10.read_pixels(root, cifar10.TEST_FILES)
         p = cls.PAD
         padded = torch.nn.functional.pad(pixels[:subset].permute(0, 2, 3, 1), (0, 0, p, p, p, p))
@@ -104,6 +103,11 @@ class InMemory:
         return _normalised(self.padded[index[:, None, None], (top[:, None] + rows)[:, :, None], columns[:, None, :]])
 
 
+def _check_subset(subset: int | None, batch: int, pictures: int) -> None:
+    if subset is not None and not batch <= subset <= pictures:
+        raise SurgeryValueError(f"subset: expected one batch ({batch}) to all of the {pictures} pictures, got {subset}")
+
+
 def _normalised(pixels: Tensor) -> Tensor:
     """uint8 (N, H, W, 3) to float32 (N, 3, H, W), channels last."""
     mean, std = (255 * torch.tensor(v, device=pixels.device) for v in (cifar10.MEAN, cifar10.STD))
@@ -125,7 +129,8 @@ class Folder:
         subset: so many training pictures, drawn once; all where None.
 
     Raises:
-        SurgeryValueError: a part is not there or has no classes, a class has no pictures, or ``val`` has one that ``train`` has not.
+        SurgeryValueError: a part is not there or has no classes, a class has no pictures, ``val`` has one that ``train`` has not, or ``subset`` is
+            less than a batch or more than there is.
     """
 
     root: Path
@@ -146,6 +151,7 @@ class Folder:
 
         self._val = self._listed("val", [transforms.Resize(self.size * 8 // 7), transforms.CenterCrop(self.size)])
         self._train = self._listed("train", [transforms.RandomResizedCrop(self.size), transforms.RandomHorizontalFlip()])
+        _check_subset(self.subset, self.batch, len(self._train))
         numbers = self._train.class_to_idx
         unknown = [name for name in self._val.classes if name not in numbers]
         if unknown:

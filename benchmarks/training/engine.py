@@ -17,7 +17,7 @@ from torch.nn import functional
 import surgery
 from surgery.benchmark import environment
 from surgery.cost import count_macs
-from training.checkpoint import PLAN, REPORT, folder_of, machines, nearest_before, write_checkpoint, write_run
+from training.checkpoint import PLAN, REPORT, folder_of, machines, nearest_before, read_log, write_checkpoint, write_run
 from training.data import Pictures
 from training.memory import keep_memory
 from training.recipe import Recipe, fresh_network
@@ -72,6 +72,8 @@ def run(
     begun, state = _beginning(recipe, scenario, pictures, runs, label)
     if state is not None:
         trainer.load(state)
+    if begun == folder and len(read_log(folder)) < trainer.epoch:  # it was stopped between the two
+        write_checkpoint(folder, trainer.state(), keep)
     last = scenario.length(recipe.epochs)
     end = last if until is None else min(until, last)
     if trainer.epoch < end:  # a machine that trains nothing of a run is none of its machines

@@ -45,6 +45,8 @@ class Scenario:
         cut, deeper, back, tune = (None if found[name] is None else int(found[name]) for name in ("cut", "deeper", "back", "tune"))
         if cut is not None and deeper is not None and deeper <= cut:
             raise SurgeryValueError(f"scenario {text!r}: it must be cut deeper after it was decomposed")
+        if tune == 0:
+            raise SurgeryValueError(f"scenario {text!r}: at least one epoch of fine-tuning is needed")
         last = cut if deeper is None else deeper
         if last is not None and back is not None and back <= last:
             raise SurgeryValueError(f"scenario {text!r}: it must be reconstructed after it was decomposed")

@@ -69,9 +69,9 @@ def compare_modules(
         networks = [conditions.network(model) for model in models]
         _check_alike(networks, conditions.cast(example_inputs))
         ways = [(inputs, runtime) for inputs in conditions.inputs(example_inputs) for runtime in chosen]
+        told = layer_results(networks[0], networks[1], conditions.cast(example_inputs), runtimes) if layers else ()  # first: it may find no layer
         rows = tuple(_row(runtime, networks, inputs, sampling) for inputs, runtime in tracked(ways, "timing in", name=lambda way: way[1].name))
         macs = [_macs(network, conditions.cast(example_inputs)) for network in networks]
-        told = layer_results(networks[0], networks[1], conditions.cast(example_inputs), runtimes) if layers else ()
         used = torch.get_num_threads()
     return Benchmark(
         rows=rows,

@@ -47,7 +47,7 @@ def layer_results(before: nn.Module, after: nn.Module, example_inputs: Any, runt
     pairs = _pairs(before, after, example_inputs)
     if not pairs:
         raise SurgeryValueError("layers: no layer of the first network is another in the second under the same name; there is nothing to compare")
-    device = next((str(t.device) for t in tensors_in(example_inputs)), "cpu")
+    device = next((str(t.device) for t in (*before.parameters(), *tensors_in(example_inputs))), "cpu")
     found: list[LayerResult] = []
     for runtime in dict.fromkeys(runtimes):
         shapes = {name: (_shapes(old, old, runtime), _shapes(new, old, runtime)) for name, (old, new) in pairs.items()}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from passes.errors import SurgeryError
 from passes.parity import tensors_in
 from surgery.benchmarking.ready import Ready
 
@@ -39,7 +40,11 @@ def onnxruntime_file(file: Path, feed: Mapping[str, Tensor]) -> Ready:
     """An ONNX file in onnxruntime, with torch's number of threads; inputs by name."""
     from surgery.export.onnx import onnx_session, session_call
 
-    return Ready(session_call(onnx_session(file, torch.get_num_threads()), feed), file_bytes=size_of(file))
+    try:
+        call = session_call(onnx_session(file, torch.get_num_threads()), feed)
+    except SurgeryError as error:
+        raise SurgeryError(f"{file.name}: {error}") from error.__cause__
+    return Ready(call, file_bytes=size_of(file))
 
 
 def openvino_file(file: Path, feed: Mapping[str, Tensor]) -> Ready:

@@ -11,11 +11,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 import surgery
+from passes.running import first_line, is_out_of_memory, shorten
 from surgery.cli import bench, decompose, export, plan, profile, summary
 from surgery.cli.arguments import add_model_arguments, open_model, parse_ranks_text
 from surgery.cli.export import export_to
+from surgery.cli.targets import check_file
 
-__all__ = ["add_model_arguments", "export_to", "guarded", "main", "open_model", "parse_ranks_text"]
+__all__ = ["add_model_arguments", "check_file", "export_to", "guarded", "main", "open_model", "parse_ranks_text"]
 
 COMMANDS = (summary, plan, decompose, export, bench, profile)
 
@@ -42,6 +44,11 @@ def guarded(action: Callable[[], None]) -> int:
         return 0
     except (surgery.SurgeryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: not enough memory: {shorten(first_line(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

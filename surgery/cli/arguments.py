@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from surgery.benchmark import Benchmark
 
 __all__ = [
+    "MOST",
     "Commands",
     "add_command",
     "add_model_arguments",
@@ -38,6 +40,8 @@ __all__ = [
     "show_report",
     "timed_names",
 ]
+
+MOST = 2**40  # numbers that an input may hold: no memory does
 
 RULES = ("evbmf", "energy", "stable", "budget")  # that may have options after a colon
 Commands = Any
@@ -207,7 +211,7 @@ def shape(text: str) -> tuple[int, ...]:
         found = tuple(int(part) for part in text.replace("x", ",").split(","))
     except ValueError:
         found = ()
-    if not found or min(found) < 1:
+    if not found or min(found) < 1 or math.prod(found) > MOST:
         raise argparse.ArgumentTypeError(f"expected positive numbers such as 1,3,224,224, got {text!r}")
     return found
 

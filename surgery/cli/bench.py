@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import surgery
-from surgery.cli.arguments import Commands, add_command, add_rank_arguments, is_onnx_file, open_model, rank_options, runtime_names, shape, show
+from surgery.cli.arguments import MOST, Commands, add_command, add_rank_arguments, is_onnx_file, open_model, rank_options, runtime_names, shape, show
 from surgery.cli.batches import add_calibration_argument, calibration_of
 
 if TYPE_CHECKING:
@@ -106,6 +106,6 @@ def _check_conditions(options: argparse.Namespace) -> None:
 def size(text: str) -> tuple[str, int]:
     """Reads ``NAME=N``."""
     name, _, number = text.rpartition("=")
-    if not name or not number.isdigit() or int(number) < 1:
+    if not name or not number.isdecimal() or not 1 <= int(number) <= MOST:
         raise argparse.ArgumentTypeError(f"expected the name of a dimension and its size, such as batch=1, got {text!r}")
     return name, int(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,9 +53,13 @@ def _before(options: argparse.Namespace, model: nn.Module) -> nn.Module | None:
     from surgery.record import read_record
     from surgery.zoo import is_registered, make
 
-    if options.before is not None:
-        return make(options.before, options.architecture if Path(options.before).is_dir() else None)[0]
     found, record = surgery.report(model), read_record(model)
+    if options.before is not None:
+        named = make(options.before, options.architecture if Path(options.before).is_dir() else None)[0]
+        if not is_original(named, model, found):
+            told = "its weights are not those that this network was cut from, or it was trained since; the trade-off is theirs"
+            print(f"--before {options.before}: {told}", file=sys.stderr)
+        return named
     if all(row.status == "kept" for row in found.layers):
         return surgery.reconstruct(model)
     recorded = record.architecture if record is not None else None

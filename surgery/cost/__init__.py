@@ -12,6 +12,7 @@ import torch
 from passes.factorization import Factorization
 from passes.geometry import Geometry, PieceShape
 from passes.kinds import kind_of
+from passes.running import uncompiled
 from passes.site import Call, Site
 
 __all__ = [
@@ -120,7 +121,7 @@ def count_macs() -> Iterator[MacCounter]:
     mode = FlopCounterMode(display=False, custom_mapping=_unknown_to_torch())
     mode.mod_tracker = _OneModule()  # type: ignore[assignment]
     try:
-        with mode:
+        with mode, uncompiled():
             yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

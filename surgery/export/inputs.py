@@ -75,7 +75,7 @@ class Openings:
 
     Attributes:
         dims: for each input tensor the names of its open dimensions, by index.
-        exported: shapes to export with: an open batch has at least two entries, since torch takes a dimension of one for fixed.
+        exported: shapes to export with: what is open has at least two entries, since torch takes a dimension of one for fixed.
         checked: shapes to check with, two sets of them where something is open.
     """
 
@@ -96,9 +96,12 @@ def filled(structure: Any, items: Iterator[Any], rest: Callable[[Any], Any] = la
         values = {key: filled(value, items, rest) for key, value in structure.items()}
         if type(structure) is dict:
             return values
-        made: Any = copy.copy(structure)
-        for key, value in values.items():
-            made[key] = value
+        try:  # a shallow copy may keep its entries in the same place
+            made: Any = copy.deepcopy(structure, {id(t): t for t in tensors_in(structure)})
+            for key, value in values.items():
+                made[key] = value
+        except TypeError as error:
+            raise _cannot_be_made(structure) from error
         return made
     if isinstance(structure, list | tuple):
         entries = [filled(value, items, rest) for value in structure]
@@ -109,11 +112,15 @@ def filled(structure: Any, items: Iterator[Any], rest: Callable[[Any], Any] = la
             object.__setattr__(made, field.name, filled(getattr(structure, field.name), items, rest))
         return made
     if any(True for _ in tensors_in(structure)):
-        raise SurgeryTypeError(
-            f"example_inputs: a {type(structure).__name__} holds tensors; a file takes tensors in tuples, lists, mappings and dataclasses, so wrap "
-            "the model in one that makes it from these"
-        )
+        raise _cannot_be_made(structure)
     return rest(structure)
+
+
+def _cannot_be_made(structure: Any) -> SurgeryTypeError:
+    return SurgeryTypeError(
+        f"example_inputs: a {type(structure).__name__} holds tensors; a file takes tensors in tuples, lists, mappings that can be changed and "
+        "dataclasses, so wrap the model in one that makes it from these"
+    )
 
 
 def only_tensors(structure: Any) -> bool:
@@ -225,13 +232,15 @@ def openings(network: nn.Module, example_inputs: Any, names: Sequence[str], *, d
     exported, other_batch = shapes, shapes
     if dynamic_batch:
         exported, other_batch = _open_batch(network, example_inputs, dims)
-    other = exported
+    other = seen = exported
     if dynamic_size:
         candidates = _named(dynamic_size, names, shapes) if isinstance(dynamic_size, Mapping) else [list(range(2, len(s))) for s in shapes]
         other = _open_sizes(network, example_inputs, exported, candidates, names, dims, exact=isinstance(dynamic_size, Mapping))
+        if any(shape[index] < 2 for shape, open_dims in zip(exported, dims, strict=True) for index in open_dims):
+            exported = other
     if dynamic_batch:
         last = tuple(tuple(a if i == 0 and 0 in d else b for i, (a, b) in enumerate(zip(*s))) for s, d in zip(zip(other_batch, other), dims))
-        three = tuple((3, *shape[1:]) if 0 in open_dims else shape for shape, open_dims in zip(exported, dims, strict=True))
+        three = tuple((3, *shape[1:]) if 0 in open_dims else shape for shape, open_dims in zip(seen, dims, strict=True))
         return Openings(dims=dims, exported=exported, checked=(three, last))
     return Openings(dims=dims, exported=exported, checked=(shapes, other) if dynamic_size else (shapes,))
 

@@ -26,6 +26,7 @@ __all__ = ["Exporter", "check_exporter", "export_onnx", "onnx_session", "run_ses
 Exporter = Literal["auto", "dynamo", "torchscript"]
 
 NO_KERNEL = ("NOT_IMPLEMENTED", "Type Error")  # how onnxruntime says that it cannot compute in a dtype
+UNCHECKED = "check=False writes it unchecked"
 OLDEST_OPSET = 7  # that torch writes
 BRANCH = "GuardOnDataDependentSymNode"  # how torch.export says that the network's way depends on numbers
 
@@ -70,6 +71,7 @@ def export_onnx(
     _check_opset(opset)
     job = prepare(model, path, example_inputs, check=check, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
     check_exporter(exporter, "ONNX export", "export")
+    _check_ending(Path(path))
     if check:
         need("onnxruntime", "the check of an ONNX file", "export")
 
@@ -80,6 +82,15 @@ def export_onnx(
             return written(job, work, "onnx", exporter=name, load=load, what="onnxruntime", opset=written_opset)
 
     return with_exporter(exporter, attempt, check=check)
+
+
+def _check_ending(path: Path) -> None:
+    """Refuse names of files that are read as text."""
+    from onnx.serialization import registry
+
+    format_of = registry.get_format_from_file_extension(path.suffix)
+    if format_of not in (None, "protobuf"):
+        raise SurgeryValueError(f"path: {str(path)!r} would be read as {format_of}, by its ending; take a name that ends in .onnx")
 
 
 def _check_opset(opset: Any) -> None:
@@ -293,13 +304,25 @@ def session_call(session: Any, feed: Mapping[str, Tensor]) -> Callable[[], objec
 
 
 def _loaded(file: Path, job: Job) -> Callable[[Any], list[Tensor]]:
-    session = onnx_session(file)
+    with _what_else_to_do():
+        session = onnx_session(file)
     used = {i.name for i in session.get_inputs()}  # what the network does not read may be no input of the graph
 
     def call(inputs: Any) -> list[Tensor]:
-        return _outputs(session, {name: t for name, t in zip(job.names, tensors_in(inputs), strict=True) if name in used})
+        with _what_else_to_do():
+            return _outputs(session, {name: t for name, t in zip(job.names, tensors_in(inputs), strict=True) if name in used})
 
     return call
+
+
+@contextmanager
+def _what_else_to_do() -> Iterator[None]:
+    """Errors of onnxruntime with the advice of an export."""
+    try:
+        yield
+    except SurgeryError as error:
+        float32 = "export a float32 copy of the network, or " if any(sign in str(error) for sign in NO_KERNEL) else ""
+        raise SurgeryError(f"{error}; {float32}{UNCHECKED}") from error.__cause__
 
 
 def _outputs(session: Any, feed: Mapping[str, Tensor]) -> list[Tensor]:
@@ -322,14 +345,12 @@ def _value(tensor: Tensor) -> Any:
 
 def _tensor(value: Any) -> Tensor:
     if not value.is_tensor() or "string" in value.data_type():
-        raise SurgeryError(f"an output is no tensor of numbers ({value.data_type()}) and cannot be compared; check=False writes it unchecked")
+        raise SurgeryError(f"an output is no tensor of numbers ({value.data_type()}) and cannot be compared")
     array = value.numpy()
     return torch.from_numpy(array).view(torch.bfloat16) if "bfloat16" in value.data_type() else torch.from_numpy(array)
 
 
 def _refused(error: Exception) -> SurgeryError:
     text = shorten(first_line(error))
-    advice = "check=False writes it unchecked"
-    if any(sign in text for sign in NO_KERNEL):
-        advice = f"it has no kernel for this dtype on the CPU: export a float32 copy of the network, or {advice}"
-    return SurgeryError(f"onnxruntime cannot run the exported network: {text}; {advice}")
+    no_kernel = "; it has no kernel for this dtype on the CPU" if any(sign in text for sign in NO_KERNEL) else ""
+    return SurgeryError(f"onnxruntime cannot run the network: {text}{no_kernel}")

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from passes import host_for
-from passes.chain import Chain
 from passes.factorization import Decision, Factorization
 from passes.parity import tensors_in
 from passes.running import evaluating_copy
@@ -145,15 +144,11 @@ def with_noise(model: nn.Module, decisions: Mapping[str, Decision]) -> nn.Module
             plan[site.name] = decision
     network = with_empty_chains(twin, plan, Path("the plan"))
     generator = torch.Generator().manual_seed(0)
-    for name, module in network.named_modules():
-        if isinstance(module, Chain) and name in plan:
-            for parameter in (p for p in module.parameters() if id(p) not in own):
-                size = max(parameter[0].numel(), 1)
-                noise = (
-                    torch.randn(parameter.shape, generator=generator, device="cpu") / size**0.5
-                    if parameter.ndim > 1
-                    else torch.zeros(parameter.shape)
-                )
-                parameter.data.copy_(noise)
+    for parameter in (p for p in network.parameters() if id(p) not in own):  # of the chains
+        if parameter.ndim > 1:
+            noise = torch.randn(parameter.shape, generator=generator, device="cpu") / max(parameter[0].numel(), 1) ** 0.5
+        else:
+            noise = torch.zeros(parameter.shape, device="cpu")
+        parameter.data.copy_(noise)
     network.eval()
     return network

@@ -220,7 +220,7 @@ class Task:
     def _outcome(self, predicted: float | None, raced: Raced | None, replans: int, note: str | None = None) -> LatencyOutcome:
         times = self.times
         share, low, high = (None, None, None) if raced is None else (raced.share, raced.low, raced.high)
-        runtime = times.profile.device.get("runtime", "an unnamed runtime")
+        runtime, told = times.profile.device.get("runtime", "an unnamed runtime"), times.profile.device.get("threads", "")
         return LatencyOutcome(
             runtime=runtime if times.foreign else describe(replace(times.setup, runtime=self.runtime))["runtime"],
             asked=self._asked,
@@ -230,7 +230,7 @@ class Task:
             high=high,
             replans=replans,
             batch=next((t.shape[0] for t in tensors_in(self.inputs) if t.ndim), 1),
-            threads=times.setup.threads,
+            threads=int(told) if times.foreign and told.isdecimal() else times.setup.threads,
             note=note,
         )
 

@@ -23,7 +23,7 @@ from surgery.latency.families import Solved
 from surgery.latency.solving import Task, Terms
 from surgery.latency.table import MARGIN, Table
 from surgery.latency.times import Times, timed_chain, timed_layer
-from surgery.ranks.budget import Budget
+from surgery.ranks.budget import RUNTIMES, Budget
 
 __all__ = ["Stopwatch"]
 
@@ -91,22 +91,19 @@ class Stopwatch:
         inputs, known = self._batched(budget.batch)
         if known is not None:
             free = [replace(site, calls=known[site.name].calls, others=known[site.name].others) if site.name in known else site for site in free]
-        setup = Setup(runtime=timed_in(runtime), threads=int(budget.threads or torch.get_num_threads()), device=_device_of(inputs))
-        return Task(
-            model=self.model,
-            inputs=inputs,
-            budget=budget,
-            runtime=runtime,
-            free=free,
-            terms=terms,
-            times=Times.of(setup, budget.profile),
-        )
+        setup = Setup(runtime=timed_in(runtime), threads=int(budget.threads or torch.get_num_threads()), device=_device_of(self.model, inputs))
+        times = Times.of(setup, budget.profile)
+        named = times.profile.device.get("runtime", "").partition(" ")[0]
+        if named in RUNTIMES and timed_in(named) != setup.runtime:
+            told = f"its times are of {named!r}, the budget is of {runtime!r}; say runtime={named!r}, or name another"
+            raise SurgeryValueError(f"ranks: the profile {times.file}: {told}")
+        return Task(model=self.model, inputs=inputs, budget=budget, runtime=runtime, free=free, terms=terms, times=times)
 
     def _times_in(self, runtime: str) -> Times:
         runtime = timed_in(runtime)
         if runtime not in self._guarding:
             check_installed(runtime)
-            setup = Setup(runtime=runtime, threads=torch.get_num_threads(), device=_device_of(self.example_inputs))
+            setup = Setup(runtime=runtime, threads=torch.get_num_threads(), device=_device_of(self.model, self.example_inputs))
             self._guarding[runtime] = Times.of(setup, None)
         return self._guarding[runtime]
 
@@ -122,5 +119,6 @@ class Stopwatch:
         return inputs, {site.name: for_all_tied(site, sites) for site in sites if site.tied_to is None}
 
 
-def _device_of(inputs: Any) -> str:
-    return next((str(t.device) for t in tensors_in(inputs)), "cpu")
+def _device_of(model: nn.Module, inputs: Any) -> str:
+    """The layers', which may be another than that of the first input (lengths on the CPU)."""
+    return next((str(t.device) for t in (*model.parameters(), *tensors_in(inputs))), "cpu")

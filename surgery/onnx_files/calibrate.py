@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from passes.errors import SurgeryValueError
+from passes.errors import SurgeryError, SurgeryValueError
 from passes.site import Site
 from surgery.calibration import Calibration, Moments, batches_of
 from surgery.onnx_files.feeds import Feed, example_feed
@@ -53,8 +53,11 @@ def calibrate_file(model: ModelProto, feeds: Sequence[Feed], sites: Sequence[Sit
     seen = {site.name: Moments(site.geometry) for site in sites if site.chain is None and site.keep is None}
     examples = 0
     with watched(model, list(dict.fromkeys(reads[name] for name in seen)), external=external) as run:
-        for feed in feeds:
-            values = run(feed)
+        for number, feed in enumerate(feeds):
+            try:
+                values = run(feed)
+            except SurgeryError as error:
+                raise SurgeryError(f"calibration: batch {number}: {error}") from error
             for name, moments in seen.items():
                 if moments.geometry.fits(tuple(values[reads[name]].shape)):
                     moments.saw(values[reads[name]])

@@ -95,7 +95,7 @@ def _run(session: object, feed: Feed, file: Path) -> list[Tensor]:
     try:
         return run_session(session, feed)
     except SurgeryError as error:
-        raise SurgeryError(f"{file.name}: {error}; give example_inputs that the network takes") from error
+        raise SurgeryError(f"{file.name}: {error}; give example_inputs that the network takes, or write it unchecked with check=False") from error
 
 
 def _others_like(feed: Feed, file: Path) -> list[Feed]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from surgery.report import Report
 
-__all__ = ["FileRecord", "read_file_record", "write_file_record", "write_plan"]
+__all__ = ["FileRecord", "read_file_record", "write_plan", "write_report"]
 
 RECORD = "surgery.record"
 VERSION = 1
@@ -92,9 +92,8 @@ def write_plan(model: ModelProto, record: FileRecord) -> None:
     _set(model, {PLAN: record.plan.to_json(), PASSES: json.dumps(record.passes), RECORD: json.dumps(data, ensure_ascii=False)})
 
 
-def write_file_record(model: ModelProto, record: FileRecord, report: Report) -> None:
-    """Put a record into a file's metadata, with the plan as exporters write it."""
-    write_plan(model, record)
+def write_report(model: ModelProto, report: Report) -> None:
+    """Put the plan into a file's metadata as exporters write it."""
     _set(model, metadata_from(report))
 
 

@@ -31,7 +31,7 @@ from surgery.onnx_files.feeds import Feed, example_feed, open_inputs, shapes_of_
 from surgery.onnx_files.files import copied, data_files, has_external_data, open_model, write_model
 from surgery.onnx_files.graph import Constant, Graph, tensor_dtype
 from surgery.onnx_files.host import OnnxHost
-from surgery.onnx_files.record import FileRecord, read_file_record, write_file_record, write_plan
+from surgery.onnx_files.record import FileRecord, read_file_record, write_plan, write_report
 from surgery.onnx_files.shapes import network_macs, unknown_values, value_shapes
 from surgery.onnx_files.watch import watched
 from surgery.options import Options, runtime_of
@@ -312,7 +312,7 @@ def _finished(work: _Work, record: FileRecord, ran: str | None, target: Path, *,
     record.shapes = shapes_of_feed(work.feed) or None
     write_plan(work.model, record)
     report = work.report()
-    write_file_record(work.model, record, report)
+    write_report(work.model, report)
     external = has_external_data(work.source)
     rounding: float | None = None
     difference: float | None = None

@@ -39,18 +39,21 @@ def weighed(learnt: Calibration, model: ModelProto, host: OnnxHost, sites: Seque
     outputs = [value.name for value in model.graph.output]
     some = feeds[:: -(-len(feeds) // MOST)]
     generator = torch.Generator().manual_seed(0)
-    found: dict[str, float] = {}
-    constants = [host.written(name, site.weight)[0] for name, site in tried.items()]
-    with watched(model, (), external=external, loose=constants) as run:
-        expected = [_floats(run(feed), outputs) for feed in some]
-        for name, site in tracked(tried.items(), "weighing layers", name=lambda each: each[0]):
-            weight = site.weight
-            noise = torch.randn(weight.shape, generator=generator, device="cpu")
-            whole, part = (_energy(site, each, learnt.metrics[name]) for each in (weight, noise))
-            size = NOISE**2 * whole / part if part else 0.0
-            constant, changed = host.written(name, weight.float() + size**0.5 * noise)
-            change = sum(_distance(_floats(run({**feed, constant: changed}), outputs), there) for feed, there in zip(some, expected, strict=True))
-            found[name] = change / len(some) / (size * part) if size else 0.0
+    energies: dict[str, float] = {}
+    changed: dict[str, tuple[str, Tensor]] = {}
+    for name, site in tried.items():
+        weight = site.weight
+        noise = torch.randn(weight.shape, generator=generator, device="cpu")
+        whole, part = (_energy(site, each, learnt.metrics[name]) for each in (weight, noise))
+        size = NOISE**2 * whole / part if part else 0.0
+        energies[name], changed[name] = size * part, host.written(name, weight.float() + size**0.5 * noise)
+    changes = dict.fromkeys(tried, 0.0)
+    with watched(model, (), external=external, loose=[constant for constant, _ in changed.values()]) as run:
+        for feed in tracked(some, "weighing layers"):  # outputs of one batch are held, and all changed weights
+            expected = _floats(run(feed), outputs)
+            for name, (constant, other) in changed.items():
+                changes[name] += _distance(_floats(run({**feed, constant: other}), outputs), expected)
+    found = {name: changes[name] / len(some) / energies[name] if energies[name] else 0.0 for name in tried}
     least = LEAST * max(found.values(), default=0.0)
     return replace(learnt, metrics={name: _with_weighting(metric, tried, name, max(found[name], least)) for name, metric in learnt.metrics.items()})
 

@@ -46,7 +46,7 @@ class _Box:
     x: float
     y: float
     height: float
-    half: float = WIDE / 2
+    half: float
 
     @property
     def bottom(self) -> float:

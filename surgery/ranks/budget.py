@@ -26,7 +26,7 @@ class Budget:
         macs: multiply-accumulates of one forward pass of the example inputs, everything in the network included: a float in (0, 1] is a share
             of what the network takes, an int a number.
         params: parameters, likewise.
-        max_error: the error that the network may have, in (0, 1); MACs are then as few as it allows (parameters without example inputs).
+        max_error: the error that the network may have, in (0, 1]; MACs are then as few as it allows (parameters without example inputs).
         criterion: what of the layers' errors is made small: ``"mean"`` the root of their mean square, ``"max"`` the largest. With ``calibration``
             errors are shares of what each layer makes of the network's output, and the mean is weighted by that.
         latency: share in (0, 1) of the time that the network takes on this machine, measured (see ``surgery.latency``).

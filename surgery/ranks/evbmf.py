@@ -30,9 +30,14 @@ def evbmf(weight: Tensor) -> tuple[int, int]:
     Args:
         weight: (C_out, C_in, *kernel) of a convolution, or (C_out, C_in) of a linear layer; any float dtype.
 
+    Returns:
+        The ranks of the (C_out) x (C_in * kernel) and the (C_in) x (C_out * kernel) matrix.
+
     Raises:
         SurgeryTypeError: not a floating-point tensor.
         SurgeryValueError: fewer than two dimensions, no elements, or values that are not finite.
+
+    Source: Nakajima et al. 2013 (JMLR 14), theorems 2 and 3, section 3.3; on convolutions Kim et al. 2016, section 3.2.
     """
     usable(weight, "evbmf")
     weight = weight.detach().double()

@@ -12,7 +12,7 @@ from torch import nn
 from passes.errors import MissingExtra, SurgeryTypeError, SurgeryValueError
 from surgery.files import write_atomically
 from surgery.record import unwrap
-from surgery.training.schedule import DecompositionSchedule, standing
+from surgery.training.schedule import DecompositionSchedule, check_callback, standing
 
 try:
     from transformers import TrainerCallback
@@ -21,7 +21,6 @@ except ImportError as error:
 
 __all__ = ["DecompositionCallback"]
 
-UNITS = ("epoch", "step")
 FILE = "surgery_schedule.json"
 
 
@@ -44,10 +43,7 @@ class DecompositionCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, schedule: DecompositionSchedule, *, unit: str = "epoch", also: Any = None) -> None:
-        if not isinstance(schedule, DecompositionSchedule):
-            raise SurgeryTypeError(f"schedule: expected a DecompositionSchedule, got {type(schedule).__name__}")
-        if unit not in UNITS:
-            raise SurgeryValueError(f"unit: {unit!r} is none of {list(UNITS)}")
+        check_callback(schedule, unit)
         self.schedule, self.unit, self.also = schedule, unit, also
 
     def resume(self, folder: str | os.PathLike[str], model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 import torch
@@ -11,17 +12,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from passes.errors import MissingExtra, SurgeryTypeError, SurgeryValueError
-from surgery.training.schedule import DecompositionSchedule, standing
+from surgery.training.schedule import DecompositionSchedule, check_callback, standing
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 except ImportError as error:
     raise MissingExtra.of("lightning is not installed", "lightning") from error
 
 __all__ = ["DecompositionCallback"]
-
-UNITS = ("epoch", "step")
 
 
 class DecompositionCallback(Callback):  # type: ignore[misc]
@@ -30,7 +29,7 @@ class DecompositionCallback(Callback):  # type: ignore[misc]
         trainer = Trainer(callbacks=[DecompositionCallback(DecompositionSchedule(decompose_at=10))])
 
     The schedule is saved in the trainer's checkpoints. To go on from one, let ``resume`` give the fresh module its chains before ``fit`` loads them.
-    The best of checkpoints that are kept by a metric is that of those since the last surgery.
+    The best of checkpoints that are kept by a metric is that of those since the last surgery, and ``EarlyStopping`` counts anew.
 
     Args:
         schedule: when and how.
@@ -43,10 +42,7 @@ class DecompositionCallback(Callback):  # type: ignore[misc]
     """
 
     def __init__(self, schedule: DecompositionSchedule, *, part: str = "", unit: str = "epoch", also: Any = None) -> None:
-        if not isinstance(schedule, DecompositionSchedule):
-            raise SurgeryTypeError(f"schedule: expected a DecompositionSchedule, got {type(schedule).__name__}")
-        if unit not in UNITS:
-            raise SurgeryValueError(f"unit: {unit!r} is none of {list(UNITS)}")
+        check_callback(schedule, unit)
         self.schedule, self.part, self.unit, self.also = schedule, part, unit, also
 
     @property
@@ -99,7 +95,7 @@ class DecompositionCallback(Callback):  # type: ignore[misc]
         before = standing(self.schedule)
         self.schedule.step(position, self._part(module), optimizers, schedulers, also=self.also)
         if standing(self.schedule) != before:
-            for each in trainer.checkpoint_callbacks:
+            for each in (*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks):
                 _forget_the_best(each)
 
     def _optimizers(self, trainer: Trainer, module: LightningModule) -> list[Any]:
@@ -116,9 +112,14 @@ class DecompositionCallback(Callback):  # type: ignore[misc]
         return part
 
 
-def _forget_the_best(saver: Any) -> None:
-    """Checkpoints from before hold another architecture, of which the best could not be loaded at the end; their files stay."""
-    if isinstance(saver, ModelCheckpoint) and saver.monitor is not None:
-        saver.best_k_models.clear()
-        saver.kth_best_model_path = saver.best_model_path = ""
-        saver.best_model_score = None
+def _forget_the_best(callback: Any) -> None:
+    """Checkpoints from before hold another architecture, of which the best could not be loaded at the end; their files stay. Nor is a network to be
+    stopped for what it was before its cut.
+    """
+    if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+        callback.best_k_models.clear()
+        callback.kth_best_model_path = callback.best_model_path = ""
+        callback.best_model_score = None
+    if isinstance(callback, EarlyStopping):
+        callback.wait_count = 0
+        callback.best_score = torch.tensor(-inf if callback.mode == "max" else inf)

@@ -33,7 +33,8 @@ def rebuild(followers: Followers, plan: Plan, *, whole_again: bool = False) -> N
     """
     networks = (followers.model, *followers.copies)
     for network in networks:  # a plan that does not fit is refused before anything is changed
-        with_empty_chains(reconstruct(private_copy(network, share_parameters=True)), plan, Path("the schedule's state"))
+        fused = reconstruct(private_copy(network, share_parameters=True))
+        with_empty_chains(fused, _lacking(fused, plan), Path("the schedule's state"))
     wanted = {name: decision for name, decision in plan.items() if isinstance(decision, Factorization)}
     if not whole_again and all(dict(plan_of(network)) == wanted for network in networks):
         return
@@ -51,10 +52,16 @@ def rebuild(followers: Followers, plan: Plan, *, whole_again: bool = False) -> N
     held = alone.hold(host_for(followers.model, effective_weights=True).sites())
     with undone_on_error() as undo:
         for network in networks:
-            with_empty_chains(network, plan, Path("the schedule's state"), undo)
+            with_empty_chains(network, _lacking(network, plan), Path("the schedule's state"), undo)
         alone.follow(held, host_for(followers.model).sites(), undo)
     for network in networks if whole_again else ():
         fuse(network)
+
+
+def _lacking(network: nn.Module, plan: Plan) -> Plan:
+    """What of a plan is not there yet: chains that cannot be fused, as hooks hang on their layers, stay what they are."""
+    there = plan_of(network)
+    return Plan({name: decision for name, decision in plan.items() if there.get(name) != decision})
 
 
 def read_state(state: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from passes import host_for
 from passes.errors import SurgeryTypeError, SurgeryValueError, true_or_false
 from passes.parity import private_inputs, tensors_in
-from passes.running import callers_code, output_of
+from passes.running import callers_code, private_copy
 from surgery.checkpoint import record_to_data
 from surgery.decompose import DEFAULT_STATE, Ranks, decompose, plan
 from surgery.draft import check_answerable
@@ -43,9 +43,10 @@ from surgery.training.shorter_steps import Gains, ShorterSteps, gains_of
 from surgery.training.step_time import never_slower
 from surgery.training.warm_up import WarmUp
 
-__all__ = ["DecompositionSchedule", "standing"]
+__all__ = ["DecompositionSchedule", "check_callback", "standing"]
 
 DECAYS = ("each", "product")
+UNITS = ("epoch", "step")
 DEFAULT = Options()
 
 Batches = Any  # what ``calibration=`` of decompose takes, or a function without arguments that gives it
@@ -271,7 +272,7 @@ class DecompositionSchedule:
     def _check_optimizers(self, optimizers: Sequence[Any]) -> None:
         if not optimizers and (self.warm_up or self.decay == "product" or (isinstance(self.rate, float) and self.rate != 1)):
             raise SurgeryValueError("optimizer: rate, warm_up and decay='product' act on it; give the one that trains the model")
-        if self.warm_up or self.decay == "product" or self.rate != 1:
+        if self.warm_up or self.rate != 1:
             check_hooks(optimizers)
         if self.warm_up:
             check_rates(optimizers, "warm_up")
@@ -309,9 +310,8 @@ class DecompositionSchedule:
         whole = reconstruct(model) if cut_before else model
         batches, statistics = _batches(model, "calibration", self.calibration), _batches(model, "batch_norm", self.batch_norm)
         taken = [(network, [_as_for(network, model, batch) for batch in statistics]) for network in (model, *followers.copies) if statistics]
-        for network, own in taken:
-            for batch in own:  # what cannot be run is said before anything is cut
-                output_of(network, batch, argument="batch_norm")
+        for network, own in taken:  # what cannot be run is said before anything is cut
+            reestimate(private_copy(network), own)
         standing, chosen = plan_of(model), self._chosen(model, whole, batches)
         decompose(
             model,
@@ -379,6 +379,7 @@ class DecompositionSchedule:
         self._plan, self._record = facts["plan"], facts["record"]
 
     def _unhook(self) -> None:
+        self._hooked = ()
         if self._warming is not None:
             self._warming.remove()
             self._warmed_up, self._warming = self._warming.done, None
@@ -397,6 +398,14 @@ class DecompositionSchedule:
         # torch calls hooks in this order: what decay does to the factors after a step is shortened with it
         self._decaying = frobenius_decay(model, list(optimizers)) if cut and self.decay == "product" else None
         self._shortened = ShorterSteps(model, list(optimizers), self.rate, self._gains, self._highest) if cut and self.rate != 1 else None
+
+
+def check_callback(schedule: Any, unit: Any) -> None:
+    """Refuse what a callback of a trainer cannot be made of."""
+    if not isinstance(schedule, DecompositionSchedule):
+        raise SurgeryTypeError(f"schedule: expected a DecompositionSchedule, got {type(schedule).__name__}")
+    if unit not in UNITS:
+        raise SurgeryValueError(f"unit: {unit!r} is none of {list(UNITS)}")
 
 
 def standing(schedule: DecompositionSchedule) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Settled:
             return False
         if self.latest is not None and position >= self.latest:
             return True
-        last = self.changes(history)[-self.patience :]
+        last = self.changes(history[-self.patience - 1 :])
         return len(last) == self.patience and max(last) <= self.tolerance
 
 
@@ -94,7 +94,8 @@ def stable_ranks(model: nn.Module, request: Any = "evbmf", **options: Any) -> di
         found[site.name] = [float(s.values.square().sum()) / top if top > 0 else 0.0 for s, top in zip(spectra, tops, strict=True)]
         return Keep("looked at")
 
-    named = {name: look for name, decision in request.items() if not isinstance(decision, Keep)} if isinstance(request, Mapping) else look
+    kept = (type(None), Keep)
+    named = {name: d if isinstance(d, kept) else look for name, d in request.items()} if isinstance(request, Mapping) else look
     method = options.pop("method", AUTO)
     if method != AUTO and not kind_named(method).has_spectra:
         method = "tucker"  # its layers have stable ranks all the same

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from passes import host_for, observe
 from passes.factorization import Decision, Factorization, Keep
+from passes.site import Site
 from surgery.benchmark import benchmark
 from surgery.latency import Stopwatch, with_noise
 from surgery.plan import Plan
@@ -36,40 +37,41 @@ def never_slower(now: nn.Module, whole: nn.Module, plan: Plan, example_inputs: A
     Returns:
         A plan whose step was measured faster than that of ``now``, or one that cuts nothing.
     """
-    chains = plan_of(now)
+    stay = plan_of(whole)  # that could not be fused: hooks hang on their layers, say
+    chains = {name: chain for name, chain in plan_of(now).items() if name not in stay}
     asked = onto(now, plan)
-    cuts = [name for name, decision in asked.items() if isinstance(decision, Factorization)]
+    cuts = {name: decision for name, decision in asked.items() if isinstance(decision, Factorization)}
     if not cuts:
         return plan
-    saved = _saved(whole, {name: asked[name] for name in cuts}, chains, example_inputs)
-    left = sorted(cuts, key=lambda name: -saved.get(name, 0.0))
+    sites = host_for(whole, observed=observe(whole, example_inputs), effective_weights=True).sites()
+    first = {site.name: site.tied_to or site.name for site in sites}  # layers with one weight are cut together, or not
+    saved = _saved(Stopwatch(whole, example_inputs), sites, cuts, chains)
+    left = sorted(dict.fromkeys(first[name] for name in cuts), key=lambda name: -saved.get(name, 0.0))
     while left:
-        wanted: Mapping[str, Decision] = {**chains, **{name: asked[name] for name in left}}
+        wanted: Mapping[str, Decision] = {**chains, **{name: decision for name, decision in cuts.items() if first[name] in left}}
         (row,) = benchmark(now, with_noise(whole, wanted), example_inputs, runtimes=("train",), repeats=REPEATS).rows
         if row.verdict == "faster":
             break
         left = left[: len(left) // 2]
-    return Plan({name: Keep(KEPT) if name in cuts and name not in left else decision for name, decision in plan.items()})
+    return Plan({name: Keep(KEPT) if name in cuts and first[name] not in left else decision for name, decision in plan.items()})
 
 
-def _saved(whole: nn.Module, cuts: Mapping[str, Decision], chains: Mapping[str, Decision], example_inputs: Any) -> dict[str, float]:
-    """Seconds of a step that each cut saves, by layers and chains timed on their own. Cuts of tied layers go together.
+def _saved(stopwatch: Stopwatch, sites: Sequence[Site], cuts: Mapping[str, Decision], chains: Mapping[str, Decision]) -> dict[str, float]:
+    """Seconds of a step that each cut saves, by layers and chains timed on their own; for layers with one weight in all, by the name of the first.
 
     Args:
-        whole: the network without chains.
+        stopwatch: of the network without chains.
+        sites: of that network.
         cuts: the chains that are wanted.
         chains: those that stand there now.
-        example_inputs: a batch as in training.
     """
-    stopwatch = Stopwatch(whole, example_inputs)
     saved: dict[str, float] = {}
-    for site in host_for(whole, observed=observe(whole, example_inputs), effective_weights=True).sites():
+    for site in sites:
         decision, chain = cuts.get(site.name), chains.get(site.name)
         if isinstance(decision, Factorization) and site.calls:
             before, after = stopwatch.times(site, decision, "train")
             if isinstance(chain, Factorization):
                 _, before = stopwatch.times(site, chain, "train")
-            saved[site.name] = before.seconds - after.seconds
-            if site.tied_to is not None:
-                saved[site.name] = saved[site.tied_to] = saved[site.name] + saved.get(site.tied_to, 0.0)
+            name = site.tied_to or site.name
+            saved[name] = saved.get(name, 0.0) + before.seconds - after.seconds
     return saved

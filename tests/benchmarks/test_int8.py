@@ -51,5 +51,9 @@ def test_top1_counts_hits(tmp_path):
 
 def test_the_table_holds_every_row():
     row = {"network": "resnet20", "share": 0.5, "numbers": "int8", "runtime": "onnxruntime", "threads": 1, "load_average": 0.2, "top1": 90.5}
+    row |= {"adds_in_32_bits": False}
     row |= {"environment": {"torch": "2"}, "time_ratio": 1.5, "spread": 0.1, "verdict": "faster", "file_bytes_before": 400, "file_bytes_after": 100}
-    assert "| resnet20 | 0.5 | int8 | 90.50 | 1.50 ± 0.10 | faster | 4.00 |" in int8.markdown([row])
+    told = int8.markdown([row])
+    assert "| resnet20 | 0.5 | int8 | 90.50 | 1.50 ± 0.10 | faster | 4.00 |" in told
+    assert "weights seven" in told
+    assert "weights eight or seven" in int8.markdown([row | {"adds_in_32_bits": True}, row])

@@ -108,7 +108,15 @@ def test_scenarios_by_name():
     deeper = "decompose-5-deeper-12"
     for name in ("original", "decompose-10", "decompose-10-reconstruct-190", deeper, deeper + "-reconstruct-28", "after-40"):
         assert str(Scenario.parse(name)) == name
-    for name in ("decompose", "after-", "decompose-5-reconstruct-5", "decompose-5-deeper-5", deeper + "-reconstruct-12", "original-deeper-3"):
+    for name in (
+        "decompose",
+        "after-",
+        "decompose-5-reconstruct-5",
+        "decompose-5-deeper-5",
+        deeper + "-reconstruct-12",
+        "original-deeper-3",
+        "after-0",
+    ):
         with pytest.raises(surgery.SurgeryValueError, match=name):
             Scenario.parse(name)
     with pytest.raises(surgery.SurgeryValueError, match="epoch 190"):
@@ -188,6 +196,14 @@ def test_a_branch_equals_a_run_from_the_beginning(pictures, tmp_path):
     run(RECIPE, ALL[0], pictures, tmp_path, keep={1})
     assert untimed(run(RECIPE, ALL[1], pictures, tmp_path)) == untimed(alone)
     assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path, ALL[1]).values(), weights(tmp_path / "alone", ALL[1]).values(), strict=True))
+
+
+def test_a_run_that_was_stopped_between_checkpoint_and_log_is_complete_again(pictures, tmp_path):
+    rows = run(RECIPE, ALL[0], pictures, tmp_path)
+    log = folder_of(tmp_path, NETWORK, ALL[0], 0) / "log.jsonl"
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:-1]))
+    assert run(RECIPE, ALL[0], pictures, tmp_path) == rows
+    assert read_log(log.parent) == rows
 
 
 def test_a_checkpoint_that_was_not_kept_costs_time_only(pictures, tmp_path):
@@ -281,6 +297,10 @@ def test_the_command_trains_what_it_is_told(root, tmp_path, capsys):
     options = train_cifar.parser().parse_args(f"--data {root} --out {tmp_path / 'none'} --epochs 2 --scenarios original decompose-2".split())
     with pytest.raises(surgery.SurgeryValueError, match="decompose-2"):
         train(options, InMemory.cifar10(root, 32, "cpu"))
+    for wrong, message in (("--method tuckr", "tuckr"), ("--guard steps", "steps"), ("--round-to 0", "round_to"), ("--chain-rate 2", "rate")):
+        options = train_cifar.parser().parse_args(f"--data {root} --out {tmp_path / 'none'} --network {NETWORK} --epochs 2 {wrong}".split())
+        with pytest.raises(surgery.SurgeryError, match=message):
+            train(options, InMemory.cifar10(root, 32, "cpu"))
     assert not (tmp_path / "none").exists()  # nothing was trained before it was said
     with pytest.raises(surgery.SurgeryValueError, match="cifar-10-batches-py"):
         InMemory.cifar10(tmp_path, 32, "cpu")
@@ -348,3 +368,6 @@ def test_a_folder_whose_parts_do_not_fit_is_refused_before_it_is_trained_on(tmp_
     fill(image, tmp_path / "val" / "dog", "deeper")
     with pytest.raises(surgery.SurgeryValueError, match=r"the class 'gnu' and 1 others, which .*train has not"):
         Folder(tmp_path, 4, "cpu")
+    for subset in (0, -5, 3):
+        with pytest.raises(surgery.SurgeryValueError, match=rf"subset: expected one batch \(2\) to all of the 2 pictures, got {subset}"):
+            Folder(tmp_path, 2, "cpu", subset=subset)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -53,6 +55,9 @@ def test_a_queue_is_worked_off_in_order():
         ("{}", "a list"),
         ('[{"network": "surgery:vgg19"}]', "entry 1"),
         (queue({"recipe": {"learning_rate": 1}}), "learning_rate"),
+        *((queue({"recipe": {name: 3}}), f"entry 1: a recipe has no .*{name}") for name in ("seed", "epochs", "network")),
+        *((queue({"recipe": ENTRY["recipe"]} | wrong), "entry 1: expected a number for epochs") for wrong in ({"epochs": "30"}, {"seeds": 3})),
+        (queue({"recipe": {"drops": 0.5}}), "entry 1: expected a number for epochs, and lists for seeds and drops"),
         (queue({"scenarios": ["decompose-3"]}), "3 epochs"),
         (
             queue({}, {"recipe": ENTRY["recipe"] | {"ranks": 0.7}}),
@@ -79,6 +84,15 @@ def test_from_a_queue_to_tables_and_figures(root, tmp_path, capsys):  # noqa: F8
     assert capsys.readouterr().out == ""
     assert all("done" in line for line in list(train_all.status(jobs, runs))[:-1])
 
+    for recipe, scenarios in ({"weight_decay": 0.3}, ["original"]), ({"ranks": 0.3}, ["decompose-1"]):
+        others = train_all.jobs_of(queue({"scenarios": scenarios, "recipe": ENTRY["recipe"] | recipe}))
+        with pytest.raises(surgery.SurgeryValueError, match=f"holds a run with {next(iter(recipe))} .*, not 0.3"):
+            train_all.work(others, root, runs)
+    shorter = train_all.jobs_of(queue({"epochs": 2, "scenarios": ["original"]}))
+    assert next(iter(train_all.status(shorter, runs))).endswith("done")
+    with pytest.raises(surgery.SurgeryValueError, match="holds a run with epochs 3, not 2"):
+        train_all.work(shorter, root, runs)
+
     publish(runs, out)
     (network,) = out.iterdir()
     whole, cut = json.loads((network / "summary.json").read_text())
@@ -87,6 +101,14 @@ def test_from_a_queue_to_tables_and_figures(root, tmp_path, capsys):  # noqa: F8
     assert cut["top1_less_original"] == pytest.approx(ends[1]["top1"] - ends[0]["top1"])
     assert cut["original_time_over_time"] == pytest.approx(ends[0]["seconds"] / ends[1]["seconds"])
     assert len((network / "table.md").read_text().splitlines()) == 4
+    drawn = (network / "table.md").read_text()
+    publish(Path(os.path.relpath(out)), out)  # its own results once more
+    assert (network / "table.md").read_text() == drawn
+    shutil.copytree(network / "decompose-1-seed0", tmp_path / "two" / "one" / "decompose-1-seed0")
+    shutil.copytree(network / "decompose-1-seed0", tmp_path / "two" / "other" / "decompose-1-seed0")
+    with pytest.raises(surgery.SurgeryValueError, match="more than one run decompose-1-seed0 of tiny"):
+        publish(tmp_path / "two", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     assert not list(network.rglob("*.pt"))
     pytest.importorskip("matplotlib")
     assert (network / "figure.png").stat().st_size > 5000

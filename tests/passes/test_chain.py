@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import surgery
-from passes.chain import Chain
+from passes.chain import MODULE_ATTRIBUTES, Chain
 from passes.parity import assert_parity, difference
 from passes.whole_weight import WholeWeight
 from surgery.cost import count_macs
@@ -50,11 +50,33 @@ def test_parents_can_read_what_they_read_before():
 
 def test_attributes_are_read_only():
     net = surgery.decompose(ReadsAttributes(), HALF)
-    for name in ("stride", "weight", "bias", "out_channels"):
-        with pytest.raises((AttributeError, KeyError)):
-            setattr(net.conv, name, None)
+    for name, value in (("stride", (3, 3)), ("out_channels", 9), ("padding", (0, 0))):
+        with pytest.raises(AttributeError, match="derived from the layer it replaced"):
+            setattr(net.conv, name, value)
+    net.conv.stride = net.conv.stride  # what it is
     net.conv.note = "mine"  # anything else may be set
     assert net.conv.note == "mine"
+
+
+LAYERS = [nn.Linear(6, 8), nn.Conv1d(6, 8, 3, padding="same"), nn.Conv3d(6, 8, 3), nn.ConvTranspose2d(6, 8, 3, stride=2, output_padding=1)]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_every_attribute_of_a_layer_is_its_chains(layer):
+    net = surgery.decompose(nn.Sequential(layer), {"0": 0.5})
+    told = [name for name in vars(layer).keys() - MODULE_ATTRIBUTES if not name.startswith("_")]
+    assert len(told) >= 2
+    assert {name: getattr(net[0], name) for name in told} == {name: getattr(layer, name) for name in told}
+
+
+VERBS = {"decompose": lambda m: surgery.decompose(m, ALL), "reconstruct": surgery.reconstruct, "deploy": lambda m: surgery.deploy(m, X)}
+
+
+@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
+def test_no_verb_shares_storage_with_what_it_was_given(small, verb):
+    given = surgery.decompose(small, {"conv1": 0.5})
+    held = [{t.untyped_storage().data_ptr() for t in m.state_dict().values()} for m in (given, verb(given))]
+    assert not held[0] & held[1]
 
 
 def test_gradients_reach_the_factors_through_the_weight():

@@ -828,3 +828,22 @@ def test_what_cannot_be_fused_says_why():
     assert "on the meta device" in reasons(nn.Conv2d(4, 4, 1, device="meta"), nn.Conv2d(4, 4, 3))[0]
     assert "a scale or shift that is not finite" in reasons(nn.Conv2d(4, 4, 1), spoilt)[1]
     assert any("neither is a layer" in reason for reason in reasons(nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
+
+
+class Backwards(nn.Module):
+    """Registers its layers in another order than it calls them; every order would fit."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.core, self.first = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 3, bias=False), nn.Conv2d(3, 3, 1, bias=False)
+
+    def forward(self, x):
+        return self.last(self.core(self.first(x)))
+
+
+@both_hosts
+def test_runs_are_fused_in_the_order_of_calls(host_of):
+    net = made(Backwards)
+    model, host = host_of(net)
+    assert by_site(FuseLinearRuns()(host))["core"].reason == "stands for first, core, last"
+    assert_parity(model(X), net(X))

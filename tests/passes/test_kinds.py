@@ -112,6 +112,12 @@ def test_ranks_are_clipped_to_what_the_chain_can_use(kind, drawn, data):
     assert kind.from_ranks(geometry, clipped.ranks) == clipped
 
 
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_tucker_ranks_are_those_that_the_other_mode_can_use(out, into):
+    found = kind_named("tucker").from_ranks(Geometry.of(torch.nn.Conv2d(40, 40, 3)), (out, into))
+    assert found.ranks == (min(out, 9 * into), min(into, 9 * out))
+
+
 @with_spectra
 @given(drawn=layers(), data=st.data())
 def test_the_error_surface_bounds_what_a_split_reaches(kind, drawn, data):

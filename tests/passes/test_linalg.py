@@ -279,3 +279,16 @@ def test_weights_beyond_use_are_an_error(scale):
     for ranks in ({"0": (4, 4)}, "stable", "energy:0.9", 0.5):
         with pytest.raises(surgery.SurgeryValueError, match=r"0: its weights are of size .*, whose squares float64 cannot hold"):
             surgery.decompose(model, ranks)
+
+
+def test_an_ordinary_layer_is_cut_without_a_singular_value_decomposition(monkeypatch):
+    """Of its channels' Gram matrices instead, which are far smaller."""
+    import surgery
+
+    sizes, eigh = [], torch.linalg.eigh
+    for name in ("svd", "svdvals"):
+        monkeypatch.setattr(torch.linalg, name, None)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: sizes.append(gram.shape[-1]) or eigh(gram))
+    net = surgery.decompose(nn.Sequential(nn.Conv2d(32, 48, 3)), 0.25)
+    assert surgery.report(net)["0"].ranks == (12, 8)
+    assert set(sizes) == {48, 32}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import re
 import warnings
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import surgery
 from passes import host_for
 from passes.errors import SurgeryTypeError
+from passes.geometry import Geometry
 from passes.parity import assert_parity, tensors_in
 from passes.running import private_copy, without_waiting
 from passes.site import find_layers
@@ -60,6 +63,84 @@ def test_compiled_networks_are_copied():
     private_copy(model)
     model[1] = torch.compile(model[1], backend="eager")
     private_copy(model)
+
+
+def test_parts_that_must_be_compiled_whole_run_as_they_are_written():
+    """Under modes that look on torch would refuse them."""
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())).eval()
+    wanted = model(X)
+    model[1] = torch.compile(model[1], backend="eager", fullgraph=True)
+    net = surgery.decompose(model, {"0": 1.0}, example_inputs=X, calibration=[X, X + 1])
+    assert surgery.report(net)["0"].calls == 1
+    assert_parity(net(X), wanted)
+    assert surgery.capture(model, X) is not None
+
+
+class Choosing(nn.Module):
+    """Runs one of two layers by an operator that takes functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.one, self.other = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        return torch.cond(x.mean() > 0, lambda x: self.one(x), lambda x: self.other(x), (x,))
+
+
+def test_operators_that_take_functions_can_be_looked_at():
+    model = Choosing().eval()
+    with torch.no_grad():
+        wanted = model(X)
+    net = surgery.decompose(model, {"first": 1.0}, example_inputs=X, calibration=[X])
+    with torch.no_grad():
+        assert_parity(net(X), wanted)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_layers_that_hold_plain_tensors_are_kept_or_cut_by_what_they_compute(name):
+    conv = nn.Conv2d(8, 8, 3)
+    if name == "bias":
+        bias = conv.bias.detach()
+        del conv.bias
+        conv.bias = bias
+    else:
+        object.__setattr__(conv, "weight", 2 * conv.weight.detach())
+    model = nn.Sequential(conv, nn.ReLU()).eval()
+    row = surgery.report(surgery.decompose(model, {"re:.*": 1.0}, example_inputs=X))["0"]
+    assert row.reason == "Conv2d holds its weight or bias as a plain attribute; effective_weights=True may cut it"
+    net = surgery.decompose(model, {"0": 1.0}, example_inputs=X, effective_weights=True)
+    assert surgery.report(net)["0"].status == "decomposed"
+    assert_parity(net(X), model(X))
+
+
+def test_sizes_of_numpy_are_numbers_like_others():
+    first, second = np.array([8, 12])
+    model = nn.Sequential(nn.Conv2d(first, second, np.int64(3)), nn.Conv2d(second, first, 3)).eval()
+    assert Geometry.of(model[0]) == Geometry.of(nn.Conv2d(8, 12, 3))
+    model[1].stride = np.int64(1)
+    assert Geometry.of(model[1]) == Geometry.of(nn.Conv2d(12, 8, 3))
+    model[1].stride = (1, 1)
+    net = surgery.decompose(model, 0.5, example_inputs=X)
+    assert json.loads(surgery.report(net).to_json())["layers"][0]["params_before"] == 9 * 8 * 12 + 12
+    assert net(X).shape == model(X).shape
+
+
+def test_hooks_that_were_removed_are_gone():
+    net = surgery.decompose(nn.Sequential(nn.Conv2d(8, 8, 3)), {"0": (4, 4)})
+    handle = next(net[0].children()).register_full_backward_hook(lambda *_: None)
+    assert surgery.report(surgery.reconstruct(net))["0"].kind is not None
+    handle.remove()
+    assert type(surgery.reconstruct(net)[0]) is nn.Conv2d
+
+
+def test_weights_of_chains_cannot_be_set():
+    net = surgery.decompose(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), {"0": (4, 4)}).eval()
+    for name in ("weight", "bias"):
+        with pytest.raises(AttributeError, match=f"'{name}' of a chain is that of its layers and cannot be set; fuse it back first"):
+            setattr(net[0], name, nn.Parameter(torch.zeros(1)))
+    with pytest.raises(AttributeError, match="cannot be set"):
+        torch.nn.utils.fusion.fuse_conv_bn_eval(net[0], net[1])
 
 
 class Frozen(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from passes.errors import ParityError, SurgeryTypeError
-from passes.parity import assert_parity, difference, private_inputs, tensors_in
+from passes.parity import TOLERANCE_EVAL, TOLERANCE_TRAIN, assert_parity, difference, private_inputs, tensors_in
 
 X = torch.randn(4, 8, 5, generator=torch.Generator().manual_seed(1))
 
@@ -50,6 +50,14 @@ def test_tolerance_follows_dtype_and_mode():
     assert_parity(slightly, X, training=True)
     with pytest.raises(ParityError):
         assert_parity(slightly, X)
+    assert [TOLERANCE_EVAL[d] for d in (torch.float64, torch.float32, torch.bfloat16)] == [1e-10, 1e-5, 3e-2]
+    assert [TOLERANCE_TRAIN[d] for d in (torch.float64, torch.float32)] == [1e-10, 1e-4]
+    for training, table in ((False, TOLERANCE_EVAL), (True, TOLERANCE_TRAIN)):
+        for dtype, most in table.items():
+            wanted = torch.ones(3, dtype=dtype)
+            assert_parity(wanted.double() + 0.9 * most, wanted, training=training)
+            with pytest.raises(ParityError):
+                assert_parity(wanted.double() + 1.1 * most, wanted, training=training)
 
 
 def test_special_values_must_stand_in_the_same_places():

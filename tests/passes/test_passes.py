@@ -89,6 +89,8 @@ def test_every_kind_on_every_layer_there_and_back(host_model, kind):
     net = Kinds().double().eval()
     model = host_model(net, IMAGE)
     result = cut(model, partial(full_rank, method=kind.name))
+    if host_model is on_graph:
+        model.graph.lint()
     applied = {o.site for o in result.outcomes if o.status == "applied"}
     assert applied >= ({"mix"} if kind.name == "svd" else {"grouped", "up", "both", "mix", "space"})
     assert ("line" in applied) == (kind.name not in ("svd", "spatial"))
@@ -104,6 +106,9 @@ def test_every_kind_on_every_layer_there_and_back(host_model, kind):
     assert_parity(back(IMAGE), expected, tolerance=1e-9)
     assert [(k, v.shape) for k, v in back.state_dict().items()] == [(k, v.shape) for k, v in net.state_dict().items()]
     assert {name: type(m) for name, m in back.named_modules() if name in applied} == {name: type(net.get_submodule(name)) for name in applied}
+    if host_model is on_graph:
+        back.graph.lint()
+        assert same_graph(back, trace(net, IMAGE))
 
 
 @every_kind

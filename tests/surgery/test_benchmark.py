@@ -18,7 +18,7 @@ from torch import nn
 import surgery
 from passes.errors import SurgeryError, SurgeryTypeError, SurgeryValueError
 from surgery import cli
-from surgery.benchmarking import layers, memory, sampling
+from surgery.benchmarking import compare, layers, memory, sampling
 from surgery.benchmarking.conditions import conditions_of
 from surgery.benchmarking.environment import environment
 from surgery.benchmarking.files import FileInput, macs_of_file, made_up
@@ -335,6 +335,12 @@ def test_layers_for_real():
     (row,) = surgery.benchmark(model, net, X, runtimes=["eager"], repeats=8, layers=True).layers
     assert row.name == "conv2"
     assert row.before_ms > 0 < row.after_ms
+
+
+def test_layers_are_looked_for_before_anything_is_timed(monkeypatch):
+    monkeypatch.setattr(compare, "_row", None)
+    with pytest.raises(SurgeryValueError, match="there is nothing to compare"):
+        surgery.benchmark(Small(), Small(), X, runtimes=["eager"], layers=True)
 
 
 def test_layers_need_a_clock_and_a_difference():

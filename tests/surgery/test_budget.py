@@ -278,3 +278,19 @@ def test_an_error_asked_for_under_calibration_is_a_share_whatever_the_unit_of_th
     kinds = {type(decision) for decision in plans[0].values()}
     assert Keep in kinds
     assert surgery.Tucker in kinds
+
+
+def test_a_share_is_of_the_whole_network_attention_too():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(16, 16, 3, padding=1)
+
+        def forward(self, x):
+            q = self.conv(x).mT[:, None]
+            return nn.functional.scaled_dot_product_attention(q, q, q)
+
+    report = surgery.report(surgery.decompose(Attends().eval(), Budget(macs=0.6), example_inputs=torch.randn(2, 16, 10)))
+    assert report.macs_before == 15_360 + 6_400
+    assert report["conv"].status == "decomposed"
+    assert report.macs_after <= 0.6 * report.macs_before

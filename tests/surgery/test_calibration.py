@@ -13,6 +13,7 @@ from torch import nn
 
 import surgery
 from passes import host_for
+from passes.chain import pieces_of
 from passes.geometry import Geometry, Piece
 from passes.kinds import KINDS, kind_named
 from passes.metric import Metric, unweighted, weighted
@@ -21,7 +22,7 @@ from passes.refit import refit
 from passes.spectra import Spectra
 from surgery import Budget, Refine, calibration, correction
 from surgery.calibration import batches_of, calibrate
-from surgery.correction import correct
+from surgery.correction import Refit, correct
 from surgery.ranks.budget import Totals
 from surgery.ranks.candidates import Candidates
 from surgery.ranks.solve import solve
@@ -243,6 +244,24 @@ def test_refit_finds_the_layer_that_made_the_data():
 def distance(net, model, x):
     with torch.no_grad():
         return float((net(x) - model(x)).norm() / model(x).norm())
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [((1, 3), 1), ((3, 3), 2), ((1, 1), 1)])
+def test_large_batches_are_added_in_slices(kernel, stride, monkeypatch):
+    layer = nn.Conv2d(4, 6, kernel, stride, padding=kernel[0] // 2, dtype=torch.float64)
+    x = torch.randn(7, 4, 9, 8, dtype=torch.float64)
+    (piece,) = pieces_of({"": layer})
+    whole, sliced = Refit(piece), Refit(piece)
+    whole.add(x, layer(x).detach() + 1)
+    monkeypatch.setattr(correction, "SLICE", 300)
+    sizes = []
+    given = correction.rows
+    monkeypatch.setattr(correction, "rows", lambda x, *more: sizes.append(len(x)) or given(x, *more))
+    sliced.add(x, layer(x).detach() + 1)
+    assert max(sizes) < 7
+    torch.testing.assert_close(sliced.xtx, whole.xtx)
+    torch.testing.assert_close(sliced.xty, whole.xty)
+    assert sliced.yty == pytest.approx(whole.yty)
 
 
 @pytest.mark.parametrize("method", ["tucker", "channel", "spatial", "depthwise", "auto"])
@@ -614,6 +633,38 @@ def test_code_that_a_chain_breaks_is_told_of():
     with pytest.raises(surgery.SurgeryValueError, match=r"no longer runs \(calibration: Insisting fails on them .*AssertionError.*exclude="):
         surgery.decompose(model, {"conv": (3, 2)}, calibration=[IMAGES], inplace=True)
     assert type(model.conv) is nn.Conv2d
+
+
+class Reader(nn.Module):
+    """Convolutions, and a recurrent layer behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(3, 8, 3)
+        self.words = nn.LSTM(8, 6, num_layers=2, dropout=0.5, batch_first=True)
+
+    def forward(self, x):
+        return self.words(self.conv(x).mT)[0]
+
+
+def test_recurrent_layers_can_be_differentiated_on_gpus(monkeypatch):
+    """There torch refuses it in eval mode; in train mode without dropout they give the same."""
+    model, batches = Reader().eval(), [torch.randn(4, 3, 12) for _ in range(3)]
+    wanted = calibrate(model, batches, host_for(model).sites()).metrics["conv"]
+    real, modes = nn.LSTM.forward, []
+
+    def forward(self, *args):
+        modes.append(self.training)
+        if torch.is_grad_enabled() and not self.training:
+            raise RuntimeError("cudnn RNN backward can only be called in training mode")
+        return real(self, *args)
+
+    monkeypatch.setattr(nn.LSTM, "forward", forward)
+    found = calibrate(model, batches, host_for(model).sites()).metrics["conv"]
+    assert any(modes)
+    assert torch.equal(found.outputs, wanted.outputs)
+    assert model.words.dropout == 0.5
+    assert not model.words.training
 
 
 class Large(nn.Module):

@@ -337,3 +337,14 @@ def test_graphs_with_layers_of_another_layout_are_saved(tmp_path):
     assert surgery.report(net)["0"].status == "kept"
     surgery.save(net, tmp_path / "net")
     assert torch.equal(surgery.load(tmp_path / "net", surgery.trace(model, x))(x), net(x))
+
+
+def test_a_factory_that_a_folder_names_is_never_imported(net, tmp_path, monkeypatch):
+    (tmp_path / "harm.py").write_text("import pathlib\npathlib.Path(__file__).with_name('ran').touch()")
+    monkeypatch.syspath_prepend(tmp_path)
+    write_record(net, replace(read_record(net), architecture="harm:make"))
+    surgery.save(net, tmp_path / "net")
+    assert read_architecture(tmp_path / "net") == "harm:make"
+    with pytest.raises(surgery.SurgeryValueError, match="does not say which registered network it is"):
+        make(str(tmp_path / "net"))
+    assert not (tmp_path / "ran").exists()

@@ -201,6 +201,28 @@ def test_as_programs(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
 
 
+def test_wrong_usage_of_the_exporting_script(tmp_path):
+    wrong = run("tools/export_onnx.py", MODEL, str(tmp_path / "net.pt"))
+    assert wrong.returncode == 2
+    assert wrong.stderr.endswith("the name must end in .onnx\n")
+    nowhere = run("tools/export_onnx.py", MODEL, str(tmp_path / "none" / "net.onnx"))
+    assert nowhere.returncode == 1
+    assert nowhere.stderr.startswith("error: OUT")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")])
+def test_too_little_memory_is_one_line(capsys, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr("surgery.zoo.make", full)
+    assert main(["summary", MODEL]) == 1
+    assert capsys.readouterr().err.startswith("error: not enough memory: ")
+    with pytest.raises(SystemExit) as left:
+        main(["summary", MODEL, "--input-shape", "1,3,99999999999999999999,1"])
+    assert left.value.code == 2
+
+
 def test_a_saved_folder_of_ones_own_architecture(capsys, tmp_path):
     from tests.networks import Small
 
@@ -365,6 +387,16 @@ def test_a_page_of_an_onnx_file_and_one_with_the_network_before(capsys, tmp_path
     out(capsys, "decompose", MODEL, "--ranks", '{"layer3.0.conv1": [8, 4]}', "--out", str(tmp_path / "net"))
     out(capsys, "report", str(tmp_path / "net"), "--architecture", MODEL, "--before", MODEL, "--html", page)
     assert "Error against MACs" in (tmp_path / "page.html").read_text()
+    untrained = "surgery.zoo.resnet_cifar:resnet20"
+    assert main(["report", str(tmp_path / "net"), "--architecture", MODEL, "--before", untrained, "--html", page]) == 0
+    assert f"--before {untrained}: its weights are not those that this network was cut from" in capsys.readouterr().err
+
+
+def test_a_summary_of_a_file_whose_sizes_are_open_has_no_calls(capsys, tmp_path):
+    file = tmp_path / "open.onnx"
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).eval()
+    surgery.export_onnx(model, file, torch.randn(1, 3, 9, 9), exporter="torchscript", dynamic_size=True)
+    assert "None" not in out(capsys, "summary", str(file))
 
 
 def test_a_profile_on_one_thread(capsys, tmp_path):

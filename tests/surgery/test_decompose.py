@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import surgery
 from passes.geometry import Geometry
 from passes.parity import TOLERANCE_TRAIN, assert_parity, difference
+from passes.spectra import usable_weight
 from surgery import Chain, Plan, Tucker
 from surgery.zoo import load_weights
 from surgery.zoo.resnet_cifar import resnet56
@@ -140,7 +141,7 @@ def test_a_second_decompose_or_reconstruct_changes_nothing(small):
 def test_a_chain_is_no_site_for_rules_but_can_be_cut_again_by_name(small):
     net = surgery.decompose(small, {"conv2": (12, 8)}, example_inputs=X)
     ruled = surgery.plan(net, 0.25)
-    assert ruled["conv2"] == Tucker(12, 8)  # as it is; the report of a rule says "already decomposed"
+    assert ruled["conv2"] == Tucker(12, 8)  # as it is
     deeper = surgery.decompose(net, {"conv2": (4, 3)}, example_inputs=X)
     assert deeper.conv2.core.weight.shape == (4, 3, 3, 3)
     row = surgery.report(deeper)["conv2"]
@@ -226,9 +227,49 @@ def test_a_model_without_layers():
     assert "0 of 0 layers" in str(report)
 
 
-def test_computing_on_a_named_device(small):
-    net = surgery.decompose(small, 0.5, device="cpu")
-    assert difference(net(X), surgery.decompose(small, 0.5)(X)) == 0.0
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_computing_on_a_named_device(small, device, monkeypatch):
+    expected, seen = surgery.decompose(small, 0.5)(X), []
+    for module in ("passes.spectra", "passes.decompose"):
+        monkeypatch.setattr(f"{module}.usable_weight", lambda site, device=None: seen.append(str(device)) or usable_weight(site, device))
+    net = surgery.decompose(small, 0.5, device=device)
+    assert set(seen) == {device}
+    assert {p.device.type for p in net.parameters()} == {"cpu"}
+    assert difference(net(X), expected) <= (0.0 if device == "cpu" else 1e-4)
+
+
+RULES = {"fraction": 0.25, "evbmf": "evbmf", "energy": "energy:0.5", "stable": "stable", "budget": surgery.Budget(params=0.7)}
+RULES["own"] = lambda site, spectra: [1] * len(spectra)
+
+
+@pytest.mark.parametrize("ranks", RULES.values(), ids=RULES)
+def test_no_rule_and_no_budget_touches_a_chain(small, ranks):
+    net = surgery.decompose(small, {"conv2": (12, 8)}, example_inputs=X)
+    again = surgery.decompose(net, ranks, example_inputs=X)
+    assert surgery.report(again)["conv2"] == surgery.report(net)["conv2"]
+    assert all(torch.equal(a, b) for a, b in zip(again.conv2.parameters(), net.conv2.parameters(), strict=True))
+
+
+class Drops(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return nn.functional.dropout(self.bn(self.conv(x)), 0.5, self.training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_cut_made_in_one_mode_is_right_in_the_other(training):
+    model, outputs = Drops().train(training), []
+    net = surgery.decompose(model, {"conv": 1.0}, example_inputs=X)
+    for network in (net, model):
+        torch.manual_seed(4)
+        outputs.append(network.train(not training)(X))
+    assert_parity(*outputs, training=True)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

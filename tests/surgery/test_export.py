@@ -127,7 +127,7 @@ def test_other_dtypes_and_memory_formats(small, tmp_path, form, dtype):
     net = surgery.decompose(small.to(dtype=dtype, memory_format=torch.channels_last), {"conv2": 0.5})
     x = X.to(dtype=dtype, memory_format=torch.channels_last)
     if form == "onnx" and dtype != torch.float16:
-        with pytest.raises(SurgeryError, match=r"onnxruntime cannot run .* it has no kernel for this dtype on the CPU: export a float32 copy"):
+        with pytest.raises(SurgeryError, match=r"onnxruntime cannot run .* it has no kernel for this dtype on the CPU; export a float32 copy"):
             export(form, net, tmp_path, x)
         assert export(form, net, tmp_path, x, check=False).difference is None
     else:
@@ -190,6 +190,21 @@ def test_branches_on_data_are_refused_and_not_traced_instead(tmp_path, capfd, fu
     assert ("would keep the one way that the example inputs take" in str(caught.value)) == (function is surgery.export_onnx)
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("write", "name"), [(surgery.export_program, "net.pt2"), (surgery.export_onnx, "net.onnx")])
+def test_a_size_that_is_one_can_be_open(tmp_path, write, name):
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3)).eval()
+    done = write(model, tmp_path / name, torch.zeros(1, 1, dtype=torch.long), dynamic_size={"input": [1]})
+    assert len(done.checked_shapes) == 2
+    assert done.exporter == "dynamo"
+
+
+@pytest.mark.parametrize("ending", ["json", "pbtxt"])
+def test_names_of_texts_are_no_names_of_onnx_files(small, tmp_path, ending):
+    with pytest.raises(SurgeryValueError, match=rf"net.{ending}' would be read as .*by its ending; take a name that ends in .onnx"):
+        surgery.export_onnx(small, tmp_path / f"net.{ending}", X)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_size_that_torch_fixes_is_refused(tmp_path):

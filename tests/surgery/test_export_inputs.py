@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
+from collections.abc import MutableMapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -44,8 +46,40 @@ def test_a_container_that_cannot_be_filled_is_named():
         def __iter__(self):
             return iter([X])
 
-    with pytest.raises(SurgeryTypeError, match="a Bag holds tensors; a file takes tensors in tuples, lists, mappings and dataclasses"):
+    with pytest.raises(SurgeryTypeError, match="a Bag holds tensors; a file takes tensors in tuples, lists, mappings that can be changed"):
         filled((Bag(),), iter([X]))
+
+
+class Batch(MutableMapping):
+    """A mapping whose shallow copies keep their entries in the same place."""
+
+    def __init__(self, **entries):
+        self.entries = entries
+
+    def __getitem__(self, key):
+        return self.entries[key]
+
+    def __setitem__(self, key, value):
+        self.entries[key] = value
+
+    def __delitem__(self, key):
+        del self.entries[key]
+
+    def __iter__(self):
+        return iter(self.entries)
+
+    def __len__(self):
+        return len(self.entries)
+
+
+def test_mappings_of_ones_own_are_left_alone():
+    mine = Batch(sound=X, label=3)
+    made = filled(mine, iter(["other"]))
+    assert isinstance(made, Batch)
+    assert made.entries == {"sound": "other", "label": 3}
+    assert mine.entries == {"sound": X, "label": 3}
+    with pytest.raises(SurgeryTypeError, match=r"a mappingproxy holds tensors; .*mappings that can be changed"):
+        filled(MappingProxyType({"sound": X}), iter(["other"]))
 
 
 def test_names_are_those_of_forward_with_the_way_inside():
@@ -100,6 +134,18 @@ def test_a_batch_of_one_is_exported_with_two_entries():
     assert found.dims == ({0: "batch"},)
     assert found.exported == ((2, 3, 12, 12),)
     assert found.checked == (((3, 3, 12, 12),), ((1, 3, 12, 12),))
+
+
+def test_a_size_of_one_is_exported_with_more_entries():
+    """Torch takes a dimension of one for fixed."""
+    words = torch.zeros(1, 1, dtype=torch.long)
+    found = opened(nn.Embedding(10, 4), words, size={"input": [1]})
+    ((batch, length),) = found.exported
+    assert (batch, length > 1) == (1, True)
+    assert found.checked == (((1, 1),), found.exported)
+    found = opened(nn.Embedding(10, 4), words, batch=True, size={"input": [1]})
+    assert found.exported == ((2, length),)
+    assert found.checked == (((3, 1),), ((1, length),))
 
 
 def test_inputs_without_the_batch_keep_their_shapes():

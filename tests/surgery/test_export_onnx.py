@@ -316,3 +316,11 @@ def test_outputs_whose_keys_are_numbers(tmp_path, exporter):
 
     surgery.export_onnx(Pyramid().eval(), tmp_path / "net.onnx", X, exporter=exporter)
     assert [value.name for value in onnx.load(tmp_path / "net.onnx").graph.output] == ["output_0", "output_1", "pool"]
+
+
+def test_pooling_to_what_is_no_factor_goes_by_the_newer_exporter(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(3)).eval()
+    with pytest.raises(SurgeryError, match=r"torch cannot export Sequential to ONNX: .*not factor of input size"):
+        surgery.export_onnx(model, tmp_path / "net.onnx", X, exporter="torchscript")
+    assert list(tmp_path.iterdir()) == []
+    assert surgery.export_onnx(model, tmp_path / "net.onnx", X).exporter == "dynamo"

@@ -220,6 +220,22 @@ def test_a_profile_from_another_device(clock, tmp_path):
         surgery.plan(model, Budget(latency=0.01, profile=str(file)), example_inputs=X)
 
 
+def test_a_profile_of_another_runtime_is_refused_and_threads_are_those_of_the_profile(clock, tmp_path):
+    model, file = resnet(), tmp_path / "phone.json"
+    budget = Budget(latency=0.7, profile=file, threads=3)
+    with pytest.raises(surgery.SurgeryValueError, match="lacks"):
+        surgery.plan(model, budget, example_inputs=X)
+    found, reference = Clock(mac=3e-9).time_shapes(read_shapes(tmp_path / "phone.missing.json"), None)
+    for runtime in ("onnxruntime", "openvino"):
+        profile = Profile({"runtime": f"{runtime} 1.0", "processor": "a phone", "threads": "8"})
+        profile.add(found, reference)
+        profile.save(file)
+        if runtime == "onnxruntime":
+            assert surgery.plan(model, budget, example_inputs=X).latency.threads == 8
+    with pytest.raises(surgery.SurgeryValueError, match=r"its times are of 'openvino', the budget is of 'onnxruntime'; say runtime='openvino'"):
+        surgery.plan(model, budget, example_inputs=X)
+
+
 def test_gaps_in_a_foreign_profile_are_bridged(clock, tmp_path):
     """Between measured ranks one may be missing; not at the ends."""
     model, file = nn.Sequential(nn.Conv2d(3, 256, 3), nn.Conv2d(256, 256, 3)), tmp_path / "phone.json"

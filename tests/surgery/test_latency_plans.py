@@ -21,7 +21,7 @@ from surgery import Budget, Keep
 from surgery.cost import macs_under
 from surgery.cost.chains import timed_in
 from surgery.cost.profile import Entry
-from surgery.latency import race
+from surgery.latency import race, stopwatch
 from surgery.latency.families import FRACTIONS, Proposal, rungs_of
 from surgery.latency.onnx_cut import Exported
 from surgery.latency.race import Raced, race_against, with_noise
@@ -384,10 +384,24 @@ def test_layers_whose_nodes_are_not_certain_are_exported_anew(mixed, tmp_path):
     assert made.cut([replace(calls[0], calls=calls[0].calls[:1])], {"twice": surgery.Tucker(8, 8)}) is None
 
 
-def test_noise_goes_into_chains_only():
-    model = two_layers()
+@pytest.mark.parametrize("of", [lambda model: model, lambda model: surgery.trace(model, torch.randn(1, 3, 8, 8))], ids=["module", "graph"])
+def test_noise_goes_into_chains_only(of):
+    model = of(two_layers())
+    layers = {name: type(module) for name, module in model.named_modules()}
     before = {name: p.clone() for name, p in model.named_parameters()}
     net = with_noise(model, {"2": surgery.Tucker(8, 8)})
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert net[0].weight is model[0].weight  # no copy is made of what stays
-    assert all(torch.isfinite(p).all() for p in net.parameters())
+    assert net.get_submodule("0").weight is model.get_submodule("0").weight  # no copy is made of what stays
+    chain = [m for name, m in net.named_modules() if name.startswith("2.") and name not in layers]
+    assert len(chain) == 3
+    for layer in chain:
+        assert 0.7 < float(layer.weight.std() * layer.weight[0].numel() ** 0.5) < 1.4
+        assert layer.bias is None or layer.bias is model.get_submodule("2").bias
+
+
+def test_layers_are_timed_where_they_are_whatever_the_first_input_is():
+    """Lengths stay on the CPU beside a network that does not; no such device is needed to be asked."""
+    with torch.device("meta"):
+        model = two_layers()
+    assert stopwatch._device_of(model, (torch.tensor([3, 4]), torch.randn(2, 3, 8, 8))) == "meta"
+    assert stopwatch._device_of(nn.Flatten(), torch.randn(2, 3)) == "cpu"

@@ -112,12 +112,80 @@ def test_each_layer_is_run_once_a_batch(monkeypatch):
 
 def test_memory_is_bounded(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 3)).double()
-    _, needed = correction._first_pass(["0", "2"], IMAGES.split(6), model)
+    _, needed, draws = correction._first_pass(["0", "2"], IMAGES.split(6), model)
+    assert not draws
     whole = IMAGES.numel() * 8
     assert 16 / 3 * whole <= needed <= 40 / 3 * whole  # what the first layer gives, and no more than twice that with all inputs
     monkeypatch.setattr(correction, "_memory", lambda _: needed)
     monkeypatch.setattr(correction, "Pass", None)
     assert surgery.report(surgery.decompose(model, {"2": (2, 2)}, calibration=IMAGES.split(6)))["2"].output_error > 0
+
+
+def test_buffers_and_threads_of_all_passes_count(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    monkeypatch.setattr(correction, "_memory", lambda _: 2.0**20)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert correction._fit(model, 0.0, 32)  # 64 passes of 16 threads
+    assert not correction._fit(model, 0.0, 33)
+    model.register_buffer("table", torch.zeros(2**13))  # 32 kB in each of 64 passes is more than a quarter of what there is
+    assert not correction._fit(model, 0.0, 32)
+
+
+def test_memory_is_that_of_the_container(monkeypatch, tmp_path):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(correction, "CONTAINER", (limit, tmp_path / "none"))
+    whole = correction._memory(nn.Linear(1, 1))
+    limit.write_text("max\n")
+    assert correction._memory(nn.Linear(1, 1)) == whole > 2.0**27
+    limit.write_text("134217728\n")
+    assert correction._memory(nn.Linear(1, 1)) == 2.0**27
+
+
+@pytest.mark.parametrize("what", ["threads", "memory"])
+def test_where_passes_cannot_be_held_they_begin_anew(what, monkeypatch):
+    """The system gives no more threads, or memory is less than was foretold: the same numbers on the other way."""
+    model, batches = Small().double().eval(), list(IMAGES.split(8))
+    wanted = surgery.decompose(model, {"re:.*": 0.5}, calibration=batches)
+    tried = []
+
+    class Fails(Pass):
+        def reach(self, name):
+            tried.append(name)
+            if what == "memory":
+                with correction.model_errors(model, batches[0], "calibration"):
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return super().reach(name)
+
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(correction, "Pass", Fails)
+    if what == "threads":
+        monkeypatch.setattr(threading.Thread, "start", start)
+    net = surgery.decompose(model, {"re:.*": 0.5}, calibration=batches)
+    assert tried
+    for (name, a), b in zip(net.state_dict().items(), wanted.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-11), name
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in eval mode too, as ``functional.dropout`` does where nobody says otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.second(functional.dropout(self.first(x).relu()))
+
+
+@pytest.mark.parametrize("refine", [None, surgery.Refine(epochs=1)])
+def test_both_networks_draw_the_same_random_numbers(refine):
+    torch.manual_seed(2)
+    model = Noisy().double().eval()
+    net = surgery.decompose(model, {"second": (8, 8)}, calibration=list(IMAGES.split(8)), refine=refine)  # full ranks: nothing is to be mended
+    torch.testing.assert_close(surgery.reconstruct(net).second.weight, model.second.weight, rtol=1e-3, atol=1e-4)
+    assert surgery.report(net)["second"].output_error < 1e-3
 
 
 class Interrupted(nn.Module):
@@ -146,7 +214,7 @@ class Interrupted(nn.Module):
         return self.third(y)
 
 
-@pytest.mark.parametrize(("how", "error"), [("signal", KeyboardInterrupt), ("raise", RuntimeError)])
+@pytest.mark.parametrize(("how", "error"), [("signal", KeyboardInterrupt), ("raise", surgery.SurgeryValueError)])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_an_interrupt_on_the_way_leaves_the_model_as_it_was_and_no_thread(how, error, inplace):
     model = Interrupted(None, how).double()

@@ -106,6 +106,10 @@ def test_a_transposed_chain_takes_an_output_size(method):
 def test_cp_refuses_rules_and_takes_names():
     with pytest.raises(SurgeryValueError, match=r"'cp' has no spectra.*ranks="):
         surgery.plan(Small(), "evbmf", method="cp")
+    for rule in (surgery.ranks.Evbmf(), surgery.ranks.Fraction(0.5), Energy(0.9)):
+        with pytest.raises(SurgeryValueError, match=r"'cp' has no spectra.*ranks="):
+            surgery.plan(Small(), {"conv2": rule}, method="cp")
+    assert cuts(Small(), {"conv2": lambda site, spectra: 5}, method="cp") == {"conv2": CP(5)}  # a rule of one's own needs none
     assert cuts(Small(), {"conv2": 5, "mix": 4}, method="cp") == {"conv2": CP(5), "mix": SVD(4)}
     with pytest.raises(SurgeryError, match="cp takes an int"):
         surgery.plan(Small(), {"conv2": (5, 5)}, method="cp")

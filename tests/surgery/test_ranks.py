@@ -57,8 +57,8 @@ def test_energy_is_the_smallest_rank_that_holds_the_share():
 
 def test_stable_rank():
     weight = torch.zeros(6, 5, 3, 3)
-    for i in range(3):
-        weight[i, i, 1, 1] = 2.0
+    for i, value in enumerate((2.0, 2.0, 1.0)):  # 9 / 4, rounded up
+        weight[i, i, 1, 1] = value
     model = nn.Sequential(nn.Conv2d(5, 6, 3))
     with torch.no_grad():
         model[0].weight.copy_(weight)

@@ -158,3 +158,15 @@ def test_a_saved_folder_is_a_name(tmp_path):
     surgery.save(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path / "mine")
     with pytest.raises(surgery.SurgeryValueError, match=r"use surgery\.load"):
         make(str(tmp_path / "mine"))
+
+
+def test_a_cut_learnt_from_pictures_keeps_what_one_by_weights_alone_loses():
+    images, labels = real_images(1000)
+    model = resnet20()
+    load_weights(model, data("weights/resnet20-12fca82f.th"))
+    options = {"ranks": surgery.Budget(macs=0.7), "example_inputs": images[:1]}
+    blind = surgery.decompose(model.eval(), **options)
+    aware = surgery.decompose(model, calibration=images[500:].split(125), **options)
+    whole, lost, kept = (top1(net, images[:500], labels[:500]) for net in (model, blind, aware))
+    assert kept >= whole - 5
+    assert lost <= kept - 5

@@ -122,6 +122,7 @@ def sharded(rank, folder):
     numbers, state = get_state_dict(model, optimizer, options=whole)
     model = network()
     optimizer = momentum(model)
+    schedule.load_state_dict(schedule.state_dict(), model, optimizer)
     set_state_dict(model, optimizer, model_state_dict=numbers, optim_state_dict=state, options=whole)
     schedule.step(STEPS_BEFORE, model, optimizer)
     numbers, state = get_state_dict(model, optimizer, options=whole)

@@ -295,6 +295,19 @@ def test_lightning_two_parts_each_with_their_own_optimizer(lightning, tmp_path):
     assert [name for name, _ in fresh.named_parameters()] == [name for name, _ in module.named_parameters()]
 
 
+def test_nobody_stops_early_for_what_the_network_was_before_the_cut(lightning, tmp_path):
+    """The score falls from epoch to epoch, and two falls in a row would end the run."""
+    from surgery.training.lightning import DecompositionCallback
+
+    module = pair_for(lightning)
+    stopper = lightning.callbacks.EarlyStopping("score", mode="max", patience=2, check_on_train_epoch_end=True)
+    options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    callbacks = [DecompositionCallback(DecompositionSchedule(2, ranks=0.5), part="first"), stopper]
+    trainer = lightning.Trainer(max_epochs=9, callbacks=callbacks, default_root_dir=tmp_path, enable_checkpointing=False, **options)
+    trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=4))
+    assert stopper.stopped_epoch == 4  # the best is that of epoch 2; without the cut it would have been that of epoch 0
+
+
 def test_the_best_of_lightning_is_of_the_architecture_that_there_is(lightning, tmp_path):
     """The score falls from epoch to epoch: without the cut the first would stay the best."""
     from surgery.training.lightning import DecompositionCallback

@@ -65,9 +65,19 @@ def test_compiled_networks_are_copied():
     private_copy(model)
 
 
+@torch.compile(backend="eager", fullgraph=True)
+def doubled(x):
+    return x.relu() * 2
+
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        return doubled(x)
+
+
 def test_parts_that_must_be_compiled_whole_run_as_they_are_written():
     """Under modes that look on torch would refuse them."""
-    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())).eval()
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()), Doubling()).eval()
     wanted = model(X)
     model[1] = torch.compile(model[1], backend="eager", fullgraph=True)
     net = surgery.decompose(model, {"0": 1.0}, example_inputs=X, calibration=[X, X + 1])
